@@ -1,0 +1,179 @@
+"""Every error that the agent raises on purpose.
+
+NodeAgentError
+├── ConfigError              the configuration can't be used; carries every problem found
+├── StartupError             the daemon can't start here (address taken, state folder locked)
+├── UpstreamLost             a child's connection broke before its answer was whole
+└── Refusal                  a request that is answered with an error; front/refusals.py maps each to its status
+    ├── InvalidRequest       the request itself is wrong
+    ├── UnsupportedEncoding  the body is compressed
+    ├── BodyTooLarge
+    ├── ServerBusy           too many bytes of request bodies are held at once
+    ├── ModelNotFound
+    ├── QueueFull            every lane that could serve it is full
+    ├── QueueTimeout         its turn did not come in time
+    ├── ModelLoadTimeout     the model was not ready in time; its start goes on
+    ├── BackendUnavailable   no device can serve the model now
+    ├── BackendCrashed       the server died under the request, and so did the one that it was tried on again
+    └── Draining             the node is on its way out
+
+Fields, not formatted text: `str()` is for logs; what a client reads is written by the front.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class NodeAgentError(Exception):
+    """The root of the agent's own errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a configuration.
+
+    `where` is the dotted key (`models[0].ctx_size`), or "" for the file as a whole; `line` counts from 1,
+    None where no single line is to blame.
+    """
+
+    message: str
+    where: str = ""
+    file: Path | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = "" if self.file is None else f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
+        return f"{place}{self.where}: {self.message}" if self.where else f"{place}{self.message}"
+
+
+class ConfigError(NodeAgentError):
+    """The configuration can't be used. `problems` is never empty; each prints as one line."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class StartupError(NodeAgentError):
+    """The daemon can't start on this host as configured; the message is one line for a person."""
+
+
+class UpstreamLost(NodeAgentError):
+    """The connection to a child could not be made, or broke before its answer was whole."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        self.address = address
+        self.reason = reason
+        super().__init__(f"{address}: {reason}")
+
+
+class Refusal(NodeAgentError):
+    """A request that is answered with an error instead of being served."""
+
+
+class InvalidRequest(Refusal):
+    """The request is wrong. `param` names the field of the body to blame, None where it is the whole."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        self.message = message
+        self.param = param
+        self.code = code
+        super().__init__(message)
+
+
+class UnsupportedEncoding(Refusal):
+    """The body came with a Content-Encoding; bodies are forwarded verbatim, so none is taken."""
+
+    def __init__(self, encoding: str) -> None:
+        self.encoding = encoding
+        super().__init__(encoding)
+
+
+class BodyTooLarge(Refusal):
+    """The body is longer than `max_request_bytes`."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        super().__init__(f"over {limit_bytes} bytes")
+
+
+class ServerBusy(Refusal):
+    """The bodies of requests now held would pass the node's budget with this one."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        super().__init__(f"request bodies held would pass {budget_bytes} bytes")
+
+
+class ModelNotFound(Refusal):
+    """No model of that id or alias is configured here."""
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        self.model = model
+        self.known = known
+        super().__init__(f"{model!r} is not one of {known}")
+
+
+class QueueFull(Refusal):
+    """Every lane that could serve the model holds as many requests as it may."""
+
+    def __init__(self, model_id: str, limit: int, retry_after_s: float) -> None:
+        self.model_id = model_id
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{model_id}: {limit} requests per device are in flight or queued")
+
+
+class QueueTimeout(Refusal):
+    """The request waited `waited_s` without its turn coming."""
+
+    def __init__(self, model_id: str, device_id: str, waited_s: float) -> None:
+        self.model_id = model_id
+        self.device_id = device_id
+        self.waited_s = waited_s
+        super().__init__(f"{model_id} on {device_id}: waited {waited_s:.1f} s for a turn")
+
+
+class ModelLoadTimeout(Refusal):
+    """The model was not ready `timeout_s` after its server was spawned. The start itself goes on."""
+
+    def __init__(self, model_id: str, device_id: str, timeout_s: float, retry_after_s: float) -> None:
+        self.model_id = model_id
+        self.device_id = device_id
+        self.timeout_s = timeout_s
+        self.retry_after_s = retry_after_s
+        super().__init__(
+            f"{model_id} on {device_id}: not ready after {timeout_s:g} s (llama_server_startup_timeout_s); "
+            "its start goes on"
+        )
+
+
+class BackendUnavailable(Refusal):
+    """No device can serve the model now. `reason` says why, with the server's last words where it has some.
+
+    `retry_after_s` is when another try may help, None where nothing is known to change.
+    """
+
+    def __init__(self, model_id: str, reason: str, retry_after_s: float | None = None) -> None:
+        self.model_id = model_id
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{model_id}: {reason}")
+
+
+class BackendCrashed(Refusal):
+    """The server died before the first byte of the answer, and so did the one that was tried next."""
+
+    def __init__(self, model_id: str, device_id: str, reason: str) -> None:
+        self.model_id = model_id
+        self.device_id = device_id
+        self.reason = reason
+        super().__init__(f"{model_id} on {device_id}: {reason}")
+
+
+class Draining(Refusal):
+    """The node takes no new requests: it is about to stop."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__("the node is draining")
