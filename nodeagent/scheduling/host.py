@@ -1,0 +1,68 @@
+"""The seam between scheduling and whatever runs the servers of a device."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
+
+E = TypeVar("E")
+
+
+class ServerState(Enum):
+    """The states of a server, as the wire names them."""
+
+    STARTING = "starting"
+    READY = "ready"
+    UNHEALTHY = "unhealthy"
+    STOPPING = "stopping"
+    BACKING_OFF = "backing_off"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerView(Generic[E]):
+    """One server of a device. Times are `trio.current_time()`.
+
+    `retry_at` is when a server that is backing off or failed may be started again. `endpoint` is set while ready.
+    """
+
+    model_id: str
+    state: ServerState
+    generation: int
+    since: float
+    slots: int
+    spawned_at: float | None = None
+    reason: str | None = None
+    retry_at: float | None = None
+    endpoint: E | None = None
+
+
+class Servers(Protocol[E]):
+    """The servers of one device: the seam between scheduling and whatever runs them."""
+
+    def views(self) -> list[ServerView[E]]:
+        """Every server that runs, is about to, or has failed."""
+
+    async def ensure(self, model_id: str) -> None:
+        """Return when the device runs a ready server of that model, having stopped what stood in its way.
+
+        Raises BackendUnavailable as soon as a start failed. Cancelling only stops the waiting; the next `ensure` of
+        another model stops the start.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a device can't take a model now; `retry_at` is when that may change, None where it is not known to."""
+
+    reason: str
+    retry_at: float | None = None
+
+
+class Host(Servers[E], Protocol[E]):
+    """One device with its servers, as placement asks about it."""
+
+    def obstacle(self, model_id: str) -> Obstacle | None:
+        """What keeps this device from serving the model, None if nothing is known to."""
+
+    def memory_free_bytes(self) -> int | None:
+        """The last reading, None where unknown."""

@@ -1,0 +1,91 @@
+"""What a lane hands out: a place in its queue (Ticket), then the use of a server for one request (Lease).
+
+    WAITING ──grant──> GRANTED ──close──> CLOSED
+       │  ▲               │
+       │  └────retry──────┘
+       ├──refuse──> REFUSED ──close──> CLOSED
+       └──close──> CLOSED
+
+Only the lane moves a ticket along; the request's own task reads it and, in the end, closes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import trio
+
+from nodeagent.errors import Refusal
+
+if TYPE_CHECKING:
+    from nodeagent.scheduling.lane import Lane
+
+E = TypeVar("E")
+"""What the front needs to reach a server. Scheduling hands it over unread."""
+
+
+class TicketState(Enum):
+    WAITING = "waiting"
+    GRANTED = "granted"
+    REFUSED = "refused"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease(Generic[E]):
+    """The right to send one request to one ready server. It pins that server until its ticket is closed or retried.
+
+    `queued_s` is what the request waited for its turn, `load_s` what it waited for the model to be ready.
+    """
+
+    device_id: str
+    model_id: str
+    generation: int
+    endpoint: E
+    queued_s: float
+    load_s: float
+
+
+@dataclass(eq=False, slots=True)
+class Ticket(Generic[E]):
+    """One request's place in a lane, from its admission to `close()`.
+
+    Written by the lane alone: `state`, `lease`, `refusal`, `granted_at`, `load_s`.
+    """
+
+    lane: Lane[E]
+    request_id: str
+    model_id: str
+    admitted_at: float
+    state: TicketState = TicketState.WAITING
+    lease: Lease[E] | None = None
+    refusal: Refusal | None = None
+    granted_at: float | None = None
+    load_s: float = 0.0
+    _decided: trio.Event = field(default_factory=trio.Event)
+
+    async def granted(self) -> Lease[E]:
+        """Wait for the lane's word: the lease, or the Refusal raised. Cancelling leaves the place to `close()`."""
+        await self._decided.wait()
+        if self.refusal is not None:
+            raise self.refusal
+        assert self.lease is not None, f"ticket {self.request_id} was closed while somebody waited for it"
+        return self.lease
+
+    def decided(self) -> None:
+        """Wake the request's task; called by the lane after it set the outcome."""
+        self._decided.set()
+
+    def undecided(self) -> None:
+        """Make the next `granted()` wait again; called by the lane when the request goes back into the queue."""
+        self._decided = trio.Event()
+
+    def retry(self) -> None:
+        """Give the lease back and wait again, at the head of the lane. See `Lane.retry`."""
+        self.lane.retry(self)
+
+    def close(self) -> None:
+        """Give up the place or the lease, whichever is held. Synchronous, at any point, as often as you like."""
+        self.lane.close(self)
