@@ -1,0 +1,70 @@
+"""What the files of the configured models say: their headers, and what is wrong with them.
+
+A file is looked at when the agent starts and again each time its model is loaded: a mount may come later.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import trio
+
+from nodeagent.config import ModelConfig
+from nodeagent.devices import DeviceRef
+from nodeagent.gguf import GgufError, GgufHeader, read_header
+
+logger = logging.getLogger(__name__)
+
+
+class Catalogue:
+    """Headers and problems by model id. Only `inspect` writes them."""
+
+    def __init__(self) -> None:
+        self._headers: dict[str, GgufHeader] = {}
+        self._problems: dict[str, str] = {}
+
+    def header(self, model_id: str) -> GgufHeader | None:
+        """The header as last read, None if it never could be."""
+        return self._headers.get(model_id)
+
+    def problem(self, model_id: str) -> str | None:
+        """What was wrong with the file at the last look, None if nothing was."""
+        return self._problems.get(model_id)
+
+    async def inspect(self, model: ModelConfig) -> str | None:
+        """Look at the model's file now; return what is wrong with it, None if nothing is."""
+        try:
+            # In a thread: the file may lie on a slow or hanging mount.
+            self._headers[model.model_id] = await trio.to_thread.run_sync(
+                read_header, model.path, abandon_on_cancel=True
+            )
+        except GgufError as error:
+            self._problems[model.model_id] = str(error)
+        else:
+            self._problems.pop(model.model_id, None)
+        return self._problems.get(model.model_id)
+
+    async def inspect_all(self, models: Iterable[ModelConfig]) -> None:
+        """Look at every file, and log a warning for each that can't be used."""
+        for model in models:
+            problem = await self.inspect(model)
+            if problem is not None:
+                logger.warning(
+                    "model %s can't be loaded: %s; it is looked at again when asked for", model.model_id, problem
+                )
+
+
+def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | None:
+    """Why this model is known not to fit on this device, None where it may.
+
+    On a GPU llama-server by itself offloads only as many layers as fit, so only a model whose layers are all asked
+    for there (`gpu_layers`) is known not to.
+    """
+    total = device.memory_total_bytes
+    if total is None:
+        return None
+    if device.backend != "cpu" and (model.gpu_layers is None or model.gpu_layers < header.layers):
+        return None
+    needed = header.estimate_bytes(ctx_size=model.ctx_size)
+    if needed <= total:
+        return None
+    return f"needs about {needed / 2**30:.1f} GiB, and the device has {total / 2**30:.1f} GiB"

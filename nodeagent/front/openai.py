@@ -1,0 +1,218 @@
+"""OpenAI's surface: the models, and requests for inference relayed to the server that a lane grants.
+
+A body is forwarded as it came; only `model` and `stream` are read out of it.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic_core
+import trio
+from quart import Blueprint, Response, request
+
+from nodeagent.errors import BackendCrashed, InvalidRequest, ModelLoadTimeout, ModelNotFound, UpstreamLost
+from nodeagent.front.asgi import exit_stack, request_id
+from nodeagent.front.refusals import error_event
+from nodeagent.front.seam import ModelCard, Node
+from nodeagent.front.server import AbortResponse
+from nodeagent.scheduling.lease import Lease, Ticket
+from nodeagent.upstream import Answer, Upstream, forwardable, is_loading_answer
+
+logger = logging.getLogger(__name__)
+
+# A killed child's sockets close a moment before its exit is known. This is how long its end may take to show; a
+# connection that broke while the server lives on (a fault of its own) is tried again after it.
+_EXIT_NOTICE_S = 1.0
+_LOADING_RETRY_S = 1.0
+
+
+def blueprint(node: Node) -> Blueprint:
+    """The routes under `/v1` that OpenAI's clients use."""
+    routes = Blueprint("openai", __name__)
+
+    @routes.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [_card_json(card) for card in node.cards()]}
+
+    @routes.get("/v1/models/<path:model>")
+    async def show_model(model: str) -> dict[str, Any]:
+        return _card_json(_resolve(node, model))
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions() -> Response:
+        return await _infer(node, needs="messages")
+
+    @routes.post("/v1/completions")
+    async def completions() -> Response:
+        return await _infer(node, needs="prompt")
+
+    return routes
+
+
+async def _infer(node: Node, *, needs: str) -> Response:
+    """One request for inference, from its bytes to the answer's first bytes."""
+    body = await request.get_data(cache=False)
+    assert isinstance(body, bytes)
+    wanted = read_wanted(body, needs=needs)
+    card = _resolve(node, wanted.model)
+    ticket = node.scheduler.admit(request_id(), card.model_id)
+    exit_stack().callback(ticket.close)
+    lease, answer = await _first_answer(ticket, _Message(request.path, forwardable(request.headers), body))
+    exit_stack().callback(answer.close)
+    return Response(
+        _Relay(answer, card.model_id, lease.device_id),
+        status=answer.status,
+        headers=[*answer.headers, *_headers(node, lease, answer)],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the agent itself reads of a request for inference; `model` as the client wrote it."""
+
+    model: str
+    stream: bool
+
+
+def read_wanted(body: bytes, *, needs: str) -> Wanted:
+    """Read the fields that decide where a request goes; `needs` is the one without which no server could answer.
+
+    Raises InvalidRequest. What else is in the body is the server's to judge.
+    """
+    try:
+        data = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"The body must be a JSON object, not {_kind(data)}.", code="invalid_json")
+    model = data.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequest(f"'model' must be the id of a model, not {_kind(model)}.", param="model")
+    stream = data.get("stream")
+    if not isinstance(stream, bool | None):
+        raise InvalidRequest(f"'stream' must be true or false, not {_kind(stream)}.", param="stream")
+    if data.get(needs) is None:
+        raise InvalidRequest(f"'{needs}' is missing.", param=needs)
+    return Wanted(model, bool(stream))
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A request as it is forwarded."""
+
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+async def _first_answer(ticket: Ticket[Upstream], message: _Message) -> tuple[Lease[Upstream], Answer]:
+    """Wait for the lease and the answer's first bytes; a server that dies before them is forgiven once."""
+    lease = await ticket.granted()
+    try:
+        return lease, await _ask(lease, message)
+    except UpstreamLost as lost:
+        logger.warning("%s: lost %s before it answered (%s); trying once more", lease.device_id, lease.model_id, lost)
+        await _settled(lease)
+    ticket.retry()
+    lease = await ticket.granted()
+    try:
+        return lease, await _ask(lease, message)
+    except UpstreamLost as lost:
+        raise BackendCrashed(lease.model_id, lease.device_id, lost.reason) from lost
+
+
+async def _ask(lease: Lease[Upstream], message: _Message) -> Answer:
+    answer = await lease.endpoint.open("POST", message.path, message.headers, message.body)
+    if is_loading_answer(answer):
+        answer.close()
+        raise ModelLoadTimeout(lease.model_id, lease.device_id, 0.0, _LOADING_RETRY_S)
+    return answer
+
+
+async def _settled(lease: Lease[Upstream]) -> None:
+    """Wait until the end of the lease's server shows, so that the next grant is not of the same dead server."""
+    with trio.move_on_after(_EXIT_NOTICE_S):
+        await lease.endpoint.closed.wait()
+
+
+class _Relay:
+    """The answer's body as the client gets it, chunk by chunk as it comes.
+
+    An event stream that breaks ends with an error event, and no body that breaks ends cleanly: clients take a clean
+    end for success.
+    """
+
+    def __init__(self, answer: Answer, model_id: str, device_id: str) -> None:
+        self._answer = answer
+        self._model_id = model_id
+        self._device_id = device_id
+        self._broken: UpstreamLost | None = None
+
+    def __aiter__(self) -> "_Relay":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._broken is not None:
+            raise AbortResponse(str(self._broken)) from self._broken
+        try:
+            chunk = await self._answer.next_chunk()
+        except UpstreamLost as lost:
+            logger.warning("%s: lost %s in mid-answer: %s", self._device_id, self._model_id, lost)
+            self._broken = lost
+            if not self._answer.event_stream:
+                raise AbortResponse(str(lost)) from lost
+            return error_event(BackendCrashed(self._model_id, self._device_id, lost.reason), request_id())
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+
+def _resolve(node: Node, model: str) -> ModelCard:
+    cards = node.cards()
+    for card in cards:
+        if model == card.model_id or model in card.aliases:
+            return card
+    raise ModelNotFound(model, [card.model_id for card in cards])
+
+
+def _card_json(card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": card.model_id,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "rolemesh",
+        "aliases": list(card.aliases),
+    }
+
+
+def _headers(node: Node, lease: Lease[Upstream], answer: Answer) -> list[tuple[str, str]]:
+    headers = [
+        ("X-Node-Id", node.node_id),
+        ("X-Node-Device", lease.device_id),
+        ("X-Node-Queue-Ms", f"{lease.queued_s * 1000:.0f}"),
+        ("X-Node-Load-Ms", f"{lease.load_s * 1000:.0f}"),
+    ]
+    if answer.event_stream:
+        # nginx would buffer the stream, and others might cache it.
+        headers += [("X-Accel-Buffering", "no"), ("Cache-Control", "no-cache")]
+    return headers
+
+
+def _kind(value: object) -> str:
+    """What a person would call a JSON value, short enough for an error."""
+    match value:
+        case None:
+            return "null or missing"
+        case dict():
+            return "an object"
+        case list():
+            return "a list"
+        case "":
+            return "an empty string"
+        case str():
+            return f"the string {value[:40]!r}"
+        case bool():
+            return "true" if value else "false"
+        case _:
+            return f"the number {value}"

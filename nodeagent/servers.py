@@ -1,0 +1,145 @@
+"""The servers of one device: models turned into supervised children, at most one of them at a time.
+
+The state of each server is the supervisor's own; this module translates it, and keeps beside it only the connections
+to the server that is ready.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import trio
+
+from nodeagent.catalogue import Catalogue, misfit
+from nodeagent.config import ModelConfig
+from nodeagent.devices import DeviceRef
+from nodeagent.errors import BackendUnavailable
+from nodeagent.monitor import DeviceMonitor
+from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
+from nodeagent.upstream import Upstream
+from supervisor.lifecycle import Event, Exited, Ready
+from supervisor.spec import ChildSpec
+from supervisor.supervisor import ChildSnapshot, ChildState, GivenUp, StartFailed, Supervisor
+
+logger = logging.getLogger(__name__)
+
+_STATES = {
+    ChildState.STARTING: ServerState.STARTING,
+    ChildState.READY: ServerState.READY,
+    ChildState.UNHEALTHY: ServerState.UNHEALTHY,
+    ChildState.STOPPING: ServerState.STOPPING,
+    ChildState.BACKING_OFF: ServerState.BACKING_OFF,
+    ChildState.FAILED: ServerState.FAILED,
+}
+# How many of a dead server's last lines are told to the client and in the inventory; the log has them all.
+_LAST_WORDS = 5
+
+
+class DeviceServers:
+    """One device's servers; implements `scheduling.host.Host[Upstream]`.
+
+    `specs` maps each model id to the child that serves it here, `api_keys` to the key that the child was given.
+    What changes: `_upstreams`, in `handle` alone.
+    """
+
+    def __init__(
+        self,
+        device: DeviceRef,
+        models: Mapping[str, ModelConfig],
+        specs: Mapping[str, ChildSpec],
+        api_key: str,
+        *,
+        supervisor: Supervisor,
+        catalogue: Catalogue,
+        monitor: DeviceMonitor,
+        patience_s: float,
+    ) -> None:
+        self.device = device
+        self._models = models
+        self._specs = specs
+        self._api_key = api_key
+        self._supervisor = supervisor
+        self._catalogue = catalogue
+        self._monitor = monitor
+        self._patience_s = patience_s
+        self._upstreams: dict[str, Upstream] = {}
+        self._model_of = {spec.child_id: model_id for model_id, spec in specs.items()}
+
+    def views(self) -> list[ServerView[Upstream]]:
+        """Every server that runs, is about to, or has failed (a model whose file can't be used has, too)."""
+        children = self._supervisor.snapshot()
+        views = (self._view(model_id, children.get(spec.child_id)) for model_id, spec in self._specs.items())
+        return [view for view in views if view is not None]
+
+    def obstacle(self, model_id: str) -> Obstacle | None:
+        """What keeps this device from serving the model: it does not fit, or it failed and is cooling down."""
+        header = self._catalogue.header(model_id)
+        unfit = misfit(header, self._models[model_id], self.device) if header is not None else None
+        if unfit is not None:
+            return Obstacle(unfit)
+        child = self._supervisor.snapshot().get(self._specs[model_id].child_id)
+        if child is None or child.retry_at is None:
+            return None
+        soon = child.retry_at - trio.current_time()
+        if (child.state is ChildState.FAILED and soon > 0) or soon > self._patience_s:
+            return Obstacle(child.reason or "failed", child.retry_at)
+        return None
+
+    def memory_free_bytes(self) -> int | None:
+        reading = self._monitor.latest(self.device.device_id)
+        return reading.memory_free_bytes if reading is not None else None
+
+    async def ensure(self, model_id: str) -> None:
+        """Return when this device runs a ready server of the model and no other. See `scheduling.host.Servers`."""
+        problem = await self._catalogue.inspect(self._models[model_id])
+        if problem is not None:
+            raise BackendUnavailable(model_id, problem)
+        obstacle = self.obstacle(model_id)
+        if obstacle is not None:
+            raise self._unavailable(model_id, obstacle.reason, obstacle.retry_at)
+        for other, spec in self._specs.items():
+            if other != model_id:
+                await self._supervisor.stop(spec.child_id)
+        try:
+            await self._supervisor.start(self._specs[model_id])
+        except StartFailed as failure:
+            last_words = " | ".join(failure.last_lines[-_LAST_WORDS:])
+            child = self._supervisor.snapshot().get(self._specs[model_id].child_id)
+            raise self._unavailable(
+                model_id, f"{failure.reason}: {last_words}", child.retry_at if child else None
+            ) from failure
+        except GivenUp as failure:
+            raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
+
+    def handle(self, event: Event) -> None:
+        """Keep the connections in step with what the supervisor says of a child of this device."""
+        model_id = self._model_of[event.child_id]
+        match event:
+            case Ready(address=address):
+                self._upstreams[model_id] = Upstream(address, self._api_key)
+            case Exited():
+                upstream = self._upstreams.pop(model_id, None)
+                if upstream is not None:
+                    upstream.close()
+
+    def _view(self, model_id: str, child: ChildSnapshot | None) -> ServerView[Upstream] | None:
+        slots = self._models[model_id].parallel
+        if child is None or child.state is ChildState.STOPPED:
+            problem = self._catalogue.problem(model_id)
+            if problem is None:
+                return None
+            return ServerView(model_id, ServerState.FAILED, 0, trio.current_time(), slots, reason=problem)
+        return ServerView(
+            model_id,
+            _STATES[child.state],
+            child.generation,
+            child.since,
+            slots,
+            child.spawned_at,
+            child.reason,
+            child.retry_at,
+            self._upstreams.get(model_id) if child.state is ChildState.READY else None,
+        )
+
+    def _unavailable(self, model_id: str, reason: str, retry_at: float | None) -> BackendUnavailable:
+        retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
+        return BackendUnavailable(model_id, f"{self.device.device_id}: {reason}", retry_after_s)

@@ -1,0 +1,227 @@
+"""A lane in virtual time, over servers that are a table."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+from pytest_trio import trio_fixture
+from trio.testing import MockClock
+
+from fakes.servers import FakeServers
+from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout
+from nodeagent.scheduling.lane import Lane, LaneLimits
+from nodeagent.scheduling.lease import Ticket, TicketState
+
+LIMITS = LaneLimits(max_pending=3, queue_timeout_s=100, startup_timeout_s=30)
+
+
+@trio_fixture
+async def servers() -> FakeServers:
+    return FakeServers()
+
+
+@trio_fixture
+async def lane(servers: FakeServers, nursery: trio.Nursery) -> AsyncIterator[Lane[str]]:
+    lane = Lane("cpu:0", servers, LIMITS)
+    servers.on_change = lane.nudge
+    await nursery.start(lane.run)
+    yield lane
+
+
+async def serve(ticket: Ticket[str], for_s: float) -> None:
+    await ticket.granted()
+    await trio.sleep(for_s)
+    ticket.close()
+
+
+async def test_the_first_request_loads_its_model_and_is_granted(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    ticket = lane.submit("r1", "a")
+    lease = await ticket.granted()
+    assert (lease.device_id, lease.model_id, lease.generation, lease.endpoint) == ("cpu:0", "a", 1, "a#1")
+    assert trio.current_time() == pytest.approx(1.0)
+    assert lease.load_s == pytest.approx(1.0)
+    assert lease.queued_s == pytest.approx(0.0)
+
+
+async def test_one_is_in_flight_and_the_others_follow_in_order(lane: Lane[str], autojump_clock: MockClock) -> None:
+    order: list[str] = []
+
+    async def client(name: str) -> None:
+        ticket = lane.submit(name, "a")
+        await ticket.granted()
+        order.append(name)
+        assert lane.view().in_flight == 1
+        await trio.sleep(1)
+        ticket.close()
+
+    async with trio.open_nursery() as clients:
+        for name in ("r1", "r2", "r3"):
+            clients.start_soon(client, name)
+            await trio.sleep(0.01)
+    assert order == ["r1", "r2", "r3"]
+    assert lane.admitted == 0
+
+
+async def test_the_bound_counts_before_the_lanes_task_has_run(lane: Lane[str], autojump_clock: MockClock) -> None:
+    tickets = [lane.submit(f"r{number}", "a") for number in range(3)]  # no await between: one scheduling turn
+    with pytest.raises(QueueFull) as refused:
+        lane.submit("r4", "a")
+    assert refused.value.limit == 3
+    tickets[0].close()
+    lane.submit("r5", "a")
+
+
+async def test_slots_of_the_model_run_side_by_side(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.slots = 2
+    tickets = [lane.submit(f"r{number}", "a") for number in range(3)]
+    await tickets[0].granted()
+    await tickets[1].granted()
+    await trio.testing.wait_all_tasks_blocked()
+    assert tickets[2].state is TicketState.WAITING
+    tickets[1].close()
+    await tickets[2].granted()
+
+
+async def test_a_swap_waits_for_the_request_in_flight(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    first, second = lane.submit("r1", "a"), lane.submit("r2", "b")
+    async with trio.open_nursery() as clients:
+        clients.start_soon(serve, first, 10)
+        lease = await second.granted()
+    assert servers.history == ["start a", "stop a", "start b"]
+    assert trio.current_time() == pytest.approx(12.0)
+    assert lease.queued_s == pytest.approx(11.0)
+    assert lease.load_s == pytest.approx(1.0)
+
+
+async def test_models_alternate_in_the_order_asked_for(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    async with trio.open_nursery() as clients:
+        for number, model_id in enumerate("aba"):
+            clients.start_soon(serve, lane.submit(f"r{number}", model_id), 1)
+    assert servers.history == ["start a", "stop a", "start b", "stop b", "start a"]
+
+
+async def test_a_request_that_leaves_frees_its_place_at_once(lane: Lane[str], autojump_clock: MockClock) -> None:
+    running, waiting, last = (lane.submit(f"r{number}", "a") for number in range(3))
+    await running.granted()
+    waiting.close()
+    assert lane.admitted == 2
+    running.close()
+    await last.granted()
+    last.close()
+    last.close()
+    assert lane.admitted == 0
+
+
+async def test_a_start_that_fails_is_told_to_all_who_wait_for_that_model_and_no_other(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.broken = {"a"}
+    tickets = [lane.submit("r1", "a"), lane.submit("r2", "b"), lane.submit("r3", "a")]
+    for ticket in (tickets[0], tickets[2]):
+        with pytest.raises(BackendUnavailable, match="exited with code 1"):
+            await ticket.granted()
+    assert lane.admitted == 1
+    assert (await tickets[1].granted()).model_id == "b"
+
+
+async def test_a_slow_start_refuses_those_who_wait_and_goes_on(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.load_s = 45
+    impatient = lane.submit("r1", "a")
+    with pytest.raises(ModelLoadTimeout) as refused:
+        await impatient.granted()
+    assert trio.current_time() == pytest.approx(30)
+    assert refused.value.timeout_s == 30
+    retried = lane.submit("r2", "a")
+    await retried.granted()
+    assert trio.current_time() == pytest.approx(45)
+    assert servers.history == ["start a"]
+
+
+async def test_a_slow_start_that_nobody_waits_for_gives_way_to_another_model(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.load_s = 45
+    with pytest.raises(ModelLoadTimeout):
+        await lane.submit("r1", "a").granted()
+    servers.load_s = 2
+    await lane.submit("r2", "b").granted()
+    assert trio.current_time() == pytest.approx(32)
+    assert servers.history == ["start a", "stop a", "start b"]
+
+
+async def test_waiting_for_a_turn_ends_at_the_queue_timeout(lane: Lane[str], autojump_clock: MockClock) -> None:
+    running, waiting = lane.submit("r1", "a"), lane.submit("r2", "a")
+    await running.granted()
+    with pytest.raises(QueueTimeout) as refused:
+        await waiting.granted()
+    assert refused.value.waited_s == pytest.approx(100)
+    assert lane.admitted == 1
+
+
+async def test_a_request_whose_server_died_is_tried_again_before_those_who_wait(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    first, second = lane.submit("r1", "a"), lane.submit("r2", "a")
+    await first.granted()
+    servers.crash()
+    first.retry()
+    lease = await first.granted()
+    assert lease.generation == 2
+    assert second.state is TicketState.WAITING
+    assert lane.admitted == 2
+
+
+async def test_a_crash_while_nobody_is_served_delays_the_next_request_by_the_restart(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    await serve(lane.submit("r1", "a"), 1)
+    servers.crash()
+    lease = await lane.submit("r2", "a").granted()
+    assert lease.generation == 2
+    assert servers.history == ["start a", "crash a"]
+
+
+async def test_a_preloaded_model_is_ready_before_anybody_asks(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    lane.preload("a")
+    await trio.sleep(1.5)
+    await lane.submit("r1", "a").granted()
+    assert trio.current_time() == pytest.approx(1.5)
+
+
+async def test_a_fault_of_our_own_in_a_load_is_told_and_does_not_end_the_lane(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    real_ensure = servers.ensure
+
+    async def faulty(model_id: str) -> None:
+        raise ZeroDivisionError(model_id)
+
+    servers.ensure = faulty  # type: ignore[method-assign]
+    with pytest.raises(BackendUnavailable, match="internal error"):
+        await lane.submit("r1", "a").granted()
+    assert "ZeroDivisionError" in caplog.text
+    servers.ensure = real_ensure  # type: ignore[method-assign]
+    await lane.submit("r2", "a").granted()
+
+
+async def test_the_estimate_of_the_next_free_place_follows_what_was_measured(
+    lane: Lane[str], autojump_clock: MockClock
+) -> None:
+    await serve(lane.submit("r1", "a"), 8)
+    ticket = lane.submit("r2", "a")
+    await ticket.granted()
+    await trio.sleep(3)
+    assert lane.place_free_in_s() == pytest.approx(5)
+    assert lane.view().estimated_wait_s == pytest.approx(5)

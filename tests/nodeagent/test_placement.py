@@ -1,0 +1,50 @@
+from nodeagent.scheduling.placement import AllFull, Candidate, NoneEligible, Placed, Residency, choose
+
+GIB = 2**30
+
+
+def device(name: str, residency: Residency = Residency.EMPTY, admitted: int = 0, **more: object) -> Candidate:
+    return Candidate(name, residency, admitted, 2, **more)  # type: ignore[arg-type]
+
+
+def chosen(*candidates: Candidate) -> str:
+    placement = choose(candidates)
+    assert isinstance(placement, Placed), placement
+    return placement.device_id
+
+
+def test_a_device_that_has_the_model_comes_first_even_with_less_memory_and_a_queue() -> None:
+    assert (
+        chosen(device("a", memory_free_bytes=80 * GIB), device("b", Residency.READY, 1, memory_free_bytes=GIB)) == "b"
+    )
+
+
+def test_a_device_that_is_loading_the_model_comes_before_an_idle_one() -> None:
+    assert chosen(device("a"), device("b", Residency.LOADING, 1)) == "b"
+
+
+def test_a_full_device_is_passed_over_though_it_has_the_model() -> None:
+    assert chosen(device("a", Residency.READY, 2), device("b")) == "b"
+
+
+def test_the_least_pressed_device_comes_first_then_the_empty_one_then_the_one_with_most_free_memory() -> None:
+    assert chosen(device("a", admitted=1, memory_free_bytes=9 * GIB), device("b")) == "b"
+    assert chosen(device("a", Residency.OTHER_MODEL, memory_free_bytes=9 * GIB), device("b")) == "b"
+    assert chosen(device("a", memory_free_bytes=2 * GIB), device("b", memory_free_bytes=9 * GIB)) == "b"
+    assert chosen(device("a"), device("b", memory_free_bytes=GIB)) == "b"
+
+
+def test_ties_go_to_the_first() -> None:
+    assert chosen(device("a"), device("b")) == "a"
+
+
+def test_a_device_with_an_obstacle_is_never_chosen() -> None:
+    assert chosen(device("a", Residency.READY, obstacle="keeps failing"), device("b", admitted=1)) == "b"
+
+
+def test_full_lanes_are_told_from_devices_that_cannot() -> None:
+    assert choose([device("a", admitted=2), device("b", obstacle="too small")]) == AllFull(("a",))
+    assert choose([device("a", obstacle="too small"), device("b", obstacle="failed", retry_at=7.0)]) == NoneEligible(
+        "a: too small; b: failed", 7.0
+    )
+    assert choose([]) == NoneEligible("this node has no device", None)
