@@ -1,0 +1,223 @@
+"""The agent's log: one line per event on stderr, for a person or as JSON, that can never hold up the event loop.
+
+Whoever reads our stderr may stop reading it (a paused terminal, a stuck log collector); a write to it then blocks,
+and with it everything. So an event becomes a line in the task that logs it, and a daemon thread writes the lines.
+What doesn't fit between the two is dropped and counted, and a line says so where the gap is.
+
+Events carry fields by `extra={"device": ..., "generation": ...}`; FIELDS names those that are shown. The request id
+of a line is the one of its context, so nobody has to pass it along.
+"""
+
+import atexit
+import json
+import logging
+import os
+import re
+import select
+import threading
+from collections import deque
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+LogFormat = Literal["auto", "human", "json"]
+
+request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Set by the front for as long as it handles a request."""
+
+FIELDS: Final = ("child", "device", "model", "generation", "request_id")
+
+# Together they bound what a log that nobody reads may hold: 4096 lines of 8 Ki characters are some 32 MiB at the most.
+QUEUED_LINES_MAX: Final = 4096
+MESSAGE_CHARS_MAX: Final = 8192
+# The end of a traceback is the part that says what happened.
+EXCEPTION_CHARS_MAX: Final = 8192
+LINES_PER_WRITE: Final = 64
+CLOSE_TIMEOUT_S: Final = 1.0
+
+# What could forge a line, move a terminal's cursor, or reorder the text around it; a tab is harmless.
+_UNSAFE: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+# They log each request at INFO, and the agent probes its children several times a second.
+_CHATTY: Final = ("httpx", "httpcore")
+
+_child_logger = logging.getLogger("nodeagent.child")
+
+
+def configure(format: LogFormat = "auto", level: str = "info", *, fd: int = 2) -> "LogSink":
+    """Send every logger of the process to `fd`; python's warnings too.
+
+    `auto` is `human` where `fd` is a terminal, else `json`. `level` is one of logging's names, in any case. Calling
+    again replaces what the last call set up. The sink is closed at exit; close it yourself before an `os._exit`.
+    """
+    human = format == "human" or (format == "auto" and os.isatty(fd))
+    sink = LogSink(fd)
+    sink.setFormatter(HumanFormatter() if human else JsonFormatter())
+    root = logging.getLogger()
+    for old in [handler for handler in root.handlers if isinstance(handler, LogSink)]:
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(sink)
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    atexit.register(sink.close)
+    return sink
+
+
+def child_line(device_id: str, model_id: str, generation: int, line: str) -> None:
+    """Log one line that a server printed."""
+    _child_logger.info("%s", line, extra={"device": device_id, "model": model_id, "generation": generation})
+
+
+class LogSink(logging.Handler):
+    """Writes lines to a file descriptor from a thread of its own; `emit` never waits for the reader of it.
+
+    When `capacity` lines wait, those that follow are dropped until all that waited are written: then one line tells
+    how many are missing, at the place where they are. `dropped` counts them for the life of the sink.
+    Not a QueueHandler with a QueueListener: the listener's `stop()` waits without limit for a sink that is blocked,
+    and can't even ask for the end when the queue is full.
+    """
+
+    def __init__(self, fd: int, *, capacity: int = QUEUED_LINES_MAX) -> None:
+        super().__init__()
+        self.dropped = 0
+        self._fd = fd
+        self._capacity = capacity
+        # All below is guarded by _changed; no one writes or formats while holding it.
+        self._changed = threading.Condition()
+        self._lines: deque[str] = deque()
+        self._gap = 0
+        self._closing = False
+        # A daemon: blocked in a write, it must not keep the process from ending.
+        self._thread = threading.Thread(target=self._write_lines, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._changed:
+            if self._gap or self._closing or len(self._lines) >= self._capacity:
+                self._gap += 1
+                self.dropped += 1
+                return
+        line = self._line(record)  # there still is room: logging calls us from one thread at a time
+        with self._changed:
+            self._lines.append(line)
+            self._changed.notify()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Write what waits, for at most `timeout_s`; what is logged later is dropped. A second call does nothing."""
+        with self._changed:
+            if self._closing:  # logging closes its handlers at exit once more: waiting twice would be twice as long
+                return
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        super().close()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record)
+        except Exception as error:  # a log call with wrong arguments must not end the task that made it
+            where = f"{record.filename}:{record.lineno}"
+            return self.format(_own_record(logging.ERROR, f"unusable log call at {where}: {error!r}: {record.msg!r}"))
+
+    def _write_lines(self) -> None:
+        while batch := self._next_batch():
+            # Straight to the descriptor: a thread that is blocked inside sys.stderr would hold its lock, on which
+            # the interpreter aborts at exit.
+            data = "".join(line + "\n" for line in batch).encode(errors="backslashreplace")
+            if not _write_all(self._fd, data):
+                with self._changed:
+                    self.dropped += len(batch)
+
+    def _next_batch(self) -> list[str]:
+        """Wait for lines; empty when closed and all are written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._gap or self._closing)
+            if self._lines:
+                return [self._lines.popleft() for _ in range(min(LINES_PER_WRITE, len(self._lines)))]
+            missing, self._gap = self._gap, 0
+        if missing:
+            text = f"{missing} log lines were dropped here: the log was not read fast enough"
+            return [self.format(_own_record(logging.WARNING, text))]
+        return []
+
+
+def _own_record(level: int, message: str) -> logging.LogRecord:
+    return logging.LogRecord(__name__, level, __file__, 0, message, None, None)
+
+
+def _write_all(fd: int, data: bytes) -> bool:
+    """Write it all, however long that takes; False if nobody can read it any more."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:  # whoever shares the descriptor made it non-blocking
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            poll.poll()
+        except OSError:  # the reader is gone: there is no other place to say so
+            return False
+    return True
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object: time (RFC 3339, UTC, ms), level, logger, message, the FIELDS that are set, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        event: dict[str, object] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _message(record),
+        }
+        event |= _fields(record)
+        if exception := _exception(self, record):
+            event["exception"] = exception
+        # default=str: a field may hold a path. What is unsafe occurs only inside of strings, where \u is right.
+        text = json.dumps(event, ensure_ascii=False, default=str)
+        return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class HumanFormatter(logging.Formatter):
+    """`18:07:11.042 INFO  agent: message  device=cpu:0 generation=7`, in local time.
+
+    A traceback follows on lines of its own, each set in, so that no text in it looks like an event.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
+        head = f"{time}.{int(record.msecs):03d} {record.levelname:<5} {record.name.removeprefix('nodeagent.')}: "
+        fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
+        lines = [_escaped(head + _message(record) + (f" {fields}" if fields else ""))]
+        lines += [f"    {_escaped(line)}" for line in _exception(self, record).splitlines()]
+        return "\n".join(lines)
+
+
+def _message(record: logging.LogRecord) -> str:
+    text = record.getMessage()
+    if len(text) <= MESSAGE_CHARS_MAX:
+        return text
+    return f"{text[:MESSAGE_CHARS_MAX]}... ({len(text) - MESSAGE_CHARS_MAX} characters more)"
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    found = {name: record.__dict__.get(name) for name in FIELDS}
+    if found["request_id"] is None:
+        found["request_id"] = request_id_var.get()
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    """The traceback and the stack that came with the record; "" for none."""
+    parts = [formatter.formatException(record.exc_info)] if record.exc_info and record.exc_info[0] else []
+    if record.stack_info:
+        parts.append(record.stack_info)
+    return "\n".join(parts)[-EXCEPTION_CHARS_MAX:]
+
+
+def _escaped(text: str) -> str:
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
