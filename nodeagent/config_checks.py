@@ -1,0 +1,129 @@
+"""What pydantic can't see field by field: keys of a configuration that contradict one another.
+
+These look at the values as they came from the file, of which any may be missing or of the wrong type, so that their
+findings are reported together with everything else. Each yields pairs of the key to blame and a message.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from nodeagent.config_problems import shown
+from nodeagent.config_values import check_main_gpu, is_unspecified, split_shares
+from nodeagent.server_flags import check_server_args, find_flag
+from nodeagent.yaml_source import KeyPath
+
+# More would only share out a context too thin; llama-server itself sets no limit.
+MAX_SLOTS = 1024
+
+Finding = tuple[KeyPath, str]
+Document = Mapping[str, object]
+
+
+def check_document(document: Document) -> Iterator[Finding]:
+    """Everything that is wrong between the keys of one configuration."""
+    yield from _reachable(document)
+    yield from _devices(document)
+    yield from _model_names(document)
+    for index, model in _entries(document, "models"):
+        for key, message in _server_args(model):
+            yield ("models", index, "server_args", *key), message
+
+
+def is_slot_count(value: object) -> bool:
+    """Whether this can be a value of `parallel`."""
+    return type(value) is int and 1 <= value <= MAX_SLOTS
+
+
+def server_args_parallel(model: Document) -> tuple[str, object] | None:
+    """`parallel` as `server_args` has it, under which of its names; None where it has none."""
+    server_args = model.get("server_args")
+    if isinstance(server_args, dict):
+        for name, value in server_args.items():
+            flag = find_flag(name)
+            if flag is not None and flag.key == "parallel" and value is not None and value is not False:
+                return name, value
+    return None
+
+
+def _entries(document: Document, key: str) -> Iterator[tuple[int, Document]]:
+    items = document.get(key)
+    for index, item in enumerate(items if isinstance(items, list) else []):
+        if isinstance(item, dict):
+            yield index, item
+
+
+def _reachable(document: Document) -> Iterator[Finding]:
+    host = document.get("listen_host")
+    wanted = document.get("dispatcher_base_url") is not None and document.get("advertise_url") is None
+    if wanted and isinstance(host, str) and is_unspecified(host):
+        yield (
+            ("listen_host",),
+            f"{host} does not say where the dispatcher can reach this node; set advertise_url as well",
+        )
+
+
+def _devices(document: Document) -> Iterator[Finding]:
+    first: dict[str, int] = {}
+    backend = document.get("backend", "auto")
+    for index, device in _entries(document, "devices"):
+        device_id = device.get("device_id")
+        if not isinstance(device_id, str):
+            continue
+        here = ("devices", index, "device_id")
+        kind = device_id.partition(":")[0]
+        if device_id in first:
+            yield here, f"{device_id!r} is declared twice; the first is devices[{first[device_id]}]"
+        elif first and kind != next(iter(first)).partition(":")[0]:
+            yield (
+                here,
+                f"{device_id!r} is of another kind than {next(iter(first))!r}; a node has devices of one backend",
+            )
+        elif kind in ("cpu", "gpu") and backend in ("cpu", "cuda") and (kind == "cpu") != (backend == "cpu"):
+            yield here, f"{device_id!r} is not a device of the backend {backend!r}"
+        first.setdefault(device_id, index)
+
+
+def _model_names(document: Document) -> Iterator[Finding]:
+    first: dict[str, str] = {}
+    for index, model in _entries(document, "models"):
+        for key in ("model_id", "alias"):
+            name = model.get(key)
+            if not isinstance(name, str):
+                continue
+            if name in first:
+                yield ("models", index, key), f"{name!r} is already the {first[name]}; each name stands for one model"
+            first.setdefault(name, f"{key} of models[{index}]")
+
+
+def _server_args(model: Document) -> Iterator[Finding]:
+    server_args = model.get("server_args")
+    if not isinstance(server_args, dict):
+        return
+    for name, message in check_server_args(server_args, model):
+        yield (name,), message
+    for name, value in server_args.items():
+        flag = find_flag(name)
+        try:
+            if flag is not None and flag.key == "main_gpu" and _is_value(value):
+                check_main_gpu(value)
+            if flag is not None and flag.key == "tensor_split" and _is_value(value):
+                split_shares(value if isinstance(value, str) else str(value))
+        except ValueError as error:
+            yield (name,), str(error)
+    yield from _parallel(model)
+
+
+def _is_value(value: object) -> bool:
+    """Whether a flag's value is one to look at: a bare true has its own complaint, a list is passed on piecewise."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _parallel(model: Document) -> Iterator[Finding]:
+    flag = server_args_parallel(model)
+    if flag is None or flag[1] is True:
+        return
+    name, value = flag
+    structured = model.get("parallel")
+    if not is_slot_count(value):
+        yield (name,), f"must be a whole number from 1 to {MAX_SLOTS}, found {shown(value)}"
+    elif structured is not None and structured != value:
+        yield (name,), f"is {value}, but the key `parallel` of this model is {shown(structured)}; keep one"

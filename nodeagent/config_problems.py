@@ -1,0 +1,84 @@
+"""Says in one sentence what is wrong with a value: pydantic's complaints in words for a person."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nodeagent.server_flags import find_flag
+
+_EXPECTED = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "too_short": "must not be empty",
+}
+
+# What the patterns of config.py allow, in words.
+PATTERNS: dict[str, str] = {}
+
+
+def shown(value: object) -> str:
+    """A value as it may stand in a message: short, on one line, and as YAML would write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null (nothing after the colon)"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    text = repr(list(value)) if isinstance(value, tuple) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def explain(error: Mapping[str, Any], known_keys: Iterable[str]) -> str:
+    """One of pydantic's error records (`ValidationError.errors()`) as a sentence.
+
+    `known_keys` are the keys that may stand where the error is, for a hint at a misspelt one.
+    """
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "missing":
+        return "is missing, and has no default"
+    if kind == "extra_forbidden":
+        return _unknown_key(str(error["loc"][-1]), known_keys)
+    if kind == "value_error":
+        return str(context["error"])
+    return f"{_expectation(kind, context) or error['msg']}, found {shown(value)}{_hint(kind, value)}"
+
+
+def _expectation(kind: str, context: Mapping[str, Any]) -> str | None:
+    match kind:
+        case "greater_than":
+            return f"must be more than {context['gt']:g}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']:g}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:.17g}"
+        case "literal_error":
+            return f"must be {context['expected']}"
+        case "string_pattern_mismatch":
+            return f"must be {PATTERNS[context['pattern']]}"
+        case _:
+            return _EXPECTED.get(kind)
+
+
+def _hint(kind: str, value: object) -> str:
+    if value is None:
+        return "; leave the key out for its default"
+    if kind == "string_type" and isinstance(value, int | float):
+        return "; put it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        return "; leave the quotes out"
+    return ""
+
+
+def _unknown_key(key: str, known_keys: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known_keys), n=1)
+    if close:
+        return f"is not a known key; did you mean {close[0]}?"
+    if find_flag(key) is not None:
+        return "is not a known key; a flag of llama-server's own goes under server_args"
+    return "is not a known key"

@@ -1,0 +1,168 @@
+"""The kinds of value that a configuration key can have, beyond plain numbers and words.
+
+Each validator raises ValueError with the whole sentence: what the value must be, and what was found. Where paths are
+resolved, the validation context is the configuration file's folder.
+"""
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, PlainValidator, ValidationInfo
+
+from nodeagent.config_problems import shown
+from nodeagent.server_flags import FlagValue
+
+# A host name that no resolver takes for a number ("0" is 0.0.0.0 to most): its last label starts with a letter.
+_HOST_NAME = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)*[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")
+
+
+def _absolute(value: object, info: ValidationInfo) -> Path:
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(f"must be a path, found {shown(value)}")
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"starts in a home folder that is not known here, found {shown(value)}") from error
+    folder = info.context if isinstance(info.context, Path) else Path.cwd()
+    # Lexically: a link in the path may be one that is switched on purpose, and `..` is rare.
+    return Path(os.path.normpath(folder / path))
+
+
+def _command(value: object, info: ValidationInfo) -> str:
+    if isinstance(value, str) and value and not value.startswith("~") and "/" not in value:
+        return value
+    return str(_absolute(value, info))
+
+
+def _base_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and value.isprintable()
+    except ValueError:
+        usable = False
+    if not usable or " " in value:
+        raise ValueError(f"must be a URL like http://10.0.0.5:8080, found {shown(value)}")
+    if parts.username is not None:
+        raise ValueError("must not hold a user name or password; a token goes into the file of dispatcher_token_file")
+    if "?" in value or "#" in value:
+        raise ValueError(f"must end before any ? or #, found {shown(value)}")
+    return value.rstrip("/")
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether this is the address that listens on all others."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _host(value: str) -> str:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError as error:
+        if not _HOST_NAME.fullmatch(value):
+            raise ValueError(
+                f"must be an IP address without brackets or a host's name (0.0.0.0 or :: for all), found {shown(value)}"
+            ) from error
+    return value
+
+
+def _label(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError(f"must be one line of printable text, found {shown(value)}")
+    return value
+
+
+def _on_off_auto(value: object) -> str:
+    word = ("off", "on")[value] if isinstance(value, bool) else value
+    if not isinstance(word, str) or word not in ("on", "off", "auto"):
+        raise ValueError(f"must be true, false, on, off or auto, found {shown(value)}")
+    return word
+
+
+def check_main_gpu(value: object) -> None:
+    """A server is shown its own device only, and numbers that one 0."""
+    if str(value) != "0":
+        raise ValueError(f"must be 0, found {shown(value)}: a server is shown one device only")
+
+
+def split_shares(value: object) -> tuple[float, ...]:
+    """The shares per device out of a list, or out of text like llama-server's `1,0`; all must go to the first."""
+    parts = re.split(r"[,/]", value) if isinstance(value, str) else value
+    try:
+        if not isinstance(parts, list | tuple) or any(isinstance(part, bool) for part in parts):
+            raise ValueError
+        shares = tuple(float(part) for part in parts)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"must be a list of shares like [1], found {shown(value)}") from error
+    if not shares or not 0 < shares[0] < float("inf") or any(share != 0 for share in shares[1:]):
+        raise ValueError(
+            f"must give all to one device like [1], found {shown(value)}: a server is shown one device only"
+        )
+    return shares
+
+
+def _main_gpu(value: int) -> int:
+    check_main_gpu(value)
+    return value
+
+
+def _cpus(value: object) -> frozenset[int]:
+    if isinstance(value, frozenset):
+        return value
+    if not isinstance(value, list) or not value or not all(type(cpu) is int and 0 <= cpu < 4096 for cpu in value):
+        raise ValueError(f"must be a list of CPU numbers like [0, 1], found {shown(value)}")
+    if len(set(value)) < len(value):
+        raise ValueError(f"names a CPU twice, found {shown(value)}")
+    return frozenset(value)
+
+
+def _flag_value(value: object) -> FlagValue:
+    if value is None or isinstance(value, bool):
+        return value
+    items = value if isinstance(value, list | tuple) else (value,)
+    texts: list[str | int | float] = []
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise ValueError(
+                f"must be text, a number, true, false, null, or a list of texts and numbers, found {shown(item)}"
+            )
+        if isinstance(item, str) and "\0" in item:
+            raise ValueError("must not hold a NUL character")
+        texts.append(item)
+    return tuple(texts) if isinstance(value, list | tuple) else texts[0]
+
+
+type_of_flag_value = str | int | float | bool | list[str | int | float] | None
+
+AbsolutePath = Annotated[Path, PlainValidator(_absolute, json_schema_input_type=str)]
+"""`~` expanded, relative to the configuration file's folder."""
+Command = Annotated[str, PlainValidator(_command, json_schema_input_type=str)]
+"""A bare name, looked for on PATH as a shell does; anything with a slash is a path."""
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
+"""An http or https URL that paths can be appended to; held without its last slash."""
+Host = Annotated[str, AfterValidator(_host)]
+Label = Annotated[str, AfterValidator(_label)]
+FlashAttn = Annotated[
+    Literal["on", "off", "auto"],
+    PlainValidator(_on_off_auto, json_schema_input_type=bool | Literal["on", "off", "auto"]),
+]
+MainGpu = Annotated[int, AfterValidator(_main_gpu)]
+TensorSplit = Annotated[tuple[float, ...], PlainValidator(split_shares, json_schema_input_type=list[float] | str)]
+Cpus = Annotated[frozenset[int], PlainValidator(_cpus, json_schema_input_type=list[int])]
+ServerArg = Annotated[FlagValue, PlainValidator(_flag_value, json_schema_input_type=type_of_flag_value)]
+
+
+def as_tuple(value: object) -> object:
+    """A list as the tuple that a frozen model holds; anything else is left for pydantic to refuse."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+AsTuple = BeforeValidator(as_tuple)
