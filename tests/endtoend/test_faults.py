@@ -1,0 +1,185 @@
+"""What goes wrong on a host, done to the agent as a process: killed children, bad models, a killed agent."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from fakes.agent_process import AgentProcess, assert_gone, running_agent, write_config
+
+HELLO: Any = [{"role": "user", "content": "hello there"}]
+
+
+def openai_client(agent: AgentProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{agent.base_url}/v1", api_key="none", max_retries=0, timeout=30)
+
+
+def post(agent: AgentProcess, model: str, tokens: int = 4, timeout_s: float = 30) -> httpx.Response:
+    body = {"model": model, "messages": HELLO, "max_tokens": tokens}
+    return httpx.post(f"{agent.base_url}/v1/chat/completions", json=body, timeout=timeout_s, trust_env=False)
+
+
+@pytest.fixture
+def one_slow_model(llama_server: Path, slow_model: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path, llama_server, [{"model_id": "slow", "path": str(slow_model)}])
+
+
+def test_a_stream_whose_server_is_killed_ends_in_an_error_event_and_never_cleanly(one_slow_model: Path) -> None:
+    with running_agent(one_slow_model) as agent:
+        with openai_client(agent) as client:
+            stream = client.chat.completions.create(model="slow", messages=HELLO, max_tokens=5000, stream=True)
+            next(stream)
+            agent.wait_child().kill()
+            with pytest.raises(openai.APIError, match="slow"):
+                for _chunk in stream:
+                    pass
+        body = {"model": "slow", "messages": HELLO, "max_tokens": 5000, "stream": True}
+        with httpx.stream(
+            "POST", f"{agent.base_url}/v1/chat/completions", json=body, timeout=30, trust_env=False
+        ) as answer:
+            pieces = answer.iter_bytes()
+            text = next(pieces)
+            agent.wait_child().kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                for piece in pieces:
+                    text += piece
+        last_event = text.decode().split("\n\n")[-2]
+        assert last_event.startswith('data: {"error":')
+        assert "backend_crashed" in last_event
+        assert "[DONE]" not in text.decode()
+        assert post(agent, "slow").status_code == 200
+
+
+def test_a_request_whose_server_is_killed_before_its_answer_is_served_by_the_next(one_slow_model: Path) -> None:
+    with running_agent(one_slow_model) as agent:
+        post(agent, "slow", 1)
+        child = agent.wait_child()
+        killer = threading.Timer(0.3, child.kill)
+        killer.start()
+        answer = post(agent, "slow", 300)
+        assert not child.is_running()
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 300
+
+
+def test_a_request_that_two_servers_died_under_is_a_bad_gateway_that_says_not_to_retry(one_slow_model: Path) -> None:
+    with running_agent(one_slow_model) as agent:
+        post(agent, "slow", 1)
+        first = agent.wait_child()
+
+        def kill_two() -> None:
+            first.kill()
+            second = agent.wait_child(not_pid=first.pid)
+            agent.wait_for_line(lambda line: "ready" in line["message"] and line.get("generation") == 2)
+            while second.cpu_times().user < 0.3:  # until it is at work on the request
+                pass
+            second.kill()
+
+        killer = threading.Timer(0.3, kill_two)
+        killer.start()
+        answer = post(agent, "slow", 5000, timeout_s=60)
+        killer.join()
+        assert answer.status_code == 502
+        assert answer.json()["error"]["code"] == "backend_crashed"
+        assert answer.headers["x-should-retry"] == "false"
+
+
+def test_no_child_outlives_a_killed_agent(one_slow_model: Path) -> None:
+    with running_agent(one_slow_model) as agent:
+        post(agent, "slow", 1)
+        children = agent.children()
+        assert children
+        agent.signal(signal.SIGKILL)
+        agent.wait_exit()
+        assert_gone(children)
+
+
+def test_a_model_file_that_is_missing_fails_that_model_alone_and_is_looked_at_again(
+    llama_server: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    late = tmp_path / "late.gguf"
+    models = [{"model_id": "late", "path": str(late)}, {"model_id": "tiny", "path": str(tiny_model)}]
+    with running_agent(write_config(tmp_path, llama_server, models)) as agent:
+        assert any("late" in line["message"] and line["level"] == "warning" for line in agent.lines)
+        answer = post(agent, "late")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "backend_unavailable"
+        assert "late.gguf" in answer.json()["error"]["message"]
+        assert post(agent, "tiny").status_code == 200
+        ready = httpx.get(f"{agent.base_url}/readyz", trust_env=False)
+        assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+        assert "late" in ready.json()["reasons"][0]
+        late.write_bytes(tiny_model.read_bytes())
+        assert post(agent, "late").status_code == 200
+        assert httpx.get(f"{agent.base_url}/readyz", trust_env=False).json()["status"] == "ready"
+
+
+def test_a_truncated_model_file_is_told_with_the_reason(llama_server: Path, tiny_model: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_model.read_bytes()[:-5000])
+    with running_agent(write_config(tmp_path, llama_server, [{"model_id": "cut", "path": str(cut)}])) as agent:
+        answer = post(agent, "cut")
+        assert answer.status_code == 503
+        assert "truncated" in answer.json()["error"]["message"]
+        assert httpx.get(f"{agent.base_url}/readyz", trust_env=False).status_code == 503
+        assert httpx.get(f"{agent.base_url}/livez", trust_env=False).status_code == 200
+
+
+def test_a_server_that_exits_while_starting_is_told_at_once_with_its_last_words(
+    llama_server: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"grammar": "root ::= nonsense ::"}}]
+    models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"no-such-flag": True}}]
+    with running_agent(write_config(tmp_path, llama_server, models)) as agent:
+        answer = post(agent, "tiny", timeout_s=5)
+        assert answer.status_code == 503
+        assert "no-such-flag" in answer.json()["error"]["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_model_that_is_too_slow_to_load_is_refused_for_now_and_ready_for_the_retry(
+    llama_server: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path,
+        llama_server,
+        [{"model_id": "smollm2", "path": str(smollm2)}],
+        llama_server_startup_timeout_s=0.05,
+        llama_server_startup_limit_s=30,
+    )
+    with running_agent(config) as agent:
+        answer = post(agent, "smollm2")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "model_loading"
+        assert 1 <= int(answer.headers["retry-after"]) <= 120
+        assert any("llama_server_startup_timeout_s" in line["message"] for line in agent.lines)
+        agent.wait_for_line(lambda line: "ready" in line["message"] and line.get("child") == "cpu:0/smollm2")
+        [child] = agent.children()
+        assert post(agent, "smollm2").status_code == 200
+        assert [child] == agent.children(), "the start was begun anew"
+
+
+def test_a_real_model_gives_sensible_text(llama_server: Path, smollm2: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, llama_server, [{"model_id": "smollm2", "path": str(smollm2), "preload": True}])
+    with running_agent(config) as agent, openai_client(agent) as client:
+        answer = client.chat.completions.create(
+            model="smollm2",
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            max_tokens=24,
+            temperature=0,
+        )
+        assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_a_child_that_dies_idle_is_started_again_without_being_asked_for(one_slow_model: Path) -> None:
+    with running_agent(one_slow_model) as agent:
+        post(agent, "slow", 1)
+        child = agent.wait_child()
+        child.kill()
+        assert psutil.pid_exists(agent.wait_child(not_pid=child.pid).pid)
+        assert post(agent, "slow", 1).status_code == 200
