@@ -195,6 +195,7 @@ async def test_of_two_at_once_one_fetches_and_the_other_waits_for_it(cache: Path
             nursery.start_soon(one)
             nursery.start_soon(one)
     finally:
+        hold.unlink(missing_ok=True)
         demo_logger.setLevel(logging.NOTSET)
         demo_logger.removeHandler(handler)
     assert found == [cache / SOURCE.file_name] * 2

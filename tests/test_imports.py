@@ -1,0 +1,272 @@
+"""Which room may know of which: the imports of every module, read from its source, against one table."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("nodeagent", "supervisor")
+
+# What the plain values are made of: nearly every room speaks of them.
+VALUES = {"nodeagent.devices", "nodeagent.errors"}
+
+# A module or package -> what of ours it may import, besides itself. A package stands for all that is in it; the
+# longest name that fits a module counts.
+MAY_IMPORT: dict[str, set[str]] = {
+    # Generic: it could be a project of its own.
+    "supervisor": set(),
+    # Leaves.
+    "nodeagent.errors": set(),
+    "nodeagent.devices": set(),
+    "nodeagent.logs": set(),
+    "nodeagent.server_flags": set(),
+    "nodeagent.gguf": {"nodeagent.errors"},
+    "nodeagent.yaml_source": {"nodeagent.errors"},
+    "nodeagent.state_folder": {"nodeagent.errors"},
+    # The configuration knows no running thing.
+    "nodeagent.config_problems": {"nodeagent.errors", "nodeagent.server_flags", "nodeagent.yaml_source"},
+    "nodeagent.config_values": {"nodeagent.config_problems", "nodeagent.server_flags"},
+    "nodeagent.config_checks": {
+        "nodeagent.config_problems",
+        "nodeagent.config_values",
+        "nodeagent.server_flags",
+        "nodeagent.yaml_source",
+    },
+    "nodeagent.config": {
+        "nodeagent.config_checks",
+        "nodeagent.config_problems",
+        "nodeagent.config_values",
+        "nodeagent.errors",
+        "nodeagent.gguf",
+        "nodeagent.server_flags",
+        "nodeagent.yaml_source",
+    },
+    # Vendors: no HTTP, no children.
+    "nodeagent.backends": VALUES,
+    "nodeagent.monitor": {"nodeagent.backends", *VALUES},
+    "nodeagent.catalogue": {"nodeagent.config", "nodeagent.gguf", *VALUES},
+    # Policy: no vendor, no process, no HTTP.
+    "nodeagent.scheduling": VALUES,
+    "nodeagent.status": {"nodeagent.scheduling", *VALUES},
+    # llama-server: how it is started, how it is spoken to, which one runs where.
+    "nodeagent.launch": {
+        "nodeagent.backends",
+        "nodeagent.config",
+        "nodeagent.server_flags",
+        "supervisor.probe",
+        "supervisor.restart",
+        "supervisor.spec",
+        *VALUES,
+    },
+    "nodeagent.upstream": {"nodeagent.errors", "supervisor.probe", "supervisor.spawn"},
+    "nodeagent.servers": {
+        "nodeagent.catalogue",
+        "nodeagent.config",
+        "nodeagent.monitor",
+        "nodeagent.scheduling.host",
+        "nodeagent.upstream",
+        "supervisor",
+        *VALUES,
+    },
+    # The two faces: no process, no GPU, no configuration file.
+    "nodeagent.front": {"nodeagent.logs", "nodeagent.scheduling", "nodeagent.status", "nodeagent.upstream", *VALUES},
+    "nodeagent.dispatcher": {"nodeagent.scheduling.host", "nodeagent.status", *VALUES},
+    # The shell.
+    "nodeagent.agent": {"nodeagent", "supervisor"},
+    "nodeagent.demo": {"nodeagent.config", "nodeagent.errors"},
+    "nodeagent.cli": {"nodeagent"},
+    "nodeagent.__main__": {"nodeagent.cli"},
+}
+
+# Rooms that get by with these and the standard library.
+ONLY_NEEDS: dict[str, set[str]] = {
+    "supervisor": {"psutil", "trio"},
+    "nodeagent.scheduling": {"trio"},
+    "nodeagent.errors": set(),
+    "nodeagent.devices": set(),
+    "nodeagent.status": {"trio"},
+    "nodeagent.logs": set(),
+    "nodeagent.gguf": set(),
+}
+
+HTTP = {"h11", "hypercorn", "http", "httptools", "httpx", "quart", "quart_trio", "urllib.request"}
+PROCESSES = {"multiprocessing", "psutil", "subprocess"}
+GPUS = {"pynvml"}
+NEVER: dict[str, set[str]] = {
+    "nodeagent.backends": HTTP,
+    "nodeagent.scheduling": HTTP | PROCESSES | GPUS,
+    "nodeagent.front": PROCESSES | GPUS | {"httpx"},
+    "nodeagent.dispatcher": PROCESSES | GPUS,
+    "nodeagent.config": HTTP | PROCESSES | GPUS,
+    "nodeagent.launch": HTTP | PROCESSES | GPUS,
+    "nodeagent.upstream": PROCESSES | GPUS,
+    "nodeagent.servers": HTTP | PROCESSES | GPUS,
+}
+
+# supervisord installs its modules under the same import name: in one environment pip merges the two folders.
+# fmt: off
+SUPERVISORD = {
+    "childutils", "compat", "confecho", "datatypes", "dispatchers", "events", "http", "http_client", "loggers",
+    "medusa", "options", "pidproxy", "poller", "process", "rpcinterface", "scripts", "skel", "socket_manager", "states",
+    "supervisorctl", "supervisord", "templating", "tests", "ui", "web", "xmlrpc",
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Module:
+    name: str
+    path: Path
+
+    def imports(self) -> Iterator[tuple[str, int]]:
+        """Each module that it imports, anywhere in it, with the line."""
+        return imports_of(self.path.read_text(encoding="utf-8"))
+
+
+def imports_of(source: str) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield inner if is_module(inner) else module, node.lineno
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return name.split(".")[0] in PACKAGES and (path.with_suffix(".py").is_file() or path.is_dir())
+
+
+def all_modules() -> list[Module]:
+    found = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append(Module(".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
+
+
+MODULES = all_modules()
+
+
+def is_in(name: str, place: str) -> bool:
+    return name == place or name.startswith(f"{place}.")
+
+
+def room_of(module: str, rooms: dict[str, set[str]]) -> str | None:
+    """The longest key that the module is in."""
+    return max((room for room in rooms if is_in(module, room)), key=len, default=None)
+
+
+def wrong_direction(module: str, imported: str) -> str | None:
+    """Why `module` may not import `imported`; None if it may."""
+    top = imported.split(".")[0]
+    if not top:
+        return "imports are absolute here"
+    if top in PACKAGES:
+        room = room_of(module, MAY_IMPORT)
+        if room is not None and not any(is_in(imported, place) for place in {room, *MAY_IMPORT[room]}):
+            return f"of ours, {room} may import only {sorted(MAY_IMPORT[room]) or 'nothing'}"
+        return None
+    room = room_of(module, NEVER)
+    if room is not None and any(is_in(imported, place) for place in NEVER[room]):
+        return f"{room} is to know nothing of {top}"
+    room = room_of(module, ONLY_NEEDS)
+    if room is not None and top not in sys.stdlib_module_names and top not in ONLY_NEEDS[room]:
+        return f"besides the standard library, {room} needs only {sorted(ONLY_NEEDS[room]) or 'nothing'}"
+    return None
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
+def test_a_module_imports_only_what_its_room_may_know(module: Module) -> None:
+    if module.name == "nodeagent":
+        assert list(module.imports()) == [], "importing any part of the package would import these too"
+        return
+    assert room_of(module.name, MAY_IMPORT), f"{module.name} is in no room: say in MAY_IMPORT what it may import"
+    wrong = [
+        f"{module.path.relative_to(ROOT)}:{line}: imports {imported}: {reason}"
+        for imported, line in module.imports()
+        if (reason := wrong_direction(module.name, imported))
+    ]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("supervisor.child", "nodeagent.errors"),
+        ("supervisor.child", "httpx"),
+        ("nodeagent.scheduling.lane", "nodeagent.backends.cuda"),
+        ("nodeagent.scheduling.lane", "supervisor.supervisor"),
+        ("nodeagent.front.app", "nodeagent.launch"),
+        ("nodeagent.front.app", "subprocess"),
+        ("nodeagent.backends.cpu", "http.client"),
+        ("nodeagent.dispatcher.client", "nodeagent.config"),
+        ("nodeagent.config", "nodeagent.agent"),
+        ("nodeagent.config", ".errors"),
+    ],
+)
+def test_an_import_against_the_directions_is_found(module: str, imported: str) -> None:
+    assert wrong_direction(module, imported)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("nodeagent.scheduling.lane", "nodeagent.scheduling.queueing"),
+        ("nodeagent.scheduling.lane", "logging"),
+        ("nodeagent.front.app", "nodeagent.errors"),
+        ("nodeagent.agent", "supervisor.supervisor"),
+        ("supervisor.spawn", "trio.lowlevel"),
+    ],
+)
+def test_an_import_along_the_directions_is_not_held_against_it(module: str, imported: str) -> None:
+    assert wrong_direction(module, imported) is None
+
+
+def test_imports_are_found_wherever_and_however_they_are_written() -> None:
+    source = "import a.b\ndef f():\n    from nodeagent import errors\n    from nodeagent.errors import ConfigError\n"
+    assert list(imports_of(source)) == [("a.b", 1), ("nodeagent.errors", 3), ("nodeagent.errors", 4)]
+
+
+def test_no_module_of_supervisor_has_a_name_of_supervisords() -> None:
+    ours = {part for module in MODULES if is_in(module.name, "supervisor") for part in module.name.split(".")[1:]}
+    assert not ours & SUPERVISORD
+
+
+def test_the_package_supervisor_is_empty_itself() -> None:
+    """Merged with supervisord's folder, one of the two __init__.py is lost: ours has to be nothing to lose."""
+    assert (ROOT / "supervisor" / "__init__.py").read_text() == ""
+
+
+def only_re_exports(source: str) -> bool:
+    """Nothing in it but a docstring, imports, and `__all__`."""
+
+    def is_plain(statement: ast.stmt) -> bool:
+        match statement:
+            case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant(str())):
+                return True
+            case ast.Assign([ast.Name("__all__")]):
+                return True
+        return False
+
+    return all(is_plain(statement) for statement in ast.parse(source).body)
+
+
+@pytest.mark.parametrize(
+    "path", sorted({path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")}), ids=str
+)
+def test_a_package_itself_only_re_exports(path: Path) -> None:
+    assert only_re_exports(path.read_text(encoding="utf-8")), f"{path.relative_to(ROOT)} holds code of its own"
+
+
+def test_code_in_a_package_itself_is_found() -> None:
+    assert only_re_exports('"""Doc."""\nfrom a import b\n__all__ = ["b"]\n')
+    assert not only_re_exports("BACKENDS = {}\n")
+    assert not only_re_exports("def select() -> None: ...\n")
