@@ -8,6 +8,7 @@ NodeAgentError
     ├── InvalidRequest       the request itself is wrong
     ├── UnsupportedEncoding  the body is compressed
     ├── BodyTooLarge
+    ├── BodyTooSlow          the client does not go on sending its body
     ├── ServerBusy           too many bytes of request bodies are held at once
     ├── ModelNotFound
     ├── QueueFull            every lane that could serve it is full
@@ -95,6 +96,15 @@ class BodyTooLarge(Refusal):
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         super().__init__(f"over {limit_bytes} bytes")
+
+
+class BodyTooSlow(Refusal):
+    """Of the body came `received_bytes` in `waited_s`, less than is expected of a client that still is there."""
+
+    def __init__(self, received_bytes: int, waited_s: float) -> None:
+        self.received_bytes = received_bytes
+        self.waited_s = waited_s
+        super().__init__(f"{received_bytes} bytes of the body in {waited_s:.1f} s")
 
 
 class ServerBusy(Refusal):

@@ -1,0 +1,216 @@
+"""What each request gets before the application sees it: an id, an exit stack, and bounds on its body.
+
+`Front` wraps the Quart-Trio application. It also answers what escapes it: refusals with their status, anything else
+with a 500 that names the request's id.
+"""
+
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import ExitStack
+from contextvars import ContextVar
+from typing import Any
+
+import trio
+
+from nodeagent.errors import BodyTooLarge, BodyTooSlow, Refusal, ServerBusy, UnsupportedEncoding
+from nodeagent.front.refusals import Headers, internal_error_response, refusal_response
+from nodeagent.front.server import AbortResponse, ASGIApp
+
+logger = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+# A body may take this long, and a second more for each 16 KiB that came: a slow line gets through, a client that
+# drips bytes to sit on the budget does not.
+_BODY_GRACE_S = 60.0
+_BODY_BYTES_PER_S = 2**14
+
+_request_id: ContextVar[str] = ContextVar("request_id", default="")
+_exit_stack: ContextVar[ExitStack] = ContextVar("exit_stack")
+
+
+def request_id() -> str:
+    """Return the id of the request that this task serves, "" outside of one. For answers and for logs."""
+    return _request_id.get()
+
+
+def exit_stack() -> ExitStack:
+    """Return the stack whose callbacks run once the application is done with this request, however that ends.
+
+    They are synchronous, so neither a client that left nor a cancellation on the way can lose one. Raises LookupError
+    outside of a request.
+    """
+    return _exit_stack.get()
+
+
+class Front:
+    """The ASGI application that is served: `app`, with the requests that it can't be asked to handle kept away.
+
+    `body_budget_bytes` bounds the request bodies held at once, for all requests together; a body counts, with its
+    Content-Length, from before it is read until its request is over. At least one of `max_request_bytes` fits.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_request_bytes: int, body_budget_bytes: int) -> None:
+        self._app = app
+        self._max_request_bytes = max_request_bytes
+        self._budget = _Budget(max(body_budget_bytes, max_request_bytes))
+
+    @property
+    def body_bytes_held(self) -> int:
+        """The bytes of request bodies that count against the budget now."""
+        return self._budget.held
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003})
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Any, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        identity = _identity(headers)
+        _request_id.set(identity)
+        body = _Body(headers, receive, self._budget, self._max_request_bytes)
+        answer = _Answer(send, identity)
+        error: tuple[int, Headers, bytes] | None = None
+        try:
+            with ExitStack() as stack:
+                _exit_stack.set(stack)
+                scope["nodeagent.request_id"] = identity
+                scope["nodeagent.exit_stack"] = stack
+                stack.callback(body.release)
+                body.admit()
+                await self._app(scope, body.receive, answer.send)
+                if not answer.started and not body.disconnected:
+                    raise RuntimeError("the application returned without an answer")
+        except* AbortResponse:
+            raise
+        except* Refusal as group:
+            error = refusal_response(_first(group), identity)
+            if answer.started:
+                logger.warning("request %s is cut off: %s", identity, _first(group))
+        except* Exception as failures:
+            error = internal_error_response(identity)
+            where = (scope["method"], scope["path"], identity)
+            logger.error("%s %s failed (request %s)", *where, exc_info=_plainest(failures))
+        # What has begun can only break off now: the server closes uncleanly on an answer that is not whole.
+        if error is not None and not answer.started:
+            await answer.refuse(*error, close=not body.complete)
+
+
+class _Answer:
+    """The way out: puts the request's id on the answer, and knows whether it has begun."""
+
+    def __init__(self, send: Send, identity: str) -> None:
+        self.started = False
+        self._send = send
+        self._identity = identity.encode("ascii")
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            others = [header for header in message.get("headers", []) if header[0].lower() != b"x-request-id"]
+            message = {**message, "headers": [*others, (b"x-request-id", self._identity)]}
+        await self._send(message)
+
+    async def refuse(self, status: int, headers: Headers, content: bytes, *, close: bool) -> None:
+        """Answer with an error; `close` tells the client that the rest of its body won't be read."""
+        head = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers]
+        head.append((b"content-length", b"%d" % len(content)))
+        if close:
+            head.append((b"connection", b"close"))
+        await self.send({"type": "http.response.start", "status": status, "headers": head})
+        await self.send({"type": "http.response.body", "body": content, "more_body": False})
+
+
+class _Budget:
+    """Bytes of request bodies held by all requests together."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.held = 0
+        self._limit_bytes = limit_bytes
+
+    def take(self, count: int) -> None:
+        """Raise ServerBusy where that many more don't fit."""
+        if self.held + count > self._limit_bytes:
+            raise ServerBusy(self._limit_bytes)
+        self.held += count
+
+    def give_back(self, count: int) -> None:
+        self.held -= count
+
+
+class _Body:
+    """The way in: bounds a request's body in size and time, and knows how far it has come."""
+
+    def __init__(self, headers: dict[bytes, bytes], receive: Receive, budget: _Budget, limit_bytes: int) -> None:
+        self.disconnected = False
+        self._declared_bytes = int(headers.get(b"content-length", b"0"))
+        self.complete = not self._declared_bytes and b"transfer-encoding" not in headers
+        self._encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        self._receive = receive
+        self._budget = budget
+        self._limit_bytes = limit_bytes
+        self._received_bytes = 0
+        self._taken_bytes = 0
+        self._began = trio.current_time()
+
+    def admit(self) -> None:
+        """Refuse, before anything of it is read, a body that can't be taken."""
+        if not self.complete and self._encoding.strip().lower() not in ("identity", ""):
+            raise UnsupportedEncoding(self._encoding)
+        self._grow(self._declared_bytes)
+
+    def release(self) -> None:
+        self._budget.give_back(self._taken_bytes)
+        self._taken_bytes = 0
+
+    async def receive(self) -> Message:
+        if self.complete:
+            message = await self._receive()
+        else:
+            message = await self._receive_in_time()
+        if message["type"] == "http.disconnect":
+            self.disconnected = True
+        else:
+            self._received_bytes += len(message.get("body", b""))
+            self._grow(self._received_bytes)
+            self.complete = not message.get("more_body", False)
+        return message
+
+    async def _receive_in_time(self) -> Message:
+        allowed_s = _BODY_GRACE_S + self._received_bytes / _BODY_BYTES_PER_S
+        with trio.move_on_at(self._began + allowed_s):
+            return await self._receive()
+        raise BodyTooSlow(self._received_bytes, allowed_s)
+
+    def _grow(self, to_bytes: int) -> None:
+        if to_bytes > self._limit_bytes:
+            raise BodyTooLarge(self._limit_bytes)
+        if to_bytes > self._taken_bytes:
+            self._budget.take(to_bytes - self._taken_bytes)
+            self._taken_bytes = to_bytes
+
+
+def _identity(headers: dict[bytes, bytes]) -> str:
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _CLIENTS_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _plainest(error: BaseException) -> BaseException:
+    """The error without the groups of one that nurseries wrap it in."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _first(group: BaseExceptionGroup[Refusal]) -> Refusal:
+    found = group.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found
