@@ -17,6 +17,7 @@ import trio
 from nodeagent.errors import BodyTooLarge, BodyTooSlow, Refusal, ServerBusy, UnsupportedEncoding
 from nodeagent.front.refusals import Headers, internal_error_response, refusal_response
 from nodeagent.front.server import AbortResponse, ASGIApp
+from nodeagent.logs import request_id_var
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,14 @@ _CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 # drips bytes to sit on the budget does not.
 _BODY_GRACE_S = 60.0
 _BODY_BYTES_PER_S = 2**14
+_BODIES_HELD = 4
 
-_request_id: ContextVar[str] = ContextVar("request_id", default="")
 _exit_stack: ContextVar[ExitStack] = ContextVar("exit_stack")
 
 
 def request_id() -> str:
     """Return the id of the request that this task serves, "" outside of one. For answers and for logs."""
-    return _request_id.get()
+    return request_id_var.get() or ""
 
 
 def exit_stack() -> ExitStack:
@@ -52,13 +53,13 @@ class Front:
     """The ASGI application that is served: `app`, with the requests that it can't be asked to handle kept away.
 
     `body_budget_bytes` bounds the request bodies held at once, for all requests together; a body counts, with its
-    Content-Length, from before it is read until its request is over. At least one of `max_request_bytes` fits.
+    Content-Length, from before it is read until its request is over. By default four of the longest fit.
     """
 
-    def __init__(self, app: ASGIApp, *, max_request_bytes: int, body_budget_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_request_bytes: int, body_budget_bytes: int | None = None) -> None:
         self._app = app
         self._max_request_bytes = max_request_bytes
-        self._budget = _Budget(max(body_budget_bytes, max_request_bytes))
+        self._budget = _Budget(_BODIES_HELD * max_request_bytes if body_budget_bytes is None else body_budget_bytes)
 
     @property
     def body_bytes_held(self) -> int:
@@ -76,7 +77,7 @@ class Front:
     async def _http(self, scope: Any, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         identity = _identity(headers)
-        _request_id.set(identity)
+        request_id_var.set(identity)
         body = _Body(headers, receive, self._budget, self._max_request_bytes)
         answer = _Answer(send, identity)
         error: tuple[int, Headers, bytes] | None = None

@@ -56,34 +56,27 @@ class AbortResponse(Exception):
     """Raised by the application in mid-answer to end the connection so that the client sees that it broke."""
 
 
-def bind(host: str, port: int) -> list[trio.SocketListener]:
-    """Listen on every address that `host` means, all on one port; port 0 lets the system choose it.
+async def bind(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
+    """Listen on every address that `host` means, all on one port, and say which; port 0 lets the system choose it.
 
     Raises StartupError with one line for a person. The caller closes the listeners, unless `serve` gets them.
     """
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise StartupError(f"can't listen on {place}: no address is known for {host!r} ({error})") from None
+    dual_stack = len({family for family, *_ in found}) == 1
     listeners: list[trio.SocketListener] = []
     try:
         for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
-            chosen = bound_port(listeners) if listeners else port
-            alone = len({entry[0] for entry in found}) == 1
-            listeners.append(_listen(family, (address[0], chosen, *address[2:]), dual_stack=alone))
+            listeners.append(_listen(family, (address[0], port, *address[2:]), dual_stack=dual_stack))
+            port = listeners[0].socket.getsockname()[1]
     except OSError as error:
         for listener in listeners:
             listener.socket.close()
         raise StartupError(f"can't listen on {place}: {_why(error)}") from None
-    return listeners
-
-
-def bound_port(listeners: list[trio.SocketListener]) -> int:
-    """Say on which port `bind` listens."""
-    port = listeners[0].socket.getsockname()[1]
-    assert isinstance(port, int)
-    return port
+    return listeners, port
 
 
 def _listen(family: int, address: tuple[Any, ...], *, dual_stack: bool) -> trio.SocketListener:
