@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.devices": set(),
     "nodeagent.logs": set(),
     "nodeagent.server_flags": set(),
-    "nodeagent.gguf": {"nodeagent.errors"},
+    "nodeagent.gguf_file": {"nodeagent.errors"},
+    "nodeagent.gguf": {"nodeagent.errors", "nodeagent.gguf_file"},
     "nodeagent.yaml_source": {"nodeagent.errors"},
     "nodeagent.state_folder": {"nodeagent.errors"},
     # The configuration knows no running thing.
@@ -91,6 +92,7 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "nodeagent.status": {"trio"},
     "nodeagent.logs": set(),
     "nodeagent.gguf": set(),
+    "nodeagent.gguf_file": set(),
 }
 
 HTTP = {"h11", "hypercorn", "http", "httptools", "httpx", "quart", "quart_trio", "urllib.request"}

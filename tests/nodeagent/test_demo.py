@@ -244,6 +244,7 @@ def test_the_configuration_is_one_that_the_daemon_takes(tmp_path: Path, folder: 
     assert config.state_dir == place / "state"
     [served] = config.models
     assert (served.model_id, served.path, served.preload) == (MODEL_ID, model, True)
+    assert "temp" in served.server_args
 
 
 def test_the_configuration_says_first_that_it_is_written_anew_and_is(tmp_path: Path) -> None:
