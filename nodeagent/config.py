@@ -43,6 +43,7 @@ from nodeagent.config_values import (
     TensorSplit,
 )
 from nodeagent.errors import ConfigError, Problem
+from nodeagent.gguf import GgufError, read_header
 from nodeagent.yaml_source import KeyPath, Source, read_yaml
 
 PROGRAM = "rolemesh-node-agent"
@@ -402,8 +403,6 @@ def host_problems(config: NodeConfig) -> list[Problem]:
 
 
 def _missing(source: Source, named: Iterable[tuple[KeyPath, Path]]) -> Iterator[Problem]:
-    from nodeagent.gguf import GgufError, read_header
-
     for key, path in named:
         try:
             read_header(path)

@@ -4,7 +4,6 @@ The table is the `--help` of build b10434 (a test compares it with the server at
 passed on as it stands, since other builds have other flags.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,6 +94,9 @@ _OWNED = {
     "help version license cache-list completion-bash list-devices": "the server would print something and end",
 }
 
+# The least of llama-server's verbosities at which it prints where it listens.
+_VERBOSITY_INFO = 3
+
 # The flags that have a key of their own in `models[]`.
 _STRUCTURED = {
     "ctx-size": "ctx_size",
@@ -133,7 +135,8 @@ def _read_table() -> dict[str, tuple[Flag, str]]:
         for entry in text.replace("\n", " ").split("|"):
             spellings = [word if word.startswith("-") else f"--{word}" for word in entry.split()]
             names = [spelling.lstrip("-") for spelling in spellings]
-            name = next((name for name in names if name in owners or name in _STRUCTURED), names[0])
+            first_long = next(word for word in (*entry.split(), *names) if not word.startswith("-"))
+            name = next((name for name in names if name in owners or name in _STRUCTURED), first_long)
             flag = Flag(name, frozenset(spellings), takes_value, owners.get(name), _STRUCTURED.get(name))
             table.update({known: (flag, spelling) for known, spelling in zip(names, spellings, strict=True)})
     for name in owners.keys() - table.keys():
@@ -204,17 +207,13 @@ def check_server_args(server_args: Mapping[str, object], model: Mapping[str, obj
         elif flag in seen:
             yield name, f"is the same flag as `{seen[flag]}` above; keep one"
         elif flag.takes_value and value is True:
-            yield name, f"needs a value, found true{_value_hint(name)}"
+            yield name, f"needs a value, found true{_value_hint(flag)}"
+        elif flag.name == "verbosity" and isinstance(value, int) and value < _VERBOSITY_INFO:
+            yield name, f"must be at least {_VERBOSITY_INFO}, found {value}: the agent reads the address from the log"
         elif flag.key and flag.key != "parallel" and model.get(flag.key) is not None:
             yield name, f"repeats the key `{flag.key}` of this model; keep one"
         seen.setdefault(flag, name)
 
 
-def _value_hint(name: str) -> str:
-    return " (on, off or auto)" if _plain(name) in ("fa", "flash-attn") else ""
-
-
-def nearest_flag(name: str) -> str | None:
-    """A known flag that a misspelt name may have meant."""
-    close = difflib.get_close_matches(_plain(name), _FLAGS, n=1, cutoff=0.8)
-    return close[0] if close else None
+def _value_hint(flag: Flag) -> str:
+    return " (on, off or auto)" if flag.name in ("flash-attn", "reasoning") else ""

@@ -28,6 +28,8 @@ _INT = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _NULL = "tag:yaml.org,2002:null"
 _STR = "tag:yaml.org,2002:str"
+_SEQ = "tag:yaml.org,2002:seq"
+_MAP = "tag:yaml.org,2002:map"
 
 # The regular expressions of the YAML 1.2.2 specification, section 10.3.2, with the characters they can start with.
 _CORE_SCHEMA = {
@@ -120,6 +122,8 @@ class _Builder:
             raise yaml.constructor.ConstructorError(None, None, "too many values", node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
+        if node.tag not in (_SEQ, _MAP):
+            self._complain(node, path, f"the tag {node.tag!r} is not known")
         with self._opened(node):
             if isinstance(node, yaml.SequenceNode):
                 return self._sequence(node, path)
