@@ -411,6 +411,9 @@ class _Parser(h11.Connection):
     complaint = ""
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        # Bytes after a client's last request are no reason to refuse that request, as h11 would.
+        if self.their_state is h11.MUST_CLOSE and self.trailing_data[0]:
+            return h11.PAUSED
         try:
             event = super().next_event()
             if isinstance(event, h11.Request):
