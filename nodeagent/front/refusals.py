@@ -7,9 +7,10 @@ try may help. `x-should-retry: false` tells those clients to leave it.
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 from nodeagent.errors import (
@@ -140,13 +141,9 @@ def refusal_response(error: Refusal, request_id: str) -> tuple[int, Headers, byt
 
 def error_response(status: int, message: str, request_id: str) -> tuple[int, Headers, bytes]:
     """Answer an error that is no Refusal: what HTTP itself refuses (404, 405, ...), and faults of ours (500)."""
-    ours = status >= 500
-    row = _Row(
-        status,
-        "server_error" if ours else "invalid_request_error",
-        "internal_error" if status == 500 else HTTPStatus(status).phrase.lower().replace(" ", "_").replace("-", "_"),
-        lambda _error: message,
-    )
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    phrase = "internal_error" if status == 500 else responses.get(status, "").lower()
+    row = _Row(status, kind, re.sub("[^a-z]+", "_", phrase) or None, lambda _error: message)
     return status, _headers(row, None, request_id), _json(_payload(row, None, request_id))
 
 
