@@ -1,8 +1,10 @@
-"""Says in one sentence what is wrong with a value: pydantic's complaints in words for a person."""
+"""Says in one sentence what is wrong with a value: pydantic's complaints in words for a person.
+
+The patterns of names stand here, beside the words for them."""
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from nodeagent.server_flags import find_flag
 
@@ -18,8 +20,17 @@ _EXPECTED = {
     "too_short": "must not be empty",
 }
 
-# What the patterns of config.py allow, in words.
-PATTERNS: dict[str, str] = {}
+# Ids go into URLs, log lines and metric labels, and llama-server splits its `-a` at commas.
+MODEL_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}$"
+# A node's id is also the name of a folder.
+NODE_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+DEVICE_ID: Final = r"^(cpu|gpu):(0|[1-9][0-9]{0,2})$"
+
+_PATTERNS = {
+    MODEL_NAME: "a name of letters, digits and . _ : @ / + - that starts with a letter or digit (at most 200)",
+    NODE_ID: "a name of letters, digits and . _ - that starts with a letter or digit (at most 128)",
+    DEVICE_ID: "cpu:0, cpu:1, ... or gpu:0, gpu:1, ...",
+}
 
 
 def shown(value: object) -> str:
@@ -60,7 +71,7 @@ def _expectation(kind: str, context: Mapping[str, Any]) -> str | None:
         case "literal_error":
             return f"must be {context['expected']}"
         case "string_pattern_mismatch":
-            return f"must be {PATTERNS[context['pattern']]}"
+            return f"must be {_PATTERNS[context['pattern']]}"
         case _:
             return _EXPECTED.get(kind)
 

@@ -140,7 +140,7 @@ def _flag_value(value: object) -> FlagValue:
     return tuple(texts) if isinstance(value, list | tuple) else texts[0]
 
 
-type_of_flag_value = str | int | float | bool | list[str | int | float] | None
+_FlagInput = str | int | float | bool | list[str | int | float] | None
 
 AbsolutePath = Annotated[Path, PlainValidator(_absolute, json_schema_input_type=str)]
 """`~` expanded, relative to the configuration file's folder."""
@@ -157,12 +157,12 @@ FlashAttn = Annotated[
 MainGpu = Annotated[int, AfterValidator(_main_gpu)]
 TensorSplit = Annotated[tuple[float, ...], PlainValidator(split_shares, json_schema_input_type=list[float] | str)]
 Cpus = Annotated[frozenset[int], PlainValidator(_cpus, json_schema_input_type=list[int])]
-ServerArg = Annotated[FlagValue, PlainValidator(_flag_value, json_schema_input_type=type_of_flag_value)]
+ServerArg = Annotated[FlagValue, PlainValidator(_flag_value, json_schema_input_type=_FlagInput)]
 
 
-def as_tuple(value: object) -> object:
+def _as_tuple(value: object) -> object:
     """A list as the tuple that a frozen model holds; anything else is left for pydantic to refuse."""
     return tuple(value) if isinstance(value, list) else value
 
 
-AsTuple = BeforeValidator(as_tuple)
+AsTuple = BeforeValidator(_as_tuple)

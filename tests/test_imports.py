@@ -37,13 +37,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.server_flags",
         "nodeagent.yaml_source",
     },
-    "nodeagent.config": {
+    "nodeagent.config_keys": {
         "nodeagent.config_checks",
         "nodeagent.config_problems",
         "nodeagent.config_values",
         "nodeagent.errors",
+        "nodeagent.yaml_source",
+    },
+    "nodeagent.config": {
+        "nodeagent.config_checks",
+        "nodeagent.config_keys",
+        "nodeagent.config_problems",
+        "nodeagent.config_values",
+        "nodeagent.errors",
         "nodeagent.gguf",
-        "nodeagent.server_flags",
         "nodeagent.yaml_source",
     },
     # Vendors: no HTTP, no children.
