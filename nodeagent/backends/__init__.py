@@ -1,0 +1,3 @@
+from nodeagent.backends.selection import BACKENDS, select
+
+__all__ = ["BACKENDS", "select"]

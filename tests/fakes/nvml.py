@@ -1,0 +1,117 @@
+"""A driver library for tests: speaks the part of `pynvml` that the agent uses, errors of the real classes included."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pynvml
+
+GIB = 1 << 30
+
+
+@dataclass
+class Memory:
+    total: int
+    used: int
+
+    @property
+    def free(self) -> int:
+        return self.total - self.used
+
+
+@dataclass
+class Utilization:
+    gpu: int
+
+
+@dataclass
+class FakeGpu:
+    """A GPU of the table. None is what it does not have; `error` (an NVML_ERROR number) is what every question gets."""
+
+    uuid: str
+    name: str = "NVIDIA L4"
+    memory: Memory | None = field(default_factory=lambda: Memory(24 * GIB, 1 * GIB))
+    utilization: int | None = 37
+    temperature: int | None = 41
+    milliwatts: int | None = 16_540
+    error: int | None = None
+
+
+@dataclass
+class FakeNvml:
+    """`error` is what every call gets. Using it while it is not initialised is an error, as in the real one."""
+
+    gpus: list[FakeGpu] = field(default_factory=list)
+    slices: list[FakeGpu] = field(default_factory=list)
+    error: int | None = None
+    calls: Counter[str] = field(default_factory=Counter)
+    initialised: int = 0
+
+    def nvmlInit(self) -> None:
+        self.calls["init"] += 1
+        self._fail_if(self.error)
+        self.initialised += 1
+
+    def nvmlShutdown(self) -> None:
+        self.calls["shutdown"] += 1
+        self._fail_if(pynvml.NVML_ERROR_UNINITIALIZED if not self.initialised else None)
+        self.initialised -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        self._check()
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int, /) -> FakeGpu:
+        self._check()
+        self._fail_if(self.gpus[index].error)
+        return self.gpus[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str, /) -> FakeGpu:
+        self._check()
+        for gpu in self.gpus + self.slices:
+            if gpu.uuid == uuid:
+                self._fail_if(gpu.error)
+                return gpu
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+    def nvmlDeviceGetUUID(self, handle: object, /) -> str:
+        return self._gpu(handle).uuid
+
+    def nvmlDeviceGetName(self, handle: object, /) -> str:
+        return self._gpu(handle).name
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object, /) -> Memory:
+        gpu = self._gpu(handle)
+        self._fail_if(pynvml.NVML_ERROR_NOT_SUPPORTED if gpu.memory is None else None)
+        assert gpu.memory is not None
+        return gpu.memory
+
+    def nvmlDeviceGetUtilizationRates(self, handle: object, /) -> Utilization:
+        return Utilization(self._had(handle, self._gpu(handle).utilization))
+
+    def nvmlDeviceGetTemperature(self, handle: object, sensor: int, /) -> int:
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU
+        return self._had(handle, self._gpu(handle).temperature)
+
+    def nvmlDeviceGetPowerUsage(self, handle: object, /) -> int:
+        return self._had(handle, self._gpu(handle).milliwatts)
+
+    def _gpu(self, handle: object) -> FakeGpu:
+        self._check()
+        assert isinstance(handle, FakeGpu)
+        self._fail_if(handle.error)
+        return handle
+
+    def _had(self, handle: object, value: int | None) -> int:
+        if value is None:
+            # What real ones answer for a slice, and for a whole GPU.
+            in_slice = handle in self.slices
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT if in_slice else pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return value
+
+    def _check(self) -> None:
+        self._fail_if(self.error if self.initialised else pynvml.NVML_ERROR_UNINITIALIZED)
+
+    @staticmethod
+    def _fail_if(error: int | None) -> None:
+        if error is not None:
+            raise pynvml.NVMLError(error)
