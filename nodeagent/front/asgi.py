@@ -41,10 +41,11 @@ def request_id() -> str:
 
 
 def exit_stack() -> ExitStack:
-    """Return the stack whose callbacks run once the application is done with this request, however that ends.
+    """Return the stack whose callbacks run when this request ends, however it ends.
 
-    They are synchronous, so neither a client that left nor a cancellation on the way can lose one. Raises LookupError
-    outside of a request.
+    That is before the last bytes of the answer leave, so that a client that has them finds free what it held, or else
+    when the application is done. They are synchronous: neither a client that left nor a cancellation can lose one.
+    Raises LookupError outside of a request.
     """
     return _exit_stack.get()
 
@@ -88,6 +89,7 @@ class Front:
                 scope["nodeagent.exit_stack"] = stack
                 stack.callback(body.release)
                 body.admit()
+                answer.before_last = stack.close
                 await self._app(scope, body.receive, answer.send)
                 if not answer.started and not body.disconnected:
                     raise RuntimeError("the application returned without an answer")
@@ -107,18 +109,29 @@ class Front:
 
 
 class _Answer:
-    """The way out: puts the request's id on the answer, and knows whether it has begun."""
+    """The way out: puts the request's id on the answer, and knows whether it has begun.
+
+    `before_last` is called before the client can have the whole answer.
+    """
 
     def __init__(self, send: Send, identity: str) -> None:
         self.started = False
+        self.before_last: Callable[[], None] | None = None
         self._send = send
         self._identity = identity.encode("ascii")
+        self._left_bytes: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
             others = [header for header in message.get("headers", []) if header[0].lower() != b"x-request-id"]
+            self._left_bytes = _declared_bytes(others)
             message = {**message, "headers": [*others, (b"x-request-id", self._identity)]}
+        elif message["type"] == "http.response.body":
+            if self._left_bytes is not None:
+                self._left_bytes -= len(message.get("body", b""))
+            if self.before_last is not None and (self._left_bytes == 0 or not message.get("more_body", False)):
+                self.before_last()
         await self._send(message)
 
     async def refuse(self, status: int, headers: Headers, content: bytes, *, close: bool) -> None:
@@ -198,6 +211,11 @@ class _Body:
         if to_bytes > self._taken_bytes:
             self._budget.take(to_bytes - self._taken_bytes)
             self._taken_bytes = to_bytes
+
+
+def _declared_bytes(headers: list[tuple[bytes, bytes]]) -> int | None:
+    lengths = [int(value) for name, value in headers if name.lower() == b"content-length"]
+    return lengths[0] if lengths else None
 
 
 def _identity(headers: dict[bytes, bytes]) -> str:
