@@ -95,18 +95,23 @@ def check_main_gpu(value: object) -> None:
 
 def split_shares(value: object) -> tuple[float, ...]:
     """The shares per device out of a list, or out of text like llama-server's `1,0`; all must go to the first."""
-    parts = re.split(r"[,/]", value) if isinstance(value, str) else value
     try:
-        if not isinstance(parts, list | tuple) or any(isinstance(part, bool) for part in parts):
-            raise ValueError
-        shares = tuple(float(part) for part in parts)
-    except (ValueError, TypeError) as error:
+        shares = _numbers(value)
+    except ValueError as error:
         raise ValueError(f"must be a list of shares like [1], found {shown(value)}") from error
     if not shares or not 0 < shares[0] < float("inf") or any(share != 0 for share in shares[1:]):
         raise ValueError(
             f"must give all to one device like [1], found {shown(value)}: a server is shown one device only"
         )
     return shares
+
+
+def _numbers(value: object) -> tuple[float, ...]:
+    if isinstance(value, str):
+        return tuple(float(part) for part in re.split(r"[,/]", value))
+    if not isinstance(value, list | tuple) or any(type(part) not in (int, float) for part in value):
+        raise ValueError
+    return tuple(float(part) for part in value)
 
 
 def _main_gpu(value: int) -> int:

@@ -262,6 +262,8 @@ def test_a_wrong_value_is_refused_with_what_was_found_and_what_would_be_right(ke
         ("tensor_split", "[0, 1]", "must give all to one device like [1], found [0, 1]"),
         ("tensor_split", "[]", "must give all to one device like [1], found []"),
         ("tensor_split", "[x]", "must be a list of shares like [1], found ['x']"),
+        ("tensor_split", "['1']", "must be a list of shares like [1], found ['1']"),
+        ("tensor_split", "[true]", "must be a list of shares like [1], found [True]"),
         ("tensor_split", "{}", "must be a list of shares like [1], found a mapping"),
         ("flash_attn", "yes", "must be true, false, on, off or auto, found 'yes'"),
         ("flash_attn", "1", "must be true, false, on, off or auto, found 1"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import httpx
 import pytest
@@ -16,8 +16,10 @@ from nodeagent.backends.cpu import CpuBackend
 from nodeagent.config import ModelConfig, NodeConfig, parse_config
 from nodeagent.devices import DeviceRef
 from nodeagent.launch import API_KEY_VARIABLE, child_spec, command, describe, inherited_env, model_arguments
-from supervisor.spawn import Process
 from supervisor.spec import ChildSpec
+
+if TYPE_CHECKING:
+    from supervisor.spawn import Process
 
 BINARY = Path("/opt/llama-server")
 CPU = DeviceRef("cpu:0", "cpu", 0, "CPU")
@@ -42,7 +44,7 @@ NO_PINS = Pins()
 
 
 class NeverAsked:
-    async def check(self, process: Process) -> str:
+    async def check(self, process: "Process") -> str:
         raise AssertionError("a specification is only a value")
 
 
@@ -186,7 +188,7 @@ def test_a_child_is_of_its_devices_group_and_has_its_times_from_the_configuratio
     )
 
     assert (child.child_id, child.group) == ("cpu:1/planner", "cpu:1")
-    assert child.cpus == {1}
+    assert child.cpus == frozenset({1})
     assert (child.start_timeout_s, child.probe_interval_s, child.stop.grace_s) == (50.0, 0.25, 3.0)
 
 
