@@ -37,7 +37,7 @@ _LAST_WORDS = 5
 class DeviceServers:
     """One device's servers; implements `scheduling.host.Host[Upstream]`.
 
-    `specs` maps each model id to the child that serves it here, `api_keys` to the key that the child was given.
+    `specs` maps each model id to the child that serves it here; `api_key` is what these children were given.
     What changes: `_upstreams`, in `handle` alone.
     """
 
@@ -102,10 +102,10 @@ class DeviceServers:
         try:
             await self._supervisor.start(self._specs[model_id])
         except StartFailed as failure:
-            last_words = " | ".join(failure.last_lines[-_LAST_WORDS:])
+            last_words = " | ".join(failure.exit.last_lines[-_LAST_WORDS:])
             child = self._supervisor.snapshot().get(self._specs[model_id].child_id)
             raise self._unavailable(
-                model_id, f"{failure.reason}: {last_words}", child.retry_at if child else None
+                model_id, f"{failure.exit.reason}: {last_words}", child.retry_at if child else None
             ) from failure
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure

@@ -2,7 +2,8 @@
 
 from quart import Response
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
+from werkzeug.datastructures import Headers
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
 from nodeagent.front import health, node, openai
@@ -10,16 +11,13 @@ from nodeagent.front.asgi import request_id
 from nodeagent.front.refusals import error_response, refusal_response
 from nodeagent.front.seam import Node
 
-# A client must send something of its body each minute, as with nginx's client_body_timeout.
-_BODY_TIMEOUT_S = 60
-
 
 def create_app(of: Node) -> QuartTrio:
     """Build the application that serves this node."""
     app = QuartTrio(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = of.max_request_bytes
-    app.config["BODY_TIMEOUT"] = _BODY_TIMEOUT_S
-    # Quart cuts any answer, streams too, after 60 s by default.
+    # The wrapper around the app bounds bodies in time; Quart by itself cuts any answer, streams too, after 60 s.
+    app.config["BODY_TIMEOUT"] = None
     app.config["RESPONSE_TIMEOUT"] = None
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for room in (openai, node, health):
@@ -41,4 +39,4 @@ def create_app(of: Node) -> QuartTrio:
 
 
 def _response(status: int, headers: list[tuple[str, str]], body: bytes) -> Response:
-    return Response(body, status=status, headers=headers)
+    return Response(body, status=status, headers=Headers(headers))

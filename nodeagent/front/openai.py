@@ -10,6 +10,7 @@ from typing import Any
 import pydantic_core
 import trio
 from quart import Blueprint, Response, request
+from werkzeug.datastructures import Headers
 
 from nodeagent.errors import BackendCrashed, InvalidRequest, ModelLoadTimeout, ModelNotFound, UpstreamLost
 from nodeagent.front.asgi import exit_stack, request_id
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 # connection that broke while the server lives on (a fault of its own) is tried again after it.
 _EXIT_NOTICE_S = 1.0
 _LOADING_RETRY_S = 1.0
+
+ENDPOINTS = ("chat", "completions")
+"""What of OpenAI's surface each model serves, in the wire's words."""
 
 
 def blueprint(node: Node) -> Blueprint:
@@ -63,7 +67,7 @@ async def _infer(node: Node, *, needs: str) -> Response:
     return Response(
         _Relay(answer, card.model_id, lease.device_id),
         status=answer.status,
-        headers=[*answer.headers, *_headers(node, lease, answer)],
+        headers=Headers([*answer.headers, *_headers(node, lease, answer)]),
     )
 
 

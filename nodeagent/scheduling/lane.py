@@ -65,6 +65,7 @@ _NUDGE: Final = _Nudge()
 @dataclass(slots=True)
 class _Loading:
     model_id: str
+    began_at: float
     scope: trio.CancelScope
 
 
@@ -229,6 +230,7 @@ class Lane(Generic[E]):
         [server] = [view for view in self._servers.views() if view.model_id == ticket.model_id]
         assert server.endpoint is not None, f"{server.model_id} is ready without an endpoint"
         now = trio.current_time()
+        self._charge(ticket, self._loading, now)
         queued_s = max(0.0, now - ticket.admitted_at - ticket.load_s)
         ticket.lease = Lease(
             self.device_id, ticket.model_id, server.generation, server.endpoint, queued_s, ticket.load_s
@@ -244,7 +246,7 @@ class Lane(Generic[E]):
             self._loading.scope.cancel()  # its end nudges the lane, which then decides anew
             return
         logger.info("%s: loading %s: %s", self.device_id, model_id, reason)
-        self._loading = _Loading(model_id, trio.CancelScope())
+        self._loading = _Loading(model_id, trio.current_time(), trio.CancelScope())
         nursery.start_soon(self._load, self._loading)
 
     def _begin_preload(self, nursery: trio.Nursery) -> None:
@@ -254,11 +256,10 @@ class Lane(Generic[E]):
         self._begin_load(nursery, model_id, "preload")
 
     async def _load(self, loading: _Loading) -> None:
-        began_at = trio.current_time()
         try:
             with loading.scope:
                 await self._servers.ensure(loading.model_id)
-                self.times.loaded(loading.model_id, trio.current_time() - began_at)
+                self.times.loaded(loading.model_id, trio.current_time() - loading.began_at)
         except Refusal as refusal:
             self._refuse_model(loading.model_id, refusal)
         except Exception as error:
@@ -266,12 +267,15 @@ class Lane(Generic[E]):
             logger.exception("%s: loading %s failed unexpectedly", self.device_id, loading.model_id)
             self._refuse_model(loading.model_id, BackendUnavailable(loading.model_id, f"internal error: {error!r}"))
         finally:
-            waited = trio.current_time()
             for ticket in self._waiting:
-                if ticket.model_id == loading.model_id:
-                    ticket.load_s += waited - max(began_at, ticket.admitted_at)
+                self._charge(ticket, loading, trio.current_time())
             self._loading = None
             self.nudge()
+
+    def _charge(self, ticket: Ticket[E], loading: _Loading | None, now: float) -> None:
+        """Count what a request waited for this load, apart from its waiting for a turn."""
+        if loading is not None and loading.model_id == ticket.model_id:
+            ticket.load_s += now - max(loading.began_at, ticket.admitted_at)
 
     # Refusals.
 

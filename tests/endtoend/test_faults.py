@@ -169,11 +169,11 @@ def test_a_real_model_gives_sensible_text(llama_server: Path, smollm2: Path, tmp
     with running_agent(config) as agent, openai_client(agent) as client:
         answer = client.chat.completions.create(
             model="smollm2",
-            messages=[{"role": "user", "content": "What is the capital of France?"}],
-            max_tokens=24,
+            messages=[{"role": "user", "content": "What is the sun? Answer in one sentence."}],
+            max_tokens=48,
             temperature=0,
         )
-        assert "Paris" in (answer.choices[0].message.content or "")
+        assert "star" in (answer.choices[0].message.content or "").lower()
 
 
 def test_a_child_that_dies_idle_is_started_again_without_being_asked_for(one_slow_model: Path) -> None:

@@ -212,14 +212,13 @@ def test_beyond_the_bound_requests_are_refused_at_once_with_a_time_to_come_back(
 def test_the_openai_clients_rate_limit_error(agent: AgentProcess, client: openai.OpenAI) -> None:
     streams = [client.chat.completions.create(model="slow", messages=HELLO, max_tokens=4000, stream=True)]  # type: ignore[arg-type]
     next(iter(streams[0]))
-    with ThreadPoolExecutor(3) as pool:
-        with httpx.Client(base_url=agent.base_url, timeout=60, trust_env=False) as own:
-            others = [pool.submit(own.post, "/v1/chat/completions", json=chat("slow", 1)) for _ in range(3)]
-            wait_until(lambda: lane_of(agent)["free"] == 0)
-            with pytest.raises(openai.RateLimitError):
-                client.chat.completions.create(model="slow", messages=HELLO)  # type: ignore[arg-type]
-            streams[0].close()
-            assert [other.result().status_code for other in others] == [200] * 3
+    with ThreadPoolExecutor(3) as pool, httpx.Client(base_url=agent.base_url, timeout=60, trust_env=False) as own:
+        others = [pool.submit(own.post, "/v1/chat/completions", json=chat("slow", 1)) for _ in range(3)]
+        wait_until(lambda: lane_of(agent)["free"] == 0)
+        with pytest.raises(openai.RateLimitError):
+            client.chat.completions.create(model="slow", messages=HELLO)  # type: ignore[arg-type]
+        streams[0].close()
+        assert [other.result().status_code for other in others] == [200] * 3
 
 
 def lane_of(agent: AgentProcess) -> dict[str, int]:

@@ -1,0 +1,342 @@
+"""The composition root: builds the node from its configuration and runs it from start to stop.
+
+lock the state folder, bind the address, find the devices
+├── supervisor      owns the children
+├── monitor         reads the devices
+├── lanes           one task per device
+├── front           hypercorn and the Quart-Trio app
+├── dispatcher      tells the mesh about the node
+└── signals         drain, then stop: the front first, the children last
+"""
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import trio
+
+from nodeagent import launch, logs, state_folder
+from nodeagent.backends import select
+from nodeagent.backends.base import Backend
+from nodeagent.catalogue import Catalogue
+from nodeagent.config import ModelConfig, NodeConfig, find_llama_server, read_token
+from nodeagent.devices import DeviceRef
+from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
+from nodeagent.dispatcher.payloads import heartbeat, inventory, register
+from nodeagent.dispatcher.wire import Heartbeat, Register
+from nodeagent.errors import Draining
+from nodeagent.front.app import create_app
+from nodeagent.front.asgi import Front
+from nodeagent.front.openai import ENDPOINTS
+from nodeagent.front.seam import ModelCard
+from nodeagent.front.server import bind, serve
+from nodeagent.monitor import DeviceMonitor
+from nodeagent.scheduling.lane import Lane, LaneLimits
+from nodeagent.scheduling.scheduler import Scheduler
+from nodeagent.servers import DeviceServers
+from nodeagent.status import DeviceStatus, ModelStatus, NodeSnapshot, NodeState, NodeStatus, judge
+from nodeagent.upstream import LlamaServerProbe, Upstream
+from supervisor.lifecycle import Event
+from supervisor.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+# The log of what could still run after the children are gone, and the exit itself, take less than this; a client that
+# reads nothing, or a driver that hangs, must not keep the process from ending.
+_LAST_RESORT_S = 15.0
+# Once the drain is over, answers under way are cut; this is for the last bytes of those that just ended.
+_LAST_BYTES_S = 1.0
+_IDLE_LOOK_S = 0.05
+
+
+async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _base_url: None) -> None:
+    """Run the node until SIGTERM or SIGINT has been obeyed; `on_ready` is told the base URL once requests are taken.
+
+    Raises ConfigError or StartupError, before any child was started, if the node can't run here. Cancelling stops
+    the children and returns.
+    """
+    binary = find_llama_server(config)
+    with state_folder.locked(config.state_dir):
+        listeners, port = await bind(config.listen_host, config.listen_port)
+        backend = await trio.to_thread.run_sync(select, config.backend, config.devices)
+        try:
+            # In threads: drivers can take long to answer.
+            devices = await trio.to_thread.run_sync(backend.devices, config.devices)
+            node = AgentNode(config, backend, devices, binary, port)
+            await node.run(listeners, on_ready)
+        finally:
+            backend.close()
+
+
+class AgentNode:
+    """The node: everything that runs, and what the front and the dispatcher ask of it (`front.seam.Node`).
+
+    What changes: `_phase` and `_last_resort`, in `run` and the coroutines that it calls.
+    """
+
+    def __init__(self, config: NodeConfig, backend: Backend, devices: list[DeviceRef], binary: Path, port: int) -> None:
+        self._config = config
+        self._phase = NodeStatus.STARTING
+        self._incarnation = uuid.uuid4().hex
+        self._started_at = datetime.now(UTC)
+        self._base_url = config.advertise_url or _base_url(config.listen_host, port)
+        self._front_shuts = trio.Event()
+        self._front_ended = trio.Event()
+        self._last_resort: threading.Timer | None = None
+        self._supervisor = Supervisor(on_event=self._on_event, on_line=_on_line)
+        self._monitor = DeviceMonitor(backend, devices)
+        self._catalogue = Catalogue()
+        self._hosts = {device.device_id: self._host(device, backend, binary) for device in devices}
+        self._lanes = {device_id: Lane(device_id, host, _limits(config)) for device_id, host in self._hosts.items()}
+        self.scheduler: Scheduler[Upstream] = Scheduler(self._lanes, self._hosts)
+        self._dispatcher = self._dispatcher_client()
+
+    async def run(self, listeners: list[trio.SocketListener], on_ready: Callable[[str], None]) -> None:
+        """Run until told to stop by a signal, then drain, stop the children, and return."""
+        await self._catalogue.inspect_all(self._config.models)
+        async with trio.open_nursery() as nursery:
+            signals = await nursery.start(_receive_signals)
+            await nursery.start(self._supervisor.run)
+            await nursery.start(self._monitor.run)
+            for lane in self._lanes.values():
+                await nursery.start(lane.run)
+            self._preload()
+            await nursery.start(self._serve_front, listeners)
+            self._phase = NodeStatus.READY
+            if self._dispatcher is not None:
+                await nursery.start(self._dispatcher.run)
+            logger.info("node %s takes requests at %s", self.node_id, self._base_url)
+            on_ready(self._base_url)
+            await self._until_drained(signals)
+            await self._stop()
+            nursery.cancel_scope.cancel()  # the supervisor stops the children before its task ends
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+        logger.info("node %s has stopped", self.node_id)
+
+    # What the front asks (front.seam.Node).
+
+    @property
+    def node_id(self) -> str:
+        return self._config.node_id
+
+    @property
+    def max_request_bytes(self) -> int:
+        return self._config.max_request_bytes
+
+    def cards(self) -> list[ModelCard]:
+        created = int(self._started_at.timestamp())
+        return [ModelCard(model.model_id, _aliases(model), created) for model in self._config.models]
+
+    def state(self) -> NodeState:
+        servers = [(device_id, host.views()) for device_id, host in self._hosts.items()]
+        return judge(self._phase, servers, len(self._config.models))
+
+    def inventory_json(self) -> bytes:
+        return inventory(self.snapshot()).model_dump_json().encode()
+
+    # What the dispatcher's client asks (dispatcher.client.NodeSource).
+
+    def register_payload(self) -> Register:
+        return register(self.snapshot())
+
+    def heartbeat_payload(self, sequence: int) -> Heartbeat:
+        return heartbeat(self.snapshot(), sequence)
+
+    def snapshot(self) -> NodeSnapshot:
+        """Everything about the node now."""
+        config = self._config
+        return NodeSnapshot(
+            now=trio.current_time(),
+            node_id=config.node_id,
+            node_name=config.node_name,
+            base_url=self._base_url,
+            agent_version=version("rolemesh-node-agent"),
+            incarnation=self._incarnation,
+            started_at=self._started_at,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+            state=self.state(),
+            devices=tuple(self._device_status(host) for host in self._hosts.values()),
+            models=tuple(self._model_status(model) for model in config.models),
+        )
+
+    # Building.
+
+    def _host(self, device: DeviceRef, backend: Backend, binary: Path) -> DeviceServers:
+        # Its own key for each device and each start of the agent: nobody else on the host can use the children.
+        api_key = secrets.token_urlsafe(32)
+        specs = {
+            model.model_id: launch.child_spec(
+                model,
+                device,
+                backend,
+                binary,
+                config=self._config,
+                probe=LlamaServerProbe(model.server_name, api_key),
+                api_key=api_key,
+            )
+            for model in self._config.models
+        }
+        return DeviceServers(
+            device,
+            {model.model_id: model for model in self._config.models},
+            specs,
+            api_key,
+            supervisor=self._supervisor,
+            catalogue=self._catalogue,
+            monitor=self._monitor,
+            patience_s=self._config.llama_server_startup_timeout_s,
+        )
+
+    def _dispatcher_client(self) -> DispatcherClient | None:
+        config = self._config
+        if config.dispatcher_base_url is None:
+            return None
+        warning = loopback_warning(self._base_url, config.dispatcher_base_url)
+        if warning is not None:
+            logger.warning("%s", warning)
+        return DispatcherClient(
+            config.dispatcher_base_url,
+            token=read_token(config),
+            node=self,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+        )
+
+    # Running.
+
+    async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
+        front = Front(create_app(self), max_request_bytes=self._config.max_request_bytes)
+        try:
+            await serve(
+                front,
+                listeners,
+                shutdown=self._front_shuts,
+                graceful_timeout_s=_LAST_BYTES_S,
+                task_status=task_status,
+            )
+        finally:
+            self._front_ended.set()
+
+    def _preload(self) -> None:
+        wanted = [model.model_id for model in self._config.models if model.preload]
+        for model_id in self.scheduler.preload(wanted):
+            logger.warning("model %s is not preloaded: no device is left for it", model_id)
+
+    def _on_event(self, event: Event) -> None:
+        """One transition of a child: the supervisor has logged it; whoever depends on it looks again."""
+        device_id, _, _model_id = event.child_id.partition("/")
+        self._hosts[device_id].handle(event)
+        self._lanes[device_id].nudge()
+        if self._dispatcher is not None:
+            self._dispatcher.notice()
+
+    # Stopping.
+
+    async def _until_drained(self, signals: AsyncIterator[int]) -> None:
+        """Return when a signal asked for the end and the work under way is done, given up on, or cut by a second."""
+        signum = await anext(signals)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._drain, signal.Signals(signum), nursery.cancel_scope)
+            signum = await anext(signals)
+            logger.warning(
+                "%s again: not waiting for %d requests", signal.Signals(signum).name, self.scheduler.admitted
+            )
+            nursery.cancel_scope.cancel()
+
+    async def _drain(self, asked_by: signal.Signals, done: trio.CancelScope) -> None:
+        # Balancers need a moment to notice; a person at a terminal does not want to wait for it.
+        grace_s = self._config.drain_grace_s if asked_by is signal.SIGTERM else 0.0
+        logger.info("%s: draining, taking requests for %g s more", asked_by.name, grace_s)
+        self._phase = NodeStatus.DRAINING
+        if self._dispatcher is not None:
+            self._dispatcher.notice()
+        await trio.sleep(grace_s)
+        self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s))
+        with trio.move_on_after(self._config.shutdown_timeout_s):
+            while self.scheduler.admitted:  # noqa: ASYNC110  (an event for this alone would burden each release)
+                await trio.sleep(_IDLE_LOOK_S)
+        if self.scheduler.admitted:
+            logger.warning("shutdown_timeout_s is over: ending %d requests", self.scheduler.admitted)
+        done.cancel()
+
+    async def _stop(self) -> None:
+        self._phase = NodeStatus.STOPPING
+        self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s))
+        self._last_resort = _exit_after(self._config.llama_server_stop_grace_s + _LAST_RESORT_S)
+        self._front_shuts.set()
+        await self._front_ended.wait()
+        if self._dispatcher is not None:
+            await self._dispatcher.farewell()
+
+    # Reporting.
+
+    def _device_status(self, host: DeviceServers) -> DeviceStatus:
+        device_id = host.device.device_id
+        return DeviceStatus(
+            host.device, self._monitor.latest(device_id), self._lanes[device_id].view(), tuple(host.views())
+        )
+
+    def _model_status(self, model: ModelConfig) -> ModelStatus:
+        header = self._catalogue.header(model.model_id)
+        loads = [lane.times.measured_load_s(model.model_id) for lane in self._lanes.values()]
+        measured = [load_s for load_s in loads if load_s is not None]
+        return ModelStatus(
+            model_id=model.model_id,
+            aliases=_aliases(model),
+            roles=tuple(model.roles),
+            endpoints=ENDPOINTS,
+            parallel=model.parallel,
+            path=str(model.path),
+            arguments=launch.model_arguments(model),
+            ctx_size=model.ctx_size or (header.ctx_train if header else None),
+            size_bytes=header.size_bytes if header else None,
+            problem=self._catalogue.problem(model.model_id),
+            load_time_s=min(measured, default=None),
+        )
+
+
+def _aliases(model: ModelConfig) -> tuple[str, ...]:
+    return (model.alias,) if model.alias else ()
+
+
+def _limits(config: NodeConfig) -> LaneLimits:
+    return LaneLimits(
+        max_pending=config.max_pending_requests_per_device,
+        queue_timeout_s=config.queue_timeout_s,
+        startup_timeout_s=config.llama_server_startup_timeout_s,
+    )
+
+
+def _on_line(child_id: str, generation: int, line: str) -> None:
+    device_id, _, model_id = child_id.partition("/")
+    logs.child_line(device_id, model_id, generation, line)
+
+
+def _base_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _receive_signals(*, task_status: trio.TaskStatus[AsyncIterator[int]]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started(signals)
+        await trio.sleep_forever()
+
+
+def _exit_after(after_s: float) -> threading.Timer:
+    """End the process in any case: a thread's timer, so that nothing in the event loop can hold it up."""
+
+    def end() -> None:
+        logger.critical("still not stopped after %g s; exiting now", after_s)
+        os._exit(70)
+
+    timer = threading.Timer(after_s, end)
+    timer.daemon = True
+    timer.start()
+    return timer

@@ -1,0 +1,173 @@
+"""What goes over the wire between a node and the dispatcher, and out of `/v1/node/inventory`.
+
+Sizes in bytes, durations in seconds, times in RFC 3339 and UTC; what is unknown is null. Writers send every field,
+readers pass over those that they don't know. `protocol` rises when a field changes its meaning.
+"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+PROTOCOL = 1
+
+# The interval that a dispatcher may ask for.
+INTERVAL_MIN_S = 1.0
+INTERVAL_MAX_S = 300.0
+
+
+def _rfc3339(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
+
+
+class Payload(BaseModel):
+    """Part of a message."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class RegisteredDevice(Payload):
+    device_id: str
+    uuid: str | None
+    name: str
+    backend: str
+    memory_total_bytes: int | None
+
+
+class RegisteredModel(Payload):
+    model_id: str
+    aliases: list[str]
+    roles: list[str]
+    endpoints: list[str]
+    ctx_size: int | None
+    parallel: int
+    size_bytes: int | None
+
+
+class Register(Payload):
+    """`POST /v1/nodes/register`: the node and what it has. Replaces what was there under the same `node_id`."""
+
+    protocol: int = PROTOCOL
+    node_id: str
+    node_name: str
+    base_url: str
+    agent_version: str
+    incarnation: str
+    started_at: Time
+    heartbeat_interval_s: float
+    roles: list[str]
+    devices: list[RegisteredDevice]
+    models: list[RegisteredModel]
+
+
+class Metrics(Payload):
+    """The last reading of a device, `age_s` ago."""
+
+    memory_total_bytes: int | None
+    memory_used_bytes: int | None
+    memory_free_bytes: int | None
+    utilization_ratio: float | None
+    temperature_celsius: float | None
+    power_watts: float | None
+    age_s: float | None
+
+
+class LaneLoad(Payload):
+    """Requests of one device. `estimated_wait_s`: when one that came now would start."""
+
+    in_flight: int
+    waiting: int
+    limit: int
+    free: int
+    estimated_wait_s: float
+
+
+class Server(Payload):
+    """One server. `ready_in_s`: when one that is backing off is started again."""
+
+    model_id: str
+    state: str
+    generation: int
+    since: Time
+    ready_in_s: float | None
+    slots: int
+    reason: str | None
+
+
+class DeviceState(Payload):
+    device_id: str
+    metrics: Metrics
+    lane: LaneLoad
+    servers: list[Server]
+
+
+class ModelState(Payload):
+    """Where a model is; `load_time_s` is the shortest average of the devices, null before the first load."""
+
+    model_id: str
+    loaded_on: list[str]
+    loading_on: list[str]
+    failed_on: list[str]
+    load_time_s: float | None
+
+
+class Heartbeat(Payload):
+    """`POST /v1/nodes/heartbeat`: how the node is. `sequence` rises; a reader drops one that is older."""
+
+    protocol: int = PROTOCOL
+    node_id: str
+    incarnation: str
+    sequence: int
+    sent_at: Time
+    status: str
+    reasons: list[str]
+    devices: list[DeviceState]
+    models: list[ModelState]
+
+
+class HeartbeatAnswer(Payload):
+    """What a dispatcher may answer to either."""
+
+    heartbeat_interval_s: float | None = Field(default=None, allow_inf_nan=False)
+
+
+class InventoryDevice(RegisteredDevice, DeviceState):
+    """A device with its state and what the configuration says of it."""
+
+    threads: int | None
+    cpus: list[int] | None
+
+
+class InventoryModel(RegisteredModel, ModelState):
+    """A model with its state and what the configuration says of it; `arguments` are llama-server's."""
+
+    path: str
+    arguments: list[str]
+    problem: str | None
+
+
+class Inventory(Payload):
+    """`GET /v1/node/inventory`: registration and heartbeat in one, with facts of the configuration."""
+
+    protocol: int = PROTOCOL
+    node_id: str
+    node_name: str
+    base_url: str
+    agent_version: str
+    incarnation: str
+    started_at: Time
+    sent_at: Time
+    heartbeat_interval_s: float
+    roles: list[str]
+    status: str
+    reasons: list[str]
+    devices: list[InventoryDevice]
+    models: list[InventoryModel]
+
+
+def as_json(payload: Payload) -> dict[str, Any]:
+    """The payload as it is sent, every field of it."""
+    return payload.model_dump(mode="json")

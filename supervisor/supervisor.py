@@ -1,0 +1,121 @@
+"""The supervisor: children by their ids, in one nursery."""
+
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import trio
+
+from supervisor.child import Child, ChildSnapshot, ChildState, GivenUp, StartFailed
+from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Stopped, Unhealthy
+from supervisor.spec import ChildSpec
+
+__all__ = ["ChildSnapshot", "ChildState", "GivenUp", "StartFailed", "Supervisor"]
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Keeps children alive. `run` has to be running for anything else to work.
+
+    `on_event` is told each transition after the state shows it; `on_line` (child id, generation, line) each line that
+    a child prints. Both are called in the event loop and must not block.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_event: Callable[[Event], None] = lambda _event: None,
+        on_line: Callable[[str, int, str], None] = lambda _child_id, _generation, _line: None,
+    ) -> None:
+        self._on_event = on_event
+        self._on_line = on_line
+        self._children: dict[str, Child] = {}
+        self._generations: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the children until cancelled; then every one is terminated before this returns."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def start(self, spec: ChildSpec) -> Ready:
+        """Return when the child is ready; join its start or restart if one is under way.
+
+        Raises StartFailed as soon as this try failed, with the exit and the last lines (the child is then started
+        again as its policy says), GivenUp while it has failed too often and cools down, ValueError if it runs with
+        another spec. Cancelling only stops the waiting: `stop` ends the child.
+        """
+        child = self._children.get(spec.child_id)
+        if child is not None and child.snapshot.state is ChildState.STOPPING:
+            await child.stop()
+        if child is None or not child.runs:
+            child = self._begin(spec, child)
+        elif child.spec != spec:
+            raise ValueError(f"{spec.child_id} runs with another spec: stop it first")
+        return await child.ready()
+
+    async def stop(self, child_id: str) -> None:
+        """End the child, in any state; return when all of its process group is gone.
+
+        A child that was given up on stays failed. Cancelling only stops the waiting: the child ends all the same.
+        """
+        child = self._children.get(child_id)
+        if child is not None:
+            await child.stop()
+
+    def snapshot(self) -> dict[str, ChildSnapshot]:
+        """Every child that was ever started, as it is now."""
+        return {child_id: child.snapshot for child_id, child in self._children.items()}
+
+    def lines(self, child_id: str, last: int = 1000) -> list[str]:
+        """The last lines that the child's last generation printed, the oldest first."""
+        child = self._children.get(child_id)
+        return child.process.output.lines(last) if child is not None and child.process is not None else []
+
+    def _begin(self, spec: ChildSpec, before: Child | None) -> Child:
+        assert self._nursery is not None, "Supervisor.run is not running"
+        child = Child(spec, self._generations[spec.group], self._emit, self._on_line)
+        if before is not None:
+            if before.spec.restart == spec.restart:
+                child.tracker = before.tracker
+            self._half_open(before)
+        self._children[spec.child_id] = child
+        child.begin()
+        self._nursery.start_soon(child.run)
+        return child
+
+    def _half_open(self, before: Child) -> None:
+        """One start is allowed after a child was given up on, once it has cooled down."""
+        given_up = before.snapshot
+        if given_up.state is not ChildState.FAILED:
+            return
+        if given_up.retry_at is not None and trio.current_time() < given_up.retry_at:
+            raise GivenUp(given_up.child_id, given_up.reason or "failed", given_up.retry_at)
+        before.tracker.try_again()
+
+    def _emit(self, event: Event) -> None:
+        _log(event)
+        self._on_event(event)
+
+
+def _log(event: Event) -> None:
+    extra = {"child": event.child_id, "generation": event.generation}
+    match event:
+        case Started(pid=pid):
+            logger.info("%s is starting, pid %d", event.child_id, pid, extra=extra)
+        case Ready(address=address):
+            logger.info("%s is ready at %s", event.child_id, address, extra=extra)
+        case Unhealthy(reason=reason):
+            logger.warning("%s is unhealthy and is replaced: %s", event.child_id, reason, extra=extra)
+        case Exited(exit=end):
+            last = end.last_lines[-1] if end.last_lines else "nothing"
+            logger.info("%s %s; it last printed: %s", event.child_id, end.reason, last, extra=extra)
+        case Restarting(reason=reason):
+            logger.warning("%s %s", event.child_id, reason, extra=extra)
+        case GaveUp(reason=reason):
+            logger.error("%s has failed: %s", event.child_id, reason, extra=extra)
+        case Stopped():
+            logger.info("%s has stopped", event.child_id, extra=extra)
