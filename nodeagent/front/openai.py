@@ -98,7 +98,18 @@ def read_wanted(body: bytes, *, needs: str) -> Wanted:
         raise InvalidRequest(f"'stream' must be true or false, not {_kind(stream)}.", param="stream")
     if data.get(needs) is None:
         raise InvalidRequest(f"'{needs}' is missing.", param=needs)
+    if needs == "messages":
+        _check_messages(data["messages"])
     return Wanted(model, bool(stream))
+
+
+def _check_messages(messages: object) -> None:
+    """The shape alone; llama-server's own word on it would not name the field."""
+    if not isinstance(messages, list):
+        raise InvalidRequest(f"'messages' must be a list of objects, not {_kind(messages)}.", param="messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"'messages[{index}]' must be an object, not {_kind(message)}.", param="messages")
 
 
 @dataclass(frozen=True, slots=True)

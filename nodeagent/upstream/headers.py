@@ -6,7 +6,8 @@ from collections.abc import Iterable
 # its Authorization most of all, the child has a key of its own.
 _FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"x-request-id"})
 
-# Of an answer: all but what speaks of one connection (RFC 9110, 7.6.1), and what the child says of itself.
+# Of an answer: all but what speaks of one connection (RFC 9110, 7.6.1), and what the child says of
+# itself or what the front says for every child.
 _OF_CONNECTION = frozenset(
     {
         b"connection",
@@ -20,7 +21,7 @@ _OF_CONNECTION = frozenset(
         b"upgrade",
     }
 )
-_OF_CHILD = frozenset({b"server", b"date", b"set-cookie"})
+_OF_CHILD = frozenset({b"server", b"date", b"set-cookie", b"cache-control", b"x-accel-buffering"})
 _CORS = b"access-control-"
 
 

@@ -173,7 +173,9 @@ def test_a_real_model_gives_sensible_text(llama_server: Path, smollm2: Path, tmp
             max_tokens=48,
             temperature=0,
         )
-        assert "star" in (answer.choices[0].message.content or "").lower()
+        text = (answer.choices[0].message.content or "").lower()
+        # Not one word alone: processors round differently, and so may the model's choice of words.
+        assert any(word in text for word in ("light", "star", "heat", "energy", "solar")), text
 
 
 def test_a_child_that_dies_idle_is_started_again_without_being_asked_for(one_slow_model: Path) -> None:

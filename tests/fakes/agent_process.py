@@ -61,7 +61,9 @@ class AgentProcess:
                 return line
 
     def children(self) -> list[psutil.Process]:
-        """The llama-servers that run under the agent."""
+        """The llama-servers that run under the agent; none once it has ended."""
+        if self.process.poll() is not None:
+            return []
         return [
             child
             for child in psutil.Process(self.process.pid).children(recursive=True)
