@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -13,7 +14,7 @@ import pytest
 
 from fakes.agent_process import AgentProcess, running_agent, seconds_to_idle, write_config
 
-HELLO = [{"role": "user", "content": "hello there"}]
+HELLO: Any = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def agent(
     llama_server: Path, tiny_model: Path, tiny_model_b: Path, slow_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[AgentProcess]:
     """One CPU device, two quick models and one that takes long."""
-    models = [
+    models: list[dict[str, Any]] = [
         {"model_id": "tiny", "path": str(tiny_model), "alias": "small", "roles": ["planner"]},
         {"model_id": "tiny-b", "path": str(tiny_model_b)},
         {"model_id": "slow", "path": str(slow_model)},
@@ -43,19 +44,19 @@ def http(agent: AgentProcess) -> Iterator[httpx.Client]:
         yield http
 
 
-def chat(model: str, max_tokens: int = 8, **more: object) -> dict[str, object]:
+def chat(model: str, max_tokens: int = 8, **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": HELLO, "max_tokens": max_tokens, **more}
 
 
 def test_the_openai_client_chats(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=8)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=8)
     assert answer.choices[0].message.content
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8
 
 
 def test_the_openai_client_streams(client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=16, stream=True)  # type: ignore[arg-type]
+    stream = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=16, stream=True)
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert len(pieces) > 8
     assert "".join(pieces).strip()
@@ -70,7 +71,7 @@ def test_the_openai_client_lists_the_models_and_finds_one_by_its_alias(client: o
 
 def test_an_unknown_model_is_a_not_found_error_that_names_those_known(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
-        client.chat.completions.create(model="huge", messages=HELLO)  # type: ignore[arg-type]
+        client.chat.completions.create(model="huge", messages=HELLO)
     assert refused.value.code == "model_not_found"
     assert refused.value.param == "model"
     assert "tiny-b" in refused.value.message
@@ -140,13 +141,11 @@ def test_a_malformed_request_is_a_bad_request_that_names_the_field(
     ],
 )
 def test_what_the_server_finds_wrong_with_a_request_is_told_and_harms_nothing(
-    agent: AgentProcess, http: httpx.Client, fields: dict[str, object]
+    agent: AgentProcess, http: httpx.Client, fields: dict[str, Any]
 ) -> None:
     assert http.post("/v1/chat/completions", json=chat("tiny")).status_code == 200
     child = agent.wait_child()
-    answer = http.post(
-        "/v1/chat/completions", json=chat("tiny", **fields) if "messages" not in fields else {"model": "tiny", **fields}
-    )
+    answer = http.post("/v1/chat/completions", json=chat("tiny") | fields)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
     assert http.post("/v1/chat/completions", json=chat("tiny")).status_code == 200
@@ -207,14 +206,14 @@ def test_beyond_the_bound_requests_are_refused_at_once_with_a_time_to_come_back(
 
 
 def test_the_openai_clients_rate_limit_error(agent: AgentProcess, client: openai.OpenAI) -> None:
-    streams = [client.chat.completions.create(model="slow", messages=HELLO, max_tokens=4000, stream=True)]  # type: ignore[arg-type]
-    next(iter(streams[0]))
+    stream = client.chat.completions.create(model="slow", messages=HELLO, max_tokens=4000, stream=True)
+    next(stream)
     with ThreadPoolExecutor(3) as pool, httpx.Client(base_url=agent.base_url, timeout=60, trust_env=False) as own:
         others = [pool.submit(own.post, "/v1/chat/completions", json=chat("slow", 1)) for _ in range(3)]
         wait_until(lambda: lane_of(agent)["free"] == 0)
         with pytest.raises(openai.RateLimitError):
-            client.chat.completions.create(model="slow", messages=HELLO)  # type: ignore[arg-type]
-        streams[0].close()
+            client.chat.completions.create(model="slow", messages=HELLO)
+        stream.close()
         assert [other.result().status_code for other in others] == [200] * 3
 
 

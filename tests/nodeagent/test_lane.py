@@ -1,10 +1,7 @@
 """A lane in virtual time, over servers that are a table."""
 
-from collections.abc import AsyncIterator
-
 import pytest
 import trio
-from pytest_trio import trio_fixture
 from trio.testing import MockClock
 
 from fakes.servers import FakeServers
@@ -15,17 +12,17 @@ from nodeagent.scheduling.lease import Ticket, TicketState
 LIMITS = LaneLimits(max_pending=3, queue_timeout_s=100, startup_timeout_s=30)
 
 
-@trio_fixture
+@pytest.fixture
 async def servers() -> FakeServers:
     return FakeServers()
 
 
-@trio_fixture
-async def lane(servers: FakeServers, nursery: trio.Nursery) -> AsyncIterator[Lane[str]]:
+@pytest.fixture
+async def lane(servers: FakeServers, nursery: trio.Nursery) -> Lane[str]:
     lane = Lane("cpu:0", servers, LIMITS)
     servers.on_change = lane.nudge
     await nursery.start(lane.run)
-    yield lane
+    return lane
 
 
 async def serve(ticket: Ticket[str], for_s: float) -> None:
