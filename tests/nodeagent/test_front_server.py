@@ -14,10 +14,11 @@ import trio
 from openai import APIConnectionError, AsyncOpenAI
 from quart import Response
 from quart_trio import QuartTrio
+from trio.testing import wait_all_tasks_blocked
 
 from fakes.serving import Served, start_serving
 from nodeagent.errors import StartupError
-from nodeagent.front.server import AbortResponse, _hypercorn_config, bind
+from nodeagent.front.server import AbortResponse, ASGIApp, _hypercorn_config, bind
 
 GET = b"GET / HTTP/1.1\r\nHost: node\r\n\r\n"
 GET_AND_CLOSE = b"GET / HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"
@@ -320,7 +321,7 @@ async def test_a_client_that_leaves_is_noticed_behind_a_second_request(nursery: 
             await peer.until(b"first\r\n")
             # The server reads no further while it can't use it, so the end is behind unread bytes.
             await peer.send(GET * 1000)
-            await trio.testing.wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
             assert not held.left.is_set()
         with trio.fail_after(1):
             await held.left.wait()
@@ -342,11 +343,18 @@ async def test_a_request_behind_the_last_answer_does_not_keep_the_connection(nur
         await served.ended.wait()
 
 
-async def test_an_answer_reaches_a_client_that_still_sends_its_body(nursery: trio.Nursery) -> None:
-    body = bytes(2**22)
+async def hello_at_last(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    """Answers without having read the body, when no more of it can come because nobody reads it."""
+    await wait_all_tasks_blocked()
+    await hello(scope, receive, send)
+
+
+@pytest.mark.parametrize("app", [hello, hello_at_last])
+async def test_an_answer_reaches_a_client_that_still_sends_its_body(app: ASGIApp, nursery: trio.Nursery) -> None:
+    body = bytes(2**24)
     head = b"POST / HTTP/1.1\r\nHost: n\r\nContent-Length: %d\r\n\r\n" % len(body)
     with trio.fail_after(5):
-        served = await start_serving(nursery, hello, graceful_timeout_s=60)
+        served = await start_serving(nursery, app, graceful_timeout_s=60)
         assert (await served.ask(head + body)).endswith(b"hello")
         # Nothing of it is left behind.
         served.shutdown.set()
@@ -410,7 +418,7 @@ async def test_shutdown_closes_the_listener_at_once_and_finishes_what_is_under_w
             await peer.send(GET)
             await peer.until(b"first\r\n")
             served.shutdown.set()
-            await trio.testing.wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
             with pytest.raises(OSError, match="all attempts to connect"):
                 await served.connect()
             assert not served.ended.is_set()
@@ -434,7 +442,7 @@ async def test_an_answer_begun_after_shutdown_says_that_its_connection_closes(nu
             await peer.send(GET)
             await begun.wait()
             served.shutdown.set()
-            await trio.testing.wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
             begin.set()
             assert b"connection: close" in (await peer.rest()).lower()
 
