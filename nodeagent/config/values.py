@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, PlainValidator, ValidationInfo
 
-from nodeagent.config_problems import shown
-from nodeagent.server_flags import FlagValue
+from nodeagent.config.problems import shown
+from nodeagent.config.server_flags import FlagValue
 
 # A host name that no resolver takes for a number ("0" is 0.0.0.0 to most): its last label starts with a letter.
 _HOST_NAME = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)*[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")

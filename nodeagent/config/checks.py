@@ -6,10 +6,10 @@ findings are reported together with everything else. Each yields pairs of the ke
 
 from collections.abc import Iterator, Mapping
 
-from nodeagent.config_problems import shown
-from nodeagent.config_values import check_main_gpu, is_unspecified, split_shares
-from nodeagent.server_flags import check_server_args, find_flag
-from nodeagent.yaml_source import KeyPath
+from nodeagent.config.problems import shown
+from nodeagent.config.server_flags import check_server_args, find_flag
+from nodeagent.config.values import check_main_gpu, is_unspecified, split_shares
+from nodeagent.config.yaml_source import KeyPath
 
 # More would only share out a context too thin; llama-server itself sets no limit.
 MAX_SLOTS = 1024

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator
 
-from nodeagent.config_checks import MAX_SLOTS
-from nodeagent.config_problems import DEVICE_ID, MODEL_NAME, NODE_ID
-from nodeagent.config_values import (
+from nodeagent.config.checks import MAX_SLOTS
+from nodeagent.config.problems import DEVICE_ID, MODEL_NAME, NODE_ID
+from nodeagent.config.values import (
     AbsolutePath,
     AsTuple,
     BaseUrl,
@@ -27,8 +27,8 @@ from nodeagent.config_values import (
     ServerArg,
     TensorSplit,
 )
+from nodeagent.config.yaml_source import KeyPath, Source
 from nodeagent.errors import Problem
-from nodeagent.yaml_source import KeyPath, Source
 
 PROGRAM = "rolemesh-node-agent"
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from nodeagent.server_flags import find_flag
+from nodeagent.config.server_flags import find_flag
 
 _EXPECTED = {
     "int_type": "must be a whole number",

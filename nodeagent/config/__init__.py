@@ -1,0 +1,27 @@
+"""The configuration: its keys, and reading them from a YAML file."""
+
+from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
+from nodeagent.config.loading import (
+    check_config,
+    find_llama_server,
+    host_problems,
+    json_schema,
+    load_config,
+    missing_models,
+    parse_config,
+    read_token,
+)
+
+__all__ = [
+    "DeviceConfig",
+    "ModelConfig",
+    "NodeConfig",
+    "check_config",
+    "find_llama_server",
+    "host_problems",
+    "json_schema",
+    "load_config",
+    "missing_models",
+    "parse_config",
+    "read_token",
+]
