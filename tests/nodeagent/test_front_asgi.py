@@ -14,9 +14,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.serving import start_serving
 from nodeagent.errors import BackendCrashed, ModelNotFound, QueueFull
+from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front, exit_stack, request_id
+from nodeagent.front.seam import ModelCard
 from nodeagent.front.server import AbortResponse, ASGIApp
 from nodeagent.logs import request_id_var
+from nodeagent.status import NodeState, NodeStatus
 
 MAX_BYTES = 1000
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -412,6 +415,43 @@ async def test_an_answer_may_take_as_long_as_it_takes(autojump_clock: MockClock)
     await exchange.through(slow)
     assert exchange.sent[0]["status"] == 200
     assert trio.current_time() >= 7200
+
+
+class BareNode:
+    """What `create_app` needs of a node whose own routes nobody asks."""
+
+    node_id = "box-a"
+    max_request_bytes = MAX_BYTES
+    scheduler: Any = None
+
+    def cards(self) -> list[ModelCard]:
+        return []
+
+    def state(self) -> NodeState:
+        return NodeState(NodeStatus.READY, (), can_serve=True)
+
+    def inventory_json(self) -> bytes:
+        return b"{}"
+
+
+async def test_a_stream_of_the_real_application_may_last_for_hours(autojump_clock: MockClock) -> None:
+    app = create_app(BareNode())
+
+    @app.get("/hours")
+    async def hours() -> Response:
+        return Response(chunks())
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"chunk"
+            await trio.sleep(3600)
+
+    exchange = Exchange()
+    rest = {"method": "GET", "scheme": "http", "http_version": "1.1", "query_string": b"", "root_path": ""}
+    exchange.scope.update(rest, path="/hours", raw_path=b"/hours", client=("127.0.0.1", 1), extensions={})
+    await exchange.through(app)
+    assert [message.get("body") for message in exchange.sent[1:]] == [b"chunk", b"chunk", b"chunk", b""]
+    assert trio.current_time() >= 3 * 3600
 
 
 async def test_a_cancellation_passes_through_and_the_stack_closes() -> None:
