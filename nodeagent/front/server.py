@@ -17,6 +17,7 @@ import struct
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -256,9 +257,14 @@ class _Connection:
                 return
 
     def _close(self) -> None:
-        if self.socket.fileno() == -1:
-            return
         if self._protocol.ends_by_closing():
+            self._reset()
+        self.socket.close()
+
+    def _reset(self) -> None:
+        """Close so that the client can't take what it has for whole."""
+        # It may be closed already; on macOS one that the client has reset refuses the option.
+        with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.socket.close()
 
@@ -292,10 +298,9 @@ class _Connection:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             logger.debug("%s: left: %s", self._peer, error)
         finally:
-            if not whole and self.socket.fileno() != -1:
+            if not whole:
                 self.reading.cancel()
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                self.socket.close()
+                self._reset()
 
     async def spawn_app(
         self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
@@ -401,22 +406,30 @@ class _Protocol(H11Protocol):
         head += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         head += self.config.response_headers("h11")
         await self._send_h11_event(h11.Response(status_code=status, headers=head))
-        await self._send_h11_event(h11.Data(data=body))
+        if not self.connection.answers_head:
+            await self._send_h11_event(h11.Data(data=body))
         await self._send_h11_event(h11.EndOfMessage())
 
 
 class _Parser(h11.Connection):
-    """h11's parser, and the checks that it leaves to others. `complaint` is why the last request was refused."""
+    """h11's parser, and the checks that it leaves to others.
+
+    `complaint` is why the last request was refused, `answers_head` whether its answer has no body.
+    """
 
     complaint = ""
+    answers_head = False
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         # Bytes after a client's last request are no reason to refuse that request, as h11 would.
         if self.their_state is h11.MUST_CLOSE and self.trailing_data[0]:
             return h11.PAUSED
+        if self.their_state is h11.IDLE:
+            self.answers_head = False
         try:
             event = super().next_event()
             if isinstance(event, h11.Request):
+                self.answers_head = event.method == b"HEAD"
                 _check(event)
         except h11.RemoteProtocolError as error:
             self.complaint = f"This is not a request that the node can read: {error}."
@@ -485,6 +498,8 @@ if sys.platform == "linux":
 
         An epoll that is asked about nothing else becomes readable itself then, and trio can wait for that.
         """
+        if sock.fileno() == -1:  # a failed send has just closed it
+            return
         with select.epoll() as epoll:
             epoll.register(sock.fileno(), select.EPOLLRDHUP)
             await trio.lowlevel.wait_readable(epoll.fileno())

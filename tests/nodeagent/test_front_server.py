@@ -396,6 +396,18 @@ async def test_an_ambiguous_or_oversized_request_is_refused_and_its_connection_c
     assert served_requests == []
 
 
+async def test_a_refused_head_request_gets_no_body(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
+    with trio.fail_after(5):
+        served = await start_serving(nursery, hello)
+        head = await served.ask(b"HEAD x HTTP/1.1\r\nHost: n\r\n\r\n")
+        # What can't even be read after a HEAD request is answered in full.
+        answers = await served.ask(b"HEAD / HTTP/1.1\r\nHost: n\r\n\r\n\0\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert head.endswith(b"\r\n\r\n")
+    assert answers.endswith(b"}")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 async def test_the_absolute_form_of_a_target_is_the_path_in_it(nursery: trio.Nursery) -> None:
     paths = []
 
