@@ -60,27 +60,35 @@ def _request(host: str, body: bytes) -> bytes:
 
 
 async def _client(host: str, port: int, request: bytes, until: float, outcome: Outcome) -> None:
-    """At least one request; then more until the time is over."""
+    """At least one request; then more until the time is over. A server may close after any answer, if it says so."""
     reader, writer = await asyncio.open_connection(host, port, limit=2**20)
     try:
         while True:
             began = time.perf_counter()
             writer.write(request)
-            await _read_answer(reader, began, outcome)
+            kept_alive = await _read_answer(reader, began, outcome)
             outcome.latencies_s.append(time.perf_counter() - began)
             if time.perf_counter() >= until:
                 return
+            if not kept_alive:
+                writer.close()
+                reader, writer = await asyncio.open_connection(host, port, limit=2**20)
     finally:
         writer.close()
 
 
-async def _read_answer(reader: asyncio.StreamReader, began: float, outcome: Outcome) -> None:
+async def _read_answer(reader: asyncio.StreamReader, began: float, outcome: Outcome) -> bool:
+    """Read one answer to its end; return whether the connection may be used again."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     outcome.faults += head.split(b" ", 2)[1] != b"200"
-    if b"transfer-encoding: chunked" not in head:
-        length = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-        await reader.readexactly(length)
-        return
+    if b"transfer-encoding: chunked" in head:
+        await _read_chunks(reader, began, outcome)
+    else:
+        await reader.readexactly(int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0]))
+    return b"connection: close" not in head
+
+
+async def _read_chunks(reader: asyncio.StreamReader, began: float, outcome: Outcome) -> None:
     first = True
     while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
         data = await reader.readexactly(size + 2)
