@@ -15,8 +15,8 @@ from typing import Any
 import trio
 
 from nodeagent.errors import BodyTooLarge, BodyTooSlow, Refusal, ServerBusy, UnsupportedEncoding
+from nodeagent.front.connection import AbortResponse, ASGIApp
 from nodeagent.front.refusals import Headers, internal_error_response, refusal_response
-from nodeagent.front.server import AbortResponse, ASGIApp
 from nodeagent.logs import request_id_var
 
 logger = logging.getLogger(__name__)

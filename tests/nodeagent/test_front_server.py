@@ -18,7 +18,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from fakes.serving import Served, start_serving
 from nodeagent.errors import StartupError
-from nodeagent.front.server import AbortResponse, ASGIApp, _hypercorn_config, bind
+from nodeagent.front.server import AbortResponse, ASGIApp, _hypercorn_config, bind, serve
 
 GET = b"GET / HTTP/1.1\r\nHost: node\r\n\r\n"
 GET_AND_CLOSE = b"GET / HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"
@@ -246,6 +246,15 @@ async def test_shutdown_does_not_wait_for_idle_clients(nursery: trio.Nursery) ->
             served.shutdown.set()
             await served.ended.wait()
             assert await used.rest() == await never_used.rest() == b""
+
+
+async def test_shutdown_does_not_wait_for_clients_that_it_meets_on_the_way(nursery: trio.Nursery) -> None:
+    shutdown = trio.Event()
+    shutdown.set()
+    with trio.fail_after(5):
+        listeners, port = await bind("127.0.0.1", 0)
+        async with await trio.open_tcp_stream("127.0.0.1", port):
+            await serve(hello, listeners, shutdown=shutdown, keep_alive_timeout_s=60, graceful_timeout_s=60)
 
 
 async def test_a_client_that_does_not_read_is_cut_off_after_the_send_timeout(nursery: trio.Nursery) -> None:

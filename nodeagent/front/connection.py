@@ -1,0 +1,266 @@
+"""One client's connection: reading, writing, the tasks of its applications, and its one way to end.
+
+    reading ──(idle too long, answer over and not kept alive, client left, shutdown while idle)──> leaving ──> closed
+
+hypercorn's own TCPServer is not used: each way in which a client can hurt the daemon through it sits in a method that
+would have to be overridden. Here one cancel scope around the reading is the only thing that ends a connection, whoever
+decides; then one place closes the socket. All deciding is synchronous, so that an application that is cancelled can't
+lose a keep-alive timer or a close on the way.
+"""
+
+import logging
+import select
+import socket
+import struct
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import h11
+import trio
+from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, TaskGroup
+from hypercorn.utils import parse_socket_addr, repr_socket_addr
+
+from nodeagent.front.protocol import HttpProtocol
+
+logger = logging.getLogger(__name__)
+
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+_RECEIVE_BYTES = 2**16
+# A client must read this much within the send time-out, whatever the size of the answer.
+_SEND_BYTES = 2**16
+# How long a client that still sends is listened to after the last answer.
+_LINGER_S = 2.0
+# SO_LINGER on, with no time: closing drops what is unsent and resets the connection.
+_RESET = struct.pack("ii", 1, 0)
+
+
+class AbortResponse(Exception):
+    """Raised by the application in mid-answer to end the connection so that the client sees that it broke."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all connections of a server have in common. `context.terminated` is set once it drains."""
+
+    app: ASGIApp
+    config: Config
+    context: WorkerContext
+    keep_alive_timeout_s: float
+    send_timeout_s: float
+
+
+class Connection:
+    """One client's connection, and the tasks of its applications.
+
+    `reading` is cancelled to end the connection, by anyone. Its deadline and `_idle` change in `_become`. The socket is
+    closed by `run`, and by `_send` where half a write has spoilt it.
+    """
+
+    def __init__(self, shared: Shared, stream: trio.SocketStream) -> None:
+        family, remote = stream.socket.family, stream.socket.getpeername()
+        self.reading = trio.CancelScope()
+        self.socket = stream.socket
+        self._peer = repr_socket_addr(family, remote)
+        self._shared = shared
+        self._stream = stream
+        self._idle = True
+        self._send_lock = trio.Lock()
+        self._protocol = HttpProtocol(
+            cast(AppWrapper, shared.app),
+            shared.config,
+            shared.context,
+            cast(TaskGroup, self),
+            client=parse_socket_addr(family, remote),
+            server=parse_socket_addr(family, stream.socket.getsockname()),
+            send=self.protocol_send,
+            can_read=_Turn(self),
+        )
+        self._nursery: trio.Nursery
+
+    async def run(self) -> None:
+        """Serve the connection until it is over. Raises nothing but Cancelled; the socket is closed then."""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._become(idle=True)
+                left = await self._read()
+                await self._protocol.handle(Closed())
+                if not left:
+                    await self._linger()
+                self._close()
+        except* OSError as group:
+            logger.debug("%s: %s", self._peer, group.exceptions)
+        except* Exception:
+            logger.exception("%s: this connection failed and is closed; the others go on", self._peer)
+        finally:
+            self._close()
+
+    def drain(self) -> None:
+        """End the connection now if nothing is going on there; else it ends with its answer."""
+        if self._idle:
+            self.reading.cancel()
+
+    async def _read(self) -> bool:
+        """Feed the protocol until the connection is over; return whether it was the client who ended it."""
+        with self.reading:
+            while True:
+                try:
+                    data = await self._stream.receive_some(_RECEIVE_BYTES)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    return True
+                await self._protocol.handle(RawData(bytes(data)))
+                if not data:
+                    return True
+        return False
+
+    async def _linger(self) -> None:
+        """Hear a client out that still sends: to close on unread bytes resets, and that can overtake the answer."""
+        if self._protocol.connection.their_state not in (h11.SEND_BODY, h11.ERROR):
+            return
+        with trio.move_on_after(_LINGER_S):
+            try:
+                async with self._send_lock:
+                    await self._stream.send_eof()
+                while await self._stream.receive_some(_RECEIVE_BYTES):
+                    continue
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+
+    def _close(self) -> None:
+        if self._protocol.ends_by_closing():
+            self._reset()
+        self.socket.close()
+
+    def _reset(self) -> None:
+        """Close so that the client can't take what it has for whole."""
+        # It may be closed already; on macOS one that the client has reset refuses the option.
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.socket.close()
+
+    async def protocol_send(self, event: Event) -> None:
+        """Do what the protocol wants done with the connection; but for writing, without a checkpoint."""
+        if isinstance(event, RawData):
+            await self._send(event.data)
+        elif isinstance(event, Closed):
+            self.reading.cancel()
+        elif isinstance(event, Updated):
+            self._become(idle=event.idle)
+
+    def _become(self, *, idle: bool) -> None:
+        self._idle = idle
+        self.reading.deadline = trio.current_time() + self._shared.keep_alive_timeout_s if idle else float("inf")
+
+    async def _send(self, data: bytes) -> None:
+        """Write all of it, or end the connection: nothing can follow half a write.
+
+        So it needs no shield, and a client that does not read holds up neither the daemon nor its shutdown.
+        """
+        whole = False
+        try:
+            async with self._send_lock:
+                for start in range(0, len(data), _SEND_BYTES):
+                    with trio.fail_after(self._shared.send_timeout_s):
+                        await self._stream.send_all(data[start : start + _SEND_BYTES])
+            whole = True
+        except trio.TooSlowError:
+            logger.warning("%s: read nothing for %g s and is cut off", self._peer, self._shared.send_timeout_s)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            logger.debug("%s: left: %s", self._peer, error)
+        finally:
+            if not whole:
+                self.reading.cancel()
+                self._reset()
+
+    async def spawn_app(
+        self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
+    ) -> Callable[[Any], Awaitable[None]]:
+        """Start the application on a request; return what puts ASGI events before it (as hypercorn's TaskGroup)."""
+        to_app, from_client = trio.open_memory_channel[Any](config.max_app_queue_size)
+
+        async def put(event: Any) -> None:
+            if event["type"] == "http.disconnect":
+                # Past a full queue: an application that answers without having read the body would wait for its own
+                # reading here, and the connection would stay for ever.
+                to_app.close()
+                return
+            try:
+                await to_app.send(event)
+            except trio.ClosedResourceError:
+                logger.debug("%s: the rest of a body is dropped, its request is over", self._peer)
+
+        async def receive() -> Any:
+            try:
+                return await from_client.receive()
+            except trio.EndOfChannel:
+                return {"type": "http.disconnect"}
+
+        self._nursery.start_soon(self._run_app, app, scope, receive, send)
+        return put
+
+    async def _run_app(
+        self, app: Any, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        try:
+            await app(scope, receive, send)
+        except* AbortResponse as group:
+            logger.debug("%s: an answer is cut off on purpose: %s", self._peer, group.exceptions)
+        except* Exception:
+            logger.exception("%s: the application failed on %s %s", self._peer, scope["method"], scope["path"])
+        # An answer that is not whole by now ends with the connection, without its last chunk.
+        await send(None)
+
+
+class _Turn:
+    """What the reader waits for while a request is buffered behind the one that is being answered.
+
+    Nobody reads the socket meanwhile, so the end of a client that left would be seen only after the answer.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._come = trio.Event()
+
+    async def clear(self) -> None:
+        self._come = trio.Event()
+
+    async def set(self) -> None:
+        self._come.set()
+
+    def is_set(self) -> bool:
+        return self._come.is_set()
+
+    async def wait(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_when_the_client_leaves)
+            await self._come.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _end_when_the_client_leaves(self) -> None:
+        await _hung_up(self._connection.socket)
+        self._connection.reading.cancel()
+
+
+if sys.platform == "linux":
+
+    async def _hung_up(sock: trio.socket.SocketType) -> None:
+        """Return when the peer has closed its side, though bytes of it are still unread.
+
+        An epoll that is asked about nothing else becomes readable itself then, and trio can wait for that.
+        """
+        if sock.fileno() == -1:  # a failed send has just closed it
+            return
+        with select.epoll() as epoll:
+            epoll.register(sock.fileno(), select.EPOLLRDHUP)
+            await trio.lowlevel.wait_readable(epoll.fileno())
+else:
+
+    async def _hung_up(sock: trio.socket.SocketType) -> None:
+        """Never return: without epoll, nothing tells the end from the unread bytes before it."""
+        await trio.sleep_forever()
