@@ -122,8 +122,6 @@ class _Server:
         except OSError as error:
             logger.debug("a client left before it was heard: %s", error)
             return
-        if self._shared.context.terminated.is_set():  # accepted a moment before the listener closed
-            return
         self._connections.add(connection)
         try:
             await connection.run()
