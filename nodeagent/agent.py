@@ -16,34 +16,39 @@ import signal
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import trio
 
-from nodeagent import launch, logs, state_folder
+from nodeagent import events, launch, logs, state_folder
 from nodeagent.backends import select
 from nodeagent.backends.base import Backend
 from nodeagent.catalogue import Catalogue
-from nodeagent.config import ModelConfig, NodeConfig, find_llama_server, read_token
+from nodeagent.config import ModelConfig, NodeConfig, find_llama_server, load_config, read_token, with_keys
 from nodeagent.devices import DeviceRef
 from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import Heartbeat, Register
-from nodeagent.errors import Draining
+from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Problem, Refusal, ReloadRefused
+from nodeagent.events import EventLog
 from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front
 from nodeagent.front.openai import ENDPOINTS
-from nodeagent.front.seam import ModelCard
+from nodeagent.front.seam import ModelCard, Reloaded
 from nodeagent.front.server import bind, serve
 from nodeagent.monitor import DeviceMonitor
+from nodeagent.ring import Ring
 from nodeagent.scheduling.lane import Lane, LaneLimits
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.servers import DeviceServers
 from nodeagent.status import DeviceStatus, ModelStatus, NodeSnapshot, NodeState, NodeStatus, judge
 from nodeagent.upstream import LlamaServerProbe, Upstream
 from supervisor.lifecycle import Event
+from supervisor.spec import ChildSpec
 from supervisor.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -54,6 +59,24 @@ _LAST_RESORT_S = 15.0
 # Once the drain is over, answers under way are cut; this is for the last bytes of those that just ended.
 _LAST_BYTES_S = 1.0
 _IDLE_LOOK_S = 0.05
+_LINES_KEPT = 2000
+
+# Keys that what already runs was built on: another value needs a restart of the agent.
+_FIXED_KEYS = (
+    "listen_host",
+    "listen_port",
+    "node_id",
+    "node_name",
+    "state_dir",
+    "dispatcher_base_url",
+    "dispatcher_token_file",
+    "advertise_url",
+    "heartbeat_interval_s",
+    "llama_server_bin",
+    "max_request_bytes",
+    "backend",
+    "devices",
+)
 
 
 async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _base_url: None) -> None:
@@ -70,6 +93,7 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
             # In threads: drivers can take long to answer.
             devices = await trio.to_thread.run_sync(backend.devices, config.devices)
             node = AgentNode(config, backend, devices, binary, port)
+            state_folder.say_address(config.state_dir, node.local_url)
             await node.run(listeners, on_ready)
         finally:
             backend.close()
@@ -83,17 +107,27 @@ class AgentNode:
 
     def __init__(self, config: NodeConfig, backend: Backend, devices: list[DeviceRef], binary: Path, port: int) -> None:
         self._config = config
+        self._backend = backend
+        self._binary = binary
         self._phase = NodeStatus.STARTING
+        self._drained_by_operator = False
+        self.admin_token = state_folder.admin_token(config.state_dir)
+        self.local_url = _base_url(_reachable_here(config.listen_host), port)
+        self.events: EventLog = Ring(events.KEPT)
+        self._told: NodeState | None = None
+        self._logs: dict[str, Ring[str]] = {device.device_id: Ring(_LINES_KEPT) for device in devices}
+        self._api_keys = {device.device_id: secrets.token_urlsafe(32) for device in devices}
         self._incarnation = uuid.uuid4().hex
         self._started_at = datetime.now(UTC)
         self._base_url = config.advertise_url or _base_url(config.listen_host, port)
         self._front_shuts = trio.Event()
         self._front_ended = trio.Event()
         self._last_resort: threading.Timer | None = None
-        self._supervisor = Supervisor(on_event=self._on_event, on_line=_on_line)
+        self._nursery: trio.Nursery
+        self._supervisor = Supervisor(on_event=self._on_event, on_line=self._on_line)
         self._monitor = DeviceMonitor(backend, devices)
         self._catalogue = Catalogue()
-        self._hosts = {device.device_id: self._host(device, backend, binary) for device in devices}
+        self._hosts = {device.device_id: self._host(device) for device in devices}
         self._lanes = {device_id: Lane(device_id, host, _limits(config)) for device_id, host in self._hosts.items()}
         self.scheduler: Scheduler[Upstream] = Scheduler(self._lanes, self._hosts)
         self._dispatcher = self._dispatcher_client()
@@ -102,6 +136,7 @@ class AgentNode:
         """Run until told to stop by a signal, then drain, stop the children, and return."""
         await self._catalogue.inspect_all(self._config.models)
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             signals = await nursery.start(_receive_signals)
             await nursery.start(self._supervisor.run)
             await nursery.start(self._monitor.run)
@@ -109,7 +144,7 @@ class AgentNode:
                 await nursery.start(lane.run)
             self._preload()
             await nursery.start(self._serve_front, listeners)
-            self._phase = NodeStatus.READY
+            self._enter(NodeStatus.READY)
             if self._dispatcher is not None:
                 await nursery.start(self._dispatcher.run)
             logger.info("node %s takes requests at %s", self.node_id, self._base_url)
@@ -142,6 +177,57 @@ class AgentNode:
     def inventory_json(self) -> bytes:
         return inventory(self.snapshot()).model_dump_json().encode()
 
+    def log_of(self, device_id: str) -> Ring[str]:
+        self._lane(device_id)
+        return self._logs[device_id]
+
+    async def load(self, model_id: str, device_id: str | None) -> str:
+        lane = self._lane(device_id or self.scheduler.place(model_id))
+        ticket = lane.visit(model_id)
+        try:
+            return (await ticket.granted()).device_id
+        finally:
+            ticket.close()
+
+    def load_soon(self, model_id: str, device_id: str | None) -> None:
+        self._nursery.start_soon(self._load_for_nobody, model_id, device_id)
+
+    async def unload(self, model_id: str, *, force: bool) -> list[str]:
+        devices = [device_id for device_id, host in self._hosts.items() if host.runs(model_id)]
+        async with trio.open_nursery() as nursery:
+            for device_id in devices:
+                nursery.start_soon(partial(self._lanes[device_id].unload, model_id, force=force))
+        return devices
+
+    def drain(self) -> None:
+        if self._phase is NodeStatus.READY:
+            logger.info("draining: an operator asked for it")
+            self._drained_by_operator = True
+            self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s))
+            self._enter(NodeStatus.DRAINING)
+
+    def undrain(self) -> None:
+        if self._drained_by_operator and self._phase is NodeStatus.DRAINING:
+            logger.info("taking requests again: an operator asked for it")
+            self._drained_by_operator = False
+            self.scheduler.take_new()
+            self._enter(NodeStatus.READY)
+
+    async def reload(self) -> Reloaded:
+        try:
+            config = await trio.to_thread.run_sync(_read_again, self._config)
+        except ConfigError as error:
+            problems = [str(problem) for problem in error.problems]
+            logger.error("the configuration is bad, the old one stays: %s", "; ".join(problems))
+            raise ReloadRefused(problems) from error
+        return await self._take_over(config)
+
+    def register(self) -> bool:
+        if self._dispatcher is None:
+            return False
+        self._dispatcher.register_again()
+        return True
+
     # What the dispatcher's client asks (dispatcher.client.NodeSource).
 
     def register_payload(self) -> Register:
@@ -169,31 +255,33 @@ class AgentNode:
 
     # Building.
 
-    def _host(self, device: DeviceRef, backend: Backend, binary: Path) -> DeviceServers:
-        # Its own key for each device and each start of the agent: nobody else on the host can use the children.
-        api_key = secrets.token_urlsafe(32)
-        specs = {
-            model.model_id: launch.child_spec(
-                model,
-                device,
-                backend,
-                binary,
-                config=self._config,
-                probe=LlamaServerProbe(model.server_name, api_key),
-                api_key=api_key,
-            )
-            for model in self._config.models
-        }
+    def _host(self, device: DeviceRef) -> DeviceServers:
         return DeviceServers(
             device,
             {model.model_id: model for model in self._config.models},
-            specs,
-            api_key,
+            self._specs(device, self._config),
+            self._api_keys[device.device_id],
             supervisor=self._supervisor,
             catalogue=self._catalogue,
             monitor=self._monitor,
             patience_s=self._config.llama_server_startup_timeout_s,
         )
+
+    def _specs(self, device: DeviceRef, config: NodeConfig) -> dict[str, ChildSpec]:
+        # Its own key for each device and each start of the agent: nobody else on the host can use the children.
+        api_key = self._api_keys[device.device_id]
+        return {
+            model.model_id: launch.child_spec(
+                model,
+                device,
+                self._backend,
+                self._binary,
+                config=config,
+                probe=LlamaServerProbe(model.server_name, api_key),
+                api_key=api_key,
+            )
+            for model in config.models
+        }
 
     def _dispatcher_client(self) -> DispatcherClient | None:
         config = self._config
@@ -208,6 +296,47 @@ class AgentNode:
             node=self,
             heartbeat_interval_s=config.heartbeat_interval_s,
         )
+
+    # Another configuration.
+
+    async def _take_over(self, config: NodeConfig) -> Reloaded:
+        """Make it the node's; what it does not change goes on as it is."""
+        before = {model.model_id: model for model in self._config.models}
+        after = {model.model_id: model for model in config.models}
+        what = Reloaded(
+            added=tuple(after.keys() - before.keys()),
+            changed=tuple(model_id for model_id in after.keys() & before.keys() if after[model_id] != before[model_id]),
+            removed=tuple(before.keys() - after.keys()),
+            needs_restart=tuple(key for key in _FIXED_KEYS if getattr(config, key) != getattr(self._config, key)),
+        )
+        fixed = {key: getattr(self._config, key) for key in _FIXED_KEYS}
+        self._config = with_keys(config, fixed)
+        await self._catalogue.inspect_all(config.models)
+        for device_id, host in self._hosts.items():
+            self._lanes[device_id].limits = _limits(config)
+            specs = self._specs(host.device, self._config)
+            for model_id in host.replace(after, specs, config.llama_server_startup_timeout_s):
+                # In the background: requests in flight on the old server may take their time.
+                self._nursery.start_soon(self._lanes[device_id].unload, model_id)
+        logger.info("configuration reloaded: %s", what)
+        if self._dispatcher is not None:
+            self._dispatcher.register_again()
+        return what
+
+    async def _reload_on_signal(self) -> None:
+        with suppress(ReloadRefused):  # it has been logged, and there is nobody to tell
+            await self.reload()
+
+    async def _load_for_nobody(self, model_id: str, device_id: str | None) -> None:
+        try:
+            await self.load(model_id, device_id)
+        except Refusal as refusal:
+            logger.warning("loading %s: %s", model_id, refusal)
+
+    def _lane(self, device_id: str) -> Lane[Upstream]:
+        if device_id not in self._lanes:
+            raise NoSuchDevice(device_id, list(self._lanes))
+        return self._lanes[device_id]
 
     # Running.
 
@@ -234,6 +363,24 @@ class AgentNode:
         device_id, _, _model_id = event.child_id.partition("/")
         self._hosts[device_id].handle(event)
         self._lanes[device_id].nudge()
+        self.events.append(events.of_child(event))
+        self._tell_state()
+
+    def _on_line(self, child_id: str, generation: int, line: str) -> None:
+        device_id, _, model_id = child_id.partition("/")
+        self._logs[device_id].append(line)
+        logs.child_line(device_id, model_id, generation, line)
+
+    def _enter(self, phase: NodeStatus) -> None:
+        self._phase = phase
+        self._tell_state()
+
+    def _tell_state(self) -> None:
+        """Something changed: say so to the dispatcher, and to those who listen if it changed the node's own state."""
+        state = self.state()
+        if state != self._told:
+            self._told = state
+            self.events.append(events.of_node(state.status.value, state.reasons))
         if self._dispatcher is not None:
             self._dispatcher.notice()
 
@@ -241,7 +388,7 @@ class AgentNode:
 
     async def _until_drained(self, signals: AsyncIterator[int]) -> None:
         """Return when a signal asked for the end and the work under way is done, given up on, or cut by a second."""
-        signum = await anext(signals)
+        signum = await self._next_end(signals)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._drain, signal.Signals(signum), nursery.cancel_scope)
             signum = await anext(signals)
@@ -250,13 +397,19 @@ class AgentNode:
             )
             nursery.cancel_scope.cancel()
 
+    async def _next_end(self, signals: AsyncIterator[int]) -> int:
+        """The next signal that asks for the end; those that ask for a reload are obeyed on the way."""
+        while (signum := await anext(signals)) == signal.SIGHUP:
+            logger.info("SIGHUP: reloading the configuration")
+            self._nursery.start_soon(self._reload_on_signal)
+        return signum
+
     async def _drain(self, asked_by: signal.Signals, done: trio.CancelScope) -> None:
         # Balancers need a moment to notice; a person at a terminal does not want to wait for it.
         grace_s = self._config.drain_grace_s if asked_by is signal.SIGTERM else 0.0
         logger.info("%s: draining, taking requests for %g s more", asked_by.name, grace_s)
-        self._phase = NodeStatus.DRAINING
-        if self._dispatcher is not None:
-            self._dispatcher.notice()
+        self._drained_by_operator = False
+        self._enter(NodeStatus.DRAINING)
         await trio.sleep(grace_s)
         self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s))
         with trio.move_on_after(self._config.shutdown_timeout_s):
@@ -267,7 +420,7 @@ class AgentNode:
         done.cancel()
 
     async def _stop(self) -> None:
-        self._phase = NodeStatus.STOPPING
+        self._enter(NodeStatus.STOPPING)
         self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s))
         self._last_resort = _exit_after(self._config.llama_server_stop_grace_s + _LAST_RESORT_S)
         self._front_shuts.set()
@@ -314,9 +467,17 @@ def _limits(config: NodeConfig) -> LaneLimits:
     )
 
 
-def _on_line(child_id: str, generation: int, line: str) -> None:
-    device_id, _, model_id = child_id.partition("/")
-    logs.child_line(device_id, model_id, generation, line)
+def _reachable_here(listen_host: str) -> str:
+    """An address at which this host reaches what listens there."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen_host, listen_host)
+
+
+def _read_again(config: NodeConfig) -> NodeConfig:
+    if config.source.file is None:
+        raise ConfigError([Problem("this configuration did not come from a file")])
+    again = load_config(config.source.file)
+    find_llama_server(again)
+    return again
 
 
 def _base_url(host: str, port: int) -> str:
@@ -324,7 +485,7 @@ def _base_url(host: str, port: int) -> str:
 
 
 async def _receive_signals(*, task_status: trio.TaskStatus[AsyncIterator[int]]) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started(signals)
         await trio.sleep_forever()
 

@@ -13,7 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from nodeagent import demo, launch, logs
+from nodeagent import demo, launch, logs, operating
 from nodeagent.backends import select
 from nodeagent.config import check_config, find_llama_server, json_schema, load_config
 from nodeagent.errors import ConfigError, StartupError
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
-    except StartupError as error:
+    except (StartupError, operating.CommandFailed) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
     schema = commands.add_parser("schema", help="print the configuration's JSON Schema")
     schema.set_defaults(command=_schema)
+
+    operating.add_commands(commands)
     return parser
 
 

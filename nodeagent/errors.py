@@ -16,6 +16,11 @@ NodeAgentError
     ├── ModelLoadTimeout     the model was not ready in time; its start goes on
     ├── BackendUnavailable   no device can serve the model now
     ├── BackendCrashed       the server died under the request, and so did the one that it was tried on again
+    ├── PoisonedRequest      a body under which two servers died is sent again
+    ├── Unauthorized         the admin token is missing or wrong
+    ├── OriginForbidden      a web page asks for what only operators may
+    ├── NoSuchDevice
+    ├── ReloadRefused        the new configuration is bad; the old one stays
     └── Draining             the node is on its way out
 
 Fields, not formatted text: `str()` is for logs; what a client reads is written by the front.
@@ -187,3 +192,41 @@ class Draining(Refusal):
     def __init__(self, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
         super().__init__("the node is draining")
+
+
+class PoisonedRequest(Refusal):
+    """Two servers died under this very body, less than a minute ago. It is not sent to a third."""
+
+    def __init__(self, model_id: str, blocked_s: float) -> None:
+        self.model_id = model_id
+        self.blocked_s = blocked_s
+        super().__init__(f"{model_id}: a body that felled two servers is refused for {blocked_s:.0f} s more")
+
+
+class Unauthorized(Refusal):
+    """The path needs the admin token, and the request has none, or another."""
+
+
+class OriginForbidden(Refusal):
+    """The path is for operators, and the request comes from a web page."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        super().__init__(origin)
+
+
+class NoSuchDevice(Refusal):
+    """The node has no device of that id."""
+
+    def __init__(self, device_id: str, known: list[str]) -> None:
+        self.device_id = device_id
+        self.known = known
+        super().__init__(f"{device_id!r} is not one of {known}")
+
+
+class ReloadRefused(Refusal):
+    """The configuration file is bad, so the old configuration stays. `problems` are its faults, a line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))

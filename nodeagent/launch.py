@@ -91,9 +91,15 @@ def child_spec(
         cpus=device.cpus,
         start_timeout_s=config.llama_server_startup_limit_s,
         probe_interval_s=config.llama_server_probe_interval_s,
-        restart=RestartPolicy(mode="permanent"),
+        restart=_restart_policy(model, config),
         stop=StopPolicy(grace_s=config.llama_server_stop_grace_s),
     )
+
+
+def _restart_policy(model: ModelConfig, config: NodeConfig) -> RestartPolicy:
+    """The node's, with what the model says otherwise."""
+    own = model.restart.model_dump(exclude_unset=True) if model.restart is not None else {}
+    return RestartPolicy(mode="permanent", **{**config.restart.model_dump(), **own})
 
 
 def inherited_env(environ: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,12 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_S = 2.0
 
+# After a server's end a driver may give its memory back only by and by. Two readings that agree, so far apart, mean
+# that it has; no longer than the cap is waited for it.
+_SETTLE_PAUSE_S = 0.1
+_SETTLE_MAX_S = 5.0
+_SETTLE_BYTES = 64 * 2**20
+
 
 class DeviceMonitor:
     """The last reading of each device. Only `run` writes them."""
@@ -24,6 +30,30 @@ class DeviceMonitor:
         """The last reading, None before the first one."""
         return self._latest.get(device_id)
 
+    async def settled(self, device_id: str) -> None:
+        """Return when the device's free memory has stopped changing; at once where the system frees it with the
+        process (a CPU's), or where it is not known."""
+        [device] = [device for device in self._devices if device.device_id == device_id]
+        if device.backend == "cpu":
+            return
+        began = trio.current_time()
+        before = await self._free_bytes(device)
+        with trio.move_on_after(_SETTLE_MAX_S) as cap:
+            while before is not None:
+                await trio.sleep(_SETTLE_PAUSE_S)
+                now = await self._free_bytes(device)
+                if now is None or abs(now - before) < _SETTLE_BYTES:
+                    break
+                before = now
+        took_s = trio.current_time() - began
+        if cap.cancelled_caught:
+            logger.warning("%s: its free memory still changes after %g s; loading all the same", device_id, took_s)
+        else:
+            logger.debug("%s: its memory has settled after %.2f s", device_id, took_s)
+
+    async def _free_bytes(self, device: DeviceRef) -> int | None:
+        return (await self._read(device)).memory_free_bytes
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Read every device, say that the first readings are there, and go on until cancelled."""
         await self._read_all()
@@ -34,7 +64,8 @@ class DeviceMonitor:
 
     async def _read_all(self) -> None:
         for device in self._devices:
-            # In a thread: a driver that hangs must not stall the event loop.
-            self._latest[device.device_id] = await trio.to_thread.run_sync(
-                self._backend.read, device, trio.current_time(), abandon_on_cancel=True
-            )
+            self._latest[device.device_id] = await self._read(device)
+
+    async def _read(self, device: DeviceRef) -> DeviceMetrics:
+        # In a thread: a driver that hangs must not stall the event loop.
+        return await trio.to_thread.run_sync(self._backend.read, device, trio.current_time(), abandon_on_cancel=True)

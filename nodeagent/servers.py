@@ -38,7 +38,7 @@ class DeviceServers:
     """One device's servers; implements `scheduling.host.Host[Upstream]`.
 
     `specs` maps each model id to the child that serves it here; `api_key` is what these children were given.
-    What changes: `_upstreams`, in `handle` alone.
+    What changes: `_models` and `_specs` in `replace`, `_upstreams` in `handle`, `_started` in `ensure`.
     """
 
     def __init__(
@@ -61,22 +61,35 @@ class DeviceServers:
         self._catalogue = catalogue
         self._monitor = monitor
         self._patience_s = patience_s
+        self._started: dict[str, ChildSpec] = {}
         self._upstreams: dict[str, Upstream] = {}
-        self._model_of = {spec.child_id: model_id for model_id, spec in specs.items()}
+
+    def replace(
+        self, models: Mapping[str, ModelConfig], specs: Mapping[str, ChildSpec], patience_s: float
+    ) -> list[str]:
+        """Take another configuration; return the models with a server that it has no place for any more.
+
+        Those servers go on until they are stopped; a start from now on follows the new configuration.
+        """
+        self._models, self._specs, self._patience_s = models, specs, patience_s
+        return [model_id for model_id in self._running() if self._started.get(model_id) != self._specs.get(model_id)]
 
     def views(self) -> list[ServerView[Upstream]]:
         """Every server that runs, is about to, or has failed (a model whose file can't be used has, too)."""
         children = self._supervisor.snapshot()
-        views = (self._view(model_id, children.get(spec.child_id)) for model_id, spec in self._specs.items())
+        model_ids = dict.fromkeys((*self._models, *self._started))
+        views = (self._view(model_id, children.get(self._child_id(model_id))) for model_id in model_ids)
         return [view for view in views if view is not None]
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model: it does not fit, or it failed and is cooling down."""
+        if model_id not in self._models:
+            return Obstacle("it is not configured any more")
         header = self._catalogue.header(model_id)
         unfit = misfit(header, self._models[model_id], self.device) if header is not None else None
         if unfit is not None:
             return Obstacle(unfit)
-        child = self._supervisor.snapshot().get(self._specs[model_id].child_id)
+        child = self._child(model_id)
         if child is None or child.retry_at is None:
             return None
         soon = child.retry_at - trio.current_time()
@@ -90,29 +103,42 @@ class DeviceServers:
 
     async def ensure(self, model_id: str) -> None:
         """Return when this device runs a ready server of the model and no other. See `scheduling.host.Servers`."""
-        problem = await self._catalogue.inspect(self._models[model_id])
-        if problem is not None:
-            raise BackendUnavailable(model_id, problem)
         obstacle = self.obstacle(model_id)
         if obstacle is not None:
             raise self._unavailable(model_id, obstacle.reason, obstacle.retry_at)
-        for other, spec in self._specs.items():
-            if other != model_id:
-                await self._supervisor.stop(spec.child_id)
+        problem = await self._catalogue.inspect(self._models[model_id])
+        if problem is not None:
+            raise BackendUnavailable(model_id, problem)
+        spec = self._specs[model_id]
+        stopped = False
+        for other in self._running():
+            if other != model_id or self._started[other] != spec:
+                await self._supervisor.stop(self._child_id(other))
+                stopped = True
+        if stopped:
+            await self._monitor.settled(self.device.device_id)
+        self._started[model_id] = spec
         try:
-            await self._supervisor.start(self._specs[model_id])
+            await self._supervisor.start(spec)
         except StartFailed as failure:
             last_words = " | ".join(failure.exit.last_lines[-_LAST_WORDS:])
-            child = self._supervisor.snapshot().get(self._specs[model_id].child_id)
+            child = self._child(model_id)
             raise self._unavailable(
                 model_id, f"{failure.exit.reason}: {last_words}", child.retry_at if child else None
             ) from failure
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
 
+    async def stop(self, model_id: str) -> None:
+        await self._supervisor.stop(self._child_id(model_id))
+
+    def runs(self, model_id: str) -> bool:
+        """Whether the model has a process here, or is about to."""
+        return model_id in self._running()
+
     def handle(self, event: Event) -> None:
         """Keep the connections in step with what the supervisor says of a child of this device."""
-        model_id = self._model_of[event.child_id]
+        _device_id, _, model_id = event.child_id.partition("/")
         match event:
             case Ready(address=address):
                 self._upstreams[model_id] = Upstream(address, self._api_key)
@@ -121,13 +147,28 @@ class DeviceServers:
                 if upstream is not None:
                     upstream.close()
 
+    def _child_id(self, model_id: str) -> str:
+        return f"{self.device.device_id}/{model_id}"
+
+    def _child(self, model_id: str) -> ChildSnapshot | None:
+        return self._supervisor.snapshot().get(self._child_id(model_id))
+
+    def _running(self) -> list[str]:
+        """The models whose child has a process, or is about to."""
+        at_rest = (ChildState.STOPPED, ChildState.FAILED)
+        children = {model_id: self._child(model_id) for model_id in self._started}
+        return [model_id for model_id, child in children.items() if child is not None and child.state not in at_rest]
+
     def _view(self, model_id: str, child: ChildSnapshot | None) -> ServerView[Upstream] | None:
-        slots = self._models[model_id].parallel
+        model = self._models.get(model_id)
+        slots = model.parallel if model is not None else 1
         if child is None or child.state is ChildState.STOPPED:
-            problem = self._catalogue.problem(model_id)
+            problem = self._catalogue.problem(model_id) if model is not None else None
             if problem is None:
                 return None
             return ServerView(model_id, ServerState.FAILED, 0, trio.current_time(), slots, reason=problem)
+        if model is None and child.state is ChildState.FAILED:
+            return None
         return ServerView(
             model_id,
             _STATES[child.state],
@@ -138,6 +179,7 @@ class DeviceServers:
             child.reason,
             child.retry_at,
             self._upstreams.get(model_id) if child.state is ChildState.READY else None,
+            model.idle_unload_s if model is not None else None,
         )
 
     def _unavailable(self, model_id: str, reason: str, retry_at: float | None) -> BackendUnavailable:

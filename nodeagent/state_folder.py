@@ -1,7 +1,8 @@
-"""The agent's folder on disk, and the lock that keeps it to one agent."""
+"""The agent's folder on disk: the lock that keeps it to one agent, the admin token, where the agent answers."""
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +35,38 @@ def locked(state_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def admin_token(state_dir: Path) -> str:
+    """The token of this folder's agent, made at the first start; only the agent's own user can read it.
+
+    Raises StartupError where it can't be made or read.
+    """
+    path = state_dir / "admin.token"
+    try:
+        if not path.exists():
+            # Under another name first: nobody sees it half written, or before its mode is right.
+            scratch = path.with_suffix(".new")
+            scratch.unlink(missing_ok=True)
+            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32) + "\n")
+            scratch.replace(path)
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path} can't be used: {error}") from error
+    if not token:
+        raise StartupError(f"{path} is empty; remove it, and a new token is made")
+    return token
+
+
+def say_address(state_dir: Path, base_url: str) -> None:
+    """Leave word of where the agent answers, for the command line."""
+    (state_dir / "address").write_text(base_url + "\n", encoding="ascii")
+
+
+def read_address(state_dir: Path) -> str:
+    """Where the agent of this folder answers; StartupError if it never did."""
+    try:
+        return (state_dir / "address").read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise StartupError(f"no agent has run with state_dir {state_dir}: {error}") from error

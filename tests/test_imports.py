@@ -23,6 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.errors": set(),
     "nodeagent.devices": set(),
     "nodeagent.logs": set(),
+    "nodeagent.ring": set(),
+    "nodeagent.events": {"nodeagent.ring", "supervisor.lifecycle"},
     "nodeagent.gguf_file": {"nodeagent.errors"},
     "nodeagent.gguf": {"nodeagent.errors", "nodeagent.gguf_file"},
     "nodeagent.state_folder": {"nodeagent.errors"},
@@ -55,11 +57,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         *VALUES,
     },
     # The two faces: no process, no GPU, no configuration file.
-    "nodeagent.front": {"nodeagent.logs", "nodeagent.scheduling", "nodeagent.status", "nodeagent.upstream", *VALUES},
+    "nodeagent.front": {
+        "nodeagent.events",
+        "nodeagent.logs",
+        "nodeagent.ring",
+        "nodeagent.scheduling",
+        "nodeagent.status",
+        "nodeagent.upstream",
+        *VALUES,
+    },
     "nodeagent.dispatcher": {"nodeagent.scheduling.host", "nodeagent.status", *VALUES},
     # The shell.
     "nodeagent.agent": {"nodeagent", "supervisor"},
     "nodeagent.demo": {"nodeagent.config", "nodeagent.errors"},
+    "nodeagent.operating": {"nodeagent", "nodeagent.config", "nodeagent.errors", "nodeagent.state_folder"},
     "nodeagent.cli": {"nodeagent"},
     "nodeagent.__main__": {"nodeagent.cli"},
 }

@@ -10,6 +10,7 @@ from nodeagent.config.loading import (
     missing_models,
     parse_config,
     read_token,
+    with_keys,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "missing_models",
     "parse_config",
     "read_token",
+    "with_keys",
 ]

@@ -68,6 +68,33 @@ class DeviceConfig(Keys):
     cpus: Cpus | None = Field(default=None, description="The CPUs that its servers are pinned to, by number.")
 
 
+class RestartConfig(Keys):
+    """`restart`, of the node or of one model: when a server that ended is started again."""
+
+    max_restarts: int = Field(
+        default=3, ge=0, le=100_000, description="More ends than this within period_s, and the model has failed."
+    )
+    period_s: float = Field(default=60.0, gt=0, le=_DAY_S, description="The time in which ends are counted.")
+    backoff_initial_s: float = Field(
+        default=1.0, gt=0, le=_HOUR_S, description="The wait before the second restart; it doubles with each."
+    )
+    backoff_max_s: float = Field(default=60.0, gt=0, le=_DAY_S, description="The longest such wait.")
+    reset_after_s: float = Field(
+        default=300.0, ge=0, le=_DAY_S, description="A server that was ready for this long starts afresh."
+    )
+    cooldown_s: float = Field(
+        default=60.0, ge=0, le=_DAY_S, description="When a model that has failed may be tried once more."
+    )
+
+    @field_validator("backoff_max_s")
+    @classmethod
+    def _max_after_initial(cls, value: float, info: ValidationInfo) -> float:
+        initial_s = info.data.get("backoff_initial_s", 0.0)
+        if value < initial_s:
+            raise ValueError(f"must be at least backoff_initial_s ({initial_s:g}), found {value:g}")
+        return value
+
+
 class ModelConfig(Keys):
     """One entry of `models`. What is None is left to llama-server."""
 
@@ -97,6 +124,18 @@ class ModelConfig(Keys):
     preload: bool = Field(default=False, description="Load the model when the agent starts, not on its first request.")
     parallel: int = Field(
         default=1, ge=1, le=MAX_SLOTS, description="Requests that one server of the model serves at a time (-np)."
+    )
+    restart: RestartConfig | None = Field(
+        default=None, description="For this model alone; what is left out is as in the node's restart."
+    )
+    stall_timeout_s: float | None = Field(
+        default=None, ge=1, le=_DAY_S, description="As the node's stall_timeout_s, for this model alone."
+    )
+    idle_unload_s: float | None = Field(
+        default=None,
+        ge=0,
+        le=30 * _DAY_S,
+        description="Unload the model after so long without a request; never where left out.",
     )
     server_args: dict[str, ServerArg] = Field(
         default={},
@@ -158,6 +197,12 @@ class NodeConfig(Keys):
     )
     llama_server_stop_grace_s: float = Field(
         default=5.0, ge=0, le=_HOUR_S, description="How long a server may take to stop before it is killed."
+    )
+    restart: RestartConfig = Field(
+        default_factory=RestartConfig, description="When a server that ended is started again."
+    )
+    stall_timeout_s: float = Field(
+        default=120.0, ge=1, le=_DAY_S, description="A server at work that shows no progress for so long is replaced."
     )
     max_pending_requests_per_device: int = Field(
         default=2, ge=1, le=100_000, description="Requests in flight and waiting per device; the next is refused."

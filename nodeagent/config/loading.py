@@ -219,3 +219,10 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of the configuration file, for editors."""
     schema = NodeConfig.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "RoleMesh Node Agent"}
+
+
+def with_keys(config: NodeConfig, keys: dict[str, Any]) -> NodeConfig:
+    """The configuration with these keys as they are in another one, both already checked."""
+    changed = config.model_copy(update=keys)
+    changed._source = config.source
+    return changed

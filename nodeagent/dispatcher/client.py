@@ -86,6 +86,11 @@ class DispatcherClient:
         """Something about the node changed that the dispatcher should hear of soon."""
         self._changed.set()
 
+    def register_again(self) -> None:
+        """What registration tells has changed, or an operator wants it: register at the next turn, which is soon."""
+        self.registered = False
+        self._changed.set()
+
     async def farewell(self) -> None:
         """End the loop and send one last heartbeat, if the dispatcher knows this node; bounded, never raises."""
         self._loop.cancel()

@@ -19,6 +19,8 @@ def create_app(of: Node) -> QuartTrio:
     # The wrapper around the app bounds bodies in time; Quart by itself cuts any answer, streams too, after 60 s.
     app.config["BODY_TIMEOUT"] = None
     app.config["RESPONSE_TIMEOUT"] = None
+    # Faults of ours go to the wrapper, which answers and logs them with the request's id.
+    app.config["PROPAGATE_EXCEPTIONS"] = True
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for room in (openai, node, health):
         app.register_blueprint(room.blueprint(of))

@@ -12,8 +12,16 @@ import trio
 from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
 
-from nodeagent.errors import BackendCrashed, InvalidRequest, ModelLoadTimeout, ModelNotFound, UpstreamLost
+from nodeagent.errors import (
+    BackendCrashed,
+    InvalidRequest,
+    ModelLoadTimeout,
+    ModelNotFound,
+    PoisonedRequest,
+    UpstreamLost,
+)
 from nodeagent.front.asgi import exit_stack, request_id
+from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.refusals import error_event
 from nodeagent.front.seam import ModelCard, Node
 from nodeagent.front.server import AbortResponse
@@ -34,6 +42,7 @@ ENDPOINTS = ("chat", "completions")
 def blueprint(node: Node) -> Blueprint:
     """The routes under `/v1` that OpenAI's clients use."""
     routes = Blueprint("openai", __name__)
+    poison = PoisonGuard()
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -45,27 +54,28 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.post("/v1/chat/completions")
     async def chat_completions() -> Response:
-        return await _infer(node, needs="messages")
+        return await _infer(node, poison, needs="messages")
 
     @routes.post("/v1/completions")
     async def completions() -> Response:
-        return await _infer(node, needs="prompt")
+        return await _infer(node, poison, needs="prompt")
 
     return routes
 
 
-async def _infer(node: Node, *, needs: str) -> Response:
+async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
     """One request for inference, from its bytes to the answer's first bytes."""
     body = await request.get_data(cache=False)
     assert isinstance(body, bytes)
     wanted = read_wanted(body, needs=needs)
     card = _resolve(node, wanted.model)
+    _refuse_poison(poison, body, card.model_id)
     ticket = node.scheduler.admit(request_id(), card.model_id)
     exit_stack().callback(ticket.close)
-    lease, answer = await _first_answer(ticket, _Message(request.path, forwardable(request.headers), body))
+    lease, answer = await _first_answer(ticket, _Message(request.path, forwardable(request.headers), body), poison)
     exit_stack().callback(answer.close)
     return Response(
-        _Relay(answer, card.model_id, lease.device_id),
+        _Relay(answer, lease, body, poison),
         status=answer.status,
         headers=Headers([*answer.headers, *_headers(node, lease, answer)]),
     )
@@ -121,20 +131,32 @@ class _Message:
     body: bytes
 
 
-async def _first_answer(ticket: Ticket[Upstream], message: _Message) -> tuple[Lease[Upstream], Answer]:
+async def _first_answer(
+    ticket: Ticket[Upstream], message: _Message, poison: PoisonGuard
+) -> tuple[Lease[Upstream], Answer]:
     """Wait for the lease and the answer's first bytes; a server that dies before them is forgiven once."""
     lease = await ticket.granted()
+    _refuse_poison(poison, message.body, lease.model_id)
     try:
         return lease, await _ask(lease, message)
     except UpstreamLost as lost:
         logger.warning("%s: lost %s before it answered (%s); trying once more", lease.device_id, lease.model_id, lost)
-        await _settled(lease)
+        await _note_fall(poison, message.body, lease)
     ticket.retry()
     lease = await ticket.granted()
+    _refuse_poison(poison, message.body, lease.model_id)
     try:
         return lease, await _ask(lease, message)
     except UpstreamLost as lost:
+        await _note_fall(poison, message.body, lease)
         raise BackendCrashed(lease.model_id, lease.device_id, lost.reason) from lost
+
+
+def _refuse_poison(poison: PoisonGuard, body: bytes, model_id: str) -> None:
+    """Looked at when a request comes and again when it is to be sent: others of the same body may have felled since."""
+    blocked_s = poison.blocked_s(body, trio.current_time())
+    if blocked_s:
+        raise PoisonedRequest(model_id, blocked_s)
 
 
 async def _ask(lease: Lease[Upstream], message: _Message) -> Answer:
@@ -145,10 +167,11 @@ async def _ask(lease: Lease[Upstream], message: _Message) -> Answer:
     return answer
 
 
-async def _settled(lease: Lease[Upstream]) -> None:
+async def _note_fall(poison: PoisonGuard, body: bytes, lease: Lease[Upstream]) -> None:
     """Wait until the end of the lease's server shows, so that the next grant is not of the same dead server."""
     with trio.move_on_after(_EXIT_NOTICE_S):
         await lease.endpoint.closed.wait()
+        poison.felled(body, trio.current_time())
 
 
 class _Relay:
@@ -158,10 +181,11 @@ class _Relay:
     end for success.
     """
 
-    def __init__(self, answer: Answer, model_id: str, device_id: str) -> None:
+    def __init__(self, answer: Answer, lease: Lease[Upstream], body: bytes, poison: PoisonGuard) -> None:
         self._answer = answer
-        self._model_id = model_id
-        self._device_id = device_id
+        self._lease = lease
+        self._body = body
+        self._poison = poison
         self._broken: UpstreamLost | None = None
 
     def __aiter__(self) -> "_Relay":
@@ -173,12 +197,14 @@ class _Relay:
         try:
             chunk = await self._answer.next_chunk()
         except UpstreamLost as lost:
-            logger.warning("%s: lost %s in mid-answer: %s", self._device_id, self._model_id, lost)
+            logger.warning("%s: lost %s in mid-answer: %s", self._lease.device_id, self._lease.model_id, lost)
             self._broken = lost
+            await _note_fall(self._poison, self._body, self._lease)
             if not self._answer.event_stream:
                 raise AbortResponse(str(lost)) from lost
-            return error_event(BackendCrashed(self._model_id, self._device_id, lost.reason), request_id())
+            return error_event(BackendCrashed(self._lease.model_id, self._lease.device_id, lost.reason), request_id())
         if chunk is None:
+            self._poison.survived(self._body)
             raise StopAsyncIteration
         return chunk
 

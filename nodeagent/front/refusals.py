@@ -22,10 +22,15 @@ from nodeagent.errors import (
     InvalidRequest,
     ModelLoadTimeout,
     ModelNotFound,
+    NoSuchDevice,
+    OriginForbidden,
+    PoisonedRequest,
     QueueFull,
     QueueTimeout,
     Refusal,
+    ReloadRefused,
     ServerBusy,
+    Unauthorized,
     UnsupportedEncoding,
 )
 
@@ -123,6 +128,42 @@ _TABLE: dict[type[Refusal], _Row] = {
         "backend_crashed",
         lambda it: f"The server of {it.model_id!r} on {it.device_id} died under this request: {it.reason}",
         final=True,
+    ),
+    PoisonedRequest: _Row(
+        502,
+        "server_error",
+        "backend_crashed",
+        lambda it: (
+            f"Two servers of {it.model_id!r} died under this very request. It is refused for {it.blocked_s:.0f} s more."
+        ),
+        final=True,
+    ),
+    Unauthorized: _Row(
+        401,
+        "invalid_request_error",
+        "invalid_admin_token",
+        lambda _it: (
+            "This needs the admin token, as 'Authorization: Bearer ...'; it is in admin.token in the state_dir."
+        ),
+    ),
+    OriginForbidden: _Row(
+        403,
+        "invalid_request_error",
+        "origin_forbidden",
+        lambda it: f"Web pages may not do this: the request carries Origin {_echo(it.origin)}.",
+    ),
+    NoSuchDevice: _Row(
+        404,
+        "invalid_request_error",
+        "device_not_found",
+        lambda it: f"There is no device {_echo(it.device_id)} here, only: {', '.join(it.known)}.",
+        param="device_id",
+    ),
+    ReloadRefused: _Row(
+        422,
+        "invalid_request_error",
+        "bad_configuration",
+        lambda it: "The configuration is bad, and the old one stays: " + "; ".join(it.problems),
     ),
     Draining: _Row(
         503,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from nodeagent.events import NodeEvent
+from nodeagent.ring import Ring
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.status import NodeState
 from nodeagent.upstream import Upstream
@@ -15,6 +17,16 @@ class ModelCard:
     model_id: str
     aliases: tuple[str, ...]
     created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a new configuration changed: models by what became of them, and keys that only a restart takes over."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    needs_restart: tuple[str, ...]
 
 
 class Node(Protocol):
@@ -37,3 +49,35 @@ class Node(Protocol):
 
     def inventory_json(self) -> bytes:
         """The inventory: what registration and heartbeat say, with the facts of the configuration."""
+
+    @property
+    def admin_token(self) -> str:
+        """What operators show that they are."""
+
+    @property
+    def events(self) -> Ring[NodeEvent]:
+        """Every transition, the last thousand."""
+
+    def log_of(self, device_id: str) -> Ring[str]:
+        """The last lines that the servers of a device printed; NoSuchDevice."""
+
+    async def load(self, model_id: str, device_id: str | None) -> str:
+        """Return the device on which the model is ready; the refusals of a request, or NoSuchDevice."""
+
+    def load_soon(self, model_id: str, device_id: str | None) -> None:
+        """Begin a load without waiting for it; what becomes of it is an event."""
+
+    async def unload(self, model_id: str, *, force: bool) -> list[str]:
+        """Stop the model's servers, after their requests or at once; return the devices that had one."""
+
+    def drain(self) -> None:
+        """Take no new requests until `undrain`."""
+
+    def undrain(self) -> None:
+        """Take requests again; nothing if the node is on its way out."""
+
+    async def reload(self) -> Reloaded:
+        """Take over the configuration file as it is now; ReloadRefused where it is bad."""
+
+    def register(self) -> bool:
+        """Register anew with the dispatcher; False where there is none."""

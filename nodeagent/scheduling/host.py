@@ -23,6 +23,7 @@ class ServerView(Generic[E]):
     """One server of a device. Times are `trio.current_time()`.
 
     `retry_at` is when a server that is backing off or failed may be started again. `endpoint` is set while ready.
+    `idle_unload_s` is how long it may be without a request before it is unloaded, None for ever.
     """
 
     model_id: str
@@ -34,6 +35,7 @@ class ServerView(Generic[E]):
     reason: str | None = None
     retry_at: float | None = None
     endpoint: E | None = None
+    idle_unload_s: float | None = None
 
 
 class Servers(Protocol[E]):
@@ -48,6 +50,9 @@ class Servers(Protocol[E]):
         Raises BackendUnavailable as soon as a start failed. Cancelling only stops the waiting; the next `ensure` of
         another model stops the start.
         """
+
+    async def stop(self, model_id: str) -> None:
+        """Return when no server of that model runs; one that has failed stays failed. Cancelling only stops waiting."""
 
 
 @dataclass(frozen=True, slots=True)

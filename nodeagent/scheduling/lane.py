@@ -6,8 +6,10 @@ await inside, nothing comes between the look and the change. It can't be derived
 the waiting task is for a moment in neither.
 """
 
+import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -73,18 +75,23 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_waiting` and `_in_flight` (in `submit`, `close`, `retry` and the lane's task, all
-    synchronous), `_loading` (the lane's task and its one load).
+    synchronous), `_loading` (the lane's task and its one load), `_held` (who unloads).
+    `limits` may be replaced at any time.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], limits: LaneLimits) -> None:
         self.device_id = device_id
         self._servers = servers
-        self._limits = limits
+        self.limits = limits
         self._admitted = 0
+        self._numbers = itertools.count()
         self._waiting: list[Ticket[E]] = []
         self._in_flight: list[Ticket[E]] = []
         self._mail_in, self._mail_out = trio.open_memory_channel[Ticket[E] | _Nudge](limits.max_pending + 1)
         self._nudged = False
+        self._held: Counter[str] = Counter()
+        self._used_at: dict[str, float] = {}
+        self._left = trio.Event()
         self._wanted_at_start: str | None = None
         self._loading: _Loading | None = None
         self.times = LaneTimes()
@@ -98,15 +105,27 @@ class Lane(Generic[E]):
 
     @property
     def limit(self) -> int:
-        return self._limits.max_pending
+        return self.limits.max_pending
 
     def submit(self, request_id: str, model_id: str) -> Ticket[E]:
         """Take a place, or raise QueueFull: every place is taken."""
-        if self._admitted >= self._limits.max_pending:
-            raise QueueFull(model_id, self._limits.max_pending, self.place_free_in_s())
-        ticket = Ticket(self, request_id, model_id, trio.current_time())
-        self._mail_in.send_nowait(ticket)  # never full: its capacity is the bound and one nudge
+        if self._admitted >= self.limits.max_pending:
+            raise QueueFull(model_id, self.limits.max_pending, self.place_free_in_s())
+        ticket = Ticket(self, next(self._numbers), request_id, model_id, trio.current_time())
+        self._collect()  # so the mailbox is never full, though the limit may have been raised since it was made
+        self._mail_in.send_nowait(ticket)
         self._admitted += 1
+        return ticket
+
+    def visit(self, model_id: str) -> Ticket[E]:
+        """Ask for a model as a request does, and wait in line as one, but without taking up a place.
+
+        For operators: who is granted this has the model ready, and closes the ticket.
+        """
+        ticket = Ticket(self, next(self._numbers), f"load {model_id}", model_id, trio.current_time(), counted=False)
+        self._collect()
+        self._waiting.append(ticket)
+        self.nudge()
         return ticket
 
     def close(self, ticket: Ticket[E]) -> None:
@@ -115,11 +134,12 @@ class Lane(Generic[E]):
             return
         self._collect()  # a ticket that leaves at once must not take up room in the mailbox
         if ticket.state in (TicketState.WAITING, TicketState.GRANTED):
-            self._admitted -= 1
+            self._admitted -= ticket.counted
         if ticket in self._in_flight:
-            self._in_flight.remove(ticket)
+            self._back(ticket)
             assert ticket.granted_at is not None
-            self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
+            if ticket.counted:
+                self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
         elif ticket in self._waiting:
             self._waiting.remove(ticket)
         ticket.state = TicketState.CLOSED
@@ -128,12 +148,21 @@ class Lane(Generic[E]):
 
     def retry(self, ticket: Ticket[E]) -> None:
         """Put a request whose server died under it back, at the head: it had its turn already."""
-        self._in_flight.remove(ticket)
+        self._back(ticket)
         self._collect()
         self._waiting.insert(0, ticket)
         ticket.state, ticket.lease, ticket.granted_at = TicketState.WAITING, None, None
         ticket.undecided()
         self.nudge()
+
+    async def unload(self, model_id: str, *, force: bool = False) -> None:
+        """Stop the model's server here once its requests in flight are back (at once with `force`); return when it is.
+
+        Meanwhile nothing more is granted on it; afterwards a request for the model loads it again. Cancelling leaves a
+        stop that has begun to go on.
+        """
+        self._held[model_id] += 1
+        await self._unload_held(model_id, force=force)
 
     def preload(self, model_id: str) -> None:
         """Load this model when the lane starts, or as soon as nobody wants another."""
@@ -156,7 +185,7 @@ class Lane(Generic[E]):
         )
         in_flight = len(self._in_flight)
         return LaneView(
-            in_flight, self._admitted - in_flight, self._limits.max_pending, self._estimated_wait_s(), tickets
+            in_flight, self._admitted - in_flight, self.limits.max_pending, self._estimated_wait_s(), tickets
         )
 
     @property
@@ -202,13 +231,15 @@ class Lane(Generic[E]):
                     return wake_at
                 case Wait():
                     self._begin_preload(nursery)
-                    return wake_at
+                    return min(wake_at, self._unload_idle(nursery))
 
     def _take_in(self, mail: Ticket[E] | _Nudge) -> None:
         if isinstance(mail, _Nudge):
             self._nudged = False
         elif mail.state is TicketState.WAITING:  # else it was closed between the channel's hand and ours
-            self._waiting.append(mail)
+            # By number: what the channel handed to the task may come after what was collected past it.
+            later = (place for place, ticket in enumerate(self._waiting) if ticket.number > mail.number)
+            self._waiting.insert(next(later, len(self._waiting)), mail)
 
     def _collect(self) -> None:
         """Empty the mailbox into the ordered list that the policy sees."""
@@ -223,7 +254,8 @@ class Lane(Generic[E]):
         uses = {}
         for view in self._servers.views():
             in_flight = sum(ticket.model_id == view.model_id for ticket in self._in_flight)
-            uses[view.model_id] = ServerUse(view.state is ServerState.READY, view.slots, in_flight)
+            held = self._held[view.model_id] > 0
+            uses[view.model_id] = ServerUse(view.state is ServerState.READY, view.slots, in_flight, held)
         return uses
 
     def _grant(self, ticket: Ticket[E]) -> None:
@@ -238,6 +270,13 @@ class Lane(Generic[E]):
         ticket.state, ticket.granted_at = TicketState.GRANTED, now
         self._in_flight.append(ticket)
         ticket.decided()
+
+    def _back(self, ticket: Ticket[E]) -> None:
+        """A lease is given back."""
+        self._in_flight.remove(ticket)
+        self._used_at[ticket.model_id] = trio.current_time()
+        self._left.set()
+        self._left = trio.Event()
 
     # Loads.
 
@@ -255,12 +294,38 @@ class Lane(Generic[E]):
         model_id, self._wanted_at_start = self._wanted_at_start, None
         self._begin_load(nursery, model_id, "preload")
 
+    def _unload_idle(self, nursery: trio.Nursery) -> float:
+        """Unload what has been idle for as long as its model may be; return when the next one will have been."""
+        now, next_at = trio.current_time(), math.inf
+        for view in self._servers.views():
+            busy = any(ticket.model_id == view.model_id for ticket in (*self._in_flight, *self._waiting))
+            if view.state is not ServerState.READY or view.idle_unload_s is None or busy or self._held[view.model_id]:
+                continue
+            idle_at = max(view.since, self._used_at.get(view.model_id, 0.0)) + view.idle_unload_s
+            if now < idle_at:
+                next_at = min(next_at, idle_at)
+            else:
+                logger.info("%s: unloading %s: no request for %g s", self.device_id, view.model_id, view.idle_unload_s)
+                self._held[view.model_id] += 1  # now: nothing may be granted before the new task has begun
+                nursery.start_soon(self._unload_held, view.model_id)
+        return next_at
+
+    async def _unload_held(self, model_id: str, *, force: bool = False) -> None:
+        try:
+            while not force and any(ticket.model_id == model_id for ticket in self._in_flight):
+                await self._left.wait()
+            await self._servers.stop(model_id)
+        finally:
+            self._held[model_id] -= 1
+            self.nudge()
+
     async def _load(self, loading: _Loading) -> None:
         try:
             with loading.scope:
                 await self._servers.ensure(loading.model_id)
                 self.times.loaded(loading.model_id, trio.current_time() - loading.began_at)
         except Refusal as refusal:
+            logger.warning("%s: %s can't be loaded: %s", self.device_id, loading.model_id, refusal)
             self._refuse_model(loading.model_id, refusal)
         except Exception as error:
             # A fault of ours in one load must not end the node: those who wait are told, the next one tries again.
@@ -286,7 +351,7 @@ class Lane(Generic[E]):
 
     def _refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
         self._waiting.remove(ticket)
-        self._admitted -= 1
+        self._admitted -= ticket.counted
         ticket.state, ticket.refusal = TicketState.REFUSED, refusal
         ticket.decided()
 
@@ -295,7 +360,7 @@ class Lane(Generic[E]):
         starting = {view.model_id: view for view in self._servers.views() if view.state is ServerState.STARTING}
         next_at = math.inf
         for ticket in list(self._waiting):
-            turn_by = ticket.admitted_at + self._limits.queue_timeout_s
+            turn_by = ticket.admitted_at + self.limits.queue_timeout_s
             ready_by = self._ready_by(ticket, starting.get(ticket.model_id))
             if now >= ready_by:
                 self._refuse(ticket, self._load_timeout(starting[ticket.model_id], now))
@@ -310,10 +375,10 @@ class Lane(Generic[E]):
         its own arrival if that was later (it may be the second try of a client that was told to come back)."""
         if server is None or server.spawned_at is None:
             return math.inf
-        return max(server.spawned_at, ticket.admitted_at) + self._limits.startup_timeout_s
+        return max(server.spawned_at, ticket.admitted_at) + self.limits.startup_timeout_s
 
     def _load_timeout(self, server: ServerView[E], now: float) -> ModelLoadTimeout:
-        timeout_s = self._limits.startup_timeout_s
+        timeout_s = self.limits.startup_timeout_s
         logger.warning(
             "%s: %s is not ready after %g s; its start goes on (raise llama_server_startup_timeout_s to wait longer)",
             self.device_id,

@@ -52,10 +52,12 @@ class Lease(Generic[E]):
 class Ticket(Generic[E]):
     """One request's place in a lane, from its admission to `close()`.
 
-    Written by the lane alone: `state`, `lease`, `refusal`, `granted_at`, `load_s`.
+    `number` rises with each ticket of the lane; `counted` says whether it takes up one of the lane's places. Written by
+    the lane alone: `state`, `lease`, `refusal`, `granted_at`, `load_s`.
     """
 
     lane: Lane[E]
+    number: int
     request_id: str
     model_id: str
     admitted_at: float
@@ -64,6 +66,7 @@ class Ticket(Generic[E]):
     refusal: Refusal | None = None
     granted_at: float | None = None
     load_s: float = 0.0
+    counted: bool = True
     _decided: trio.Event = field(default_factory=trio.Event)
 
     async def granted(self) -> Lease[E]:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServerUse:
-    """A server of the device as the policy sees it. `slots` is how many requests it may serve at once."""
+    """A server of the device as the policy sees it. `slots` is how many requests it may serve at once; `held`, that
+    it is being unloaded, and nothing more may be granted on it."""
 
     ready: bool
     slots: int
     in_flight: int
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ def decide(waiting: Sequence[str], servers: Mapping[str, ServerUse], loading: st
         return Wait("nobody waits")
     wanted = waiting[0]
     server = servers.get(wanted)
+    if server is not None and server.held:
+        return Wait(f"{wanted} is being unloaded")
     if server is not None and server.ready:
         if server.in_flight < server.slots:
             return Grant(0, f"{wanted} is ready with {server.slots - server.in_flight} of {server.slots} slots free")

@@ -32,10 +32,14 @@ class Scheduler(Generic[E]):
         """
         if self._closed_for is not None:
             raise self._closed_for
+        return self.lanes[self.place(model_id)].submit(request_id, model_id)
+
+    def place(self, model_id: str) -> str:
+        """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
         match choose([self._candidate(device_id, model_id) for device_id in self.lanes]):
             case Placed(device_id, reason):
-                logger.debug("request %s for %s goes to %s: %s", request_id, model_id, device_id, reason)
-                return self.lanes[device_id].submit(request_id, model_id)
+                logger.debug("%s goes to %s: %s", model_id, device_id, reason)
+                return device_id
             case AllFull(device_ids):
                 lanes = [self.lanes[device_id] for device_id in device_ids]
                 raise QueueFull(model_id, lanes[0].limit, min(lane.place_free_in_s() for lane in lanes))
@@ -59,6 +63,10 @@ class Scheduler(Generic[E]):
     def refuse_new(self, reason: Draining) -> None:
         """From now on `admit` raises `reason`; what was admitted is served."""
         self._closed_for = reason
+
+    def take_new(self) -> None:
+        """Admit requests again."""
+        self._closed_for = None
 
     @property
     def admitted(self) -> int:

@@ -24,6 +24,13 @@ class LlamaServerProbe:
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._known: tuple[int, str] | None = None
 
+    def __eq__(self, other: object) -> bool:
+        """Probes that ask the same are the same: a child need not be restarted for one."""
+        return isinstance(other, LlamaServerProbe) and (self._alias, self._headers) == (other._alias, other._headers)
+
+    def __hash__(self) -> int:
+        return hash(self._alias)
+
     async def check(self, process: Process) -> str:
         """Return the child's address, host:port; raise NotReady. Identity is asked for once per generation."""
         if self._known is not None and self._known[0] == process.generation:

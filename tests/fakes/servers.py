@@ -52,6 +52,11 @@ class FakeServers:
         if self.current.state is ServerState.STARTING:
             self.come_up()
 
+    async def stop(self, model_id: str) -> None:
+        if self.current is not None and self.current.model_id == model_id:
+            self.history.append(f"stop {model_id}")
+            self._become(None)
+
     def come_up(self) -> None:
         """The server that is starting is ready now."""
         assert self.current is not None

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -16,7 +16,7 @@ from fakes.serving import start_serving
 from nodeagent.errors import BackendCrashed, ModelNotFound, QueueFull
 from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front, exit_stack, request_id
-from nodeagent.front.seam import ModelCard
+from nodeagent.front.seam import ModelCard, Node
 from nodeagent.front.server import AbortResponse, ASGIApp
 from nodeagent.logs import request_id_var
 from nodeagent.status import NodeState, NodeStatus
@@ -435,7 +435,7 @@ class BareNode:
 
 
 async def test_a_stream_of_the_real_application_may_last_for_hours(autojump_clock: MockClock) -> None:
-    app = create_app(BareNode())
+    app = create_app(cast(Node, BareNode()))
 
     @app.get("/hours")
     async def hours() -> Response:

@@ -14,10 +14,15 @@ from nodeagent.errors import (
     InvalidRequest,
     ModelLoadTimeout,
     ModelNotFound,
+    NoSuchDevice,
+    OriginForbidden,
+    PoisonedRequest,
     QueueFull,
     QueueTimeout,
     Refusal,
+    ReloadRefused,
     ServerBusy,
+    Unauthorized,
     UnsupportedEncoding,
 )
 from nodeagent.front.refusals import (
@@ -48,6 +53,11 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
     (ModelLoadTimeout("m", "gpu:0", 30.0, 5.0), 503, "server_error", "model_loading", ["'m'", "loading", "gpu:0"]),
     (BackendUnavailable("m", "it is too large", 7.0), 503, "server_error", "backend_unavailable", ["it is too large"]),
     (BackendCrashed("m", "gpu:0", "signal 9"), 502, "server_error", "backend_crashed", ["gpu:0", "signal 9"]),
+    (PoisonedRequest("m", 42.0), 502, "server_error", "backend_crashed", ["'m'", "42 s"]),
+    (Unauthorized(), 401, "invalid_request_error", "invalid_admin_token", ["admin.token", "Bearer"]),
+    (OriginForbidden("http://evil"), 403, "invalid_request_error", "origin_forbidden", ["http://evil"]),
+    (NoSuchDevice("gpu:9", ["gpu:0"]), 404, "invalid_request_error", "device_not_found", ["'gpu:9'", "gpu:0"]),
+    (ReloadRefused(["a: b"]), 422, "invalid_request_error", "bad_configuration", ["a: b", "the old one stays"]),
     (Draining(30.0), 503, "server_error", "draining", ["about to stop"]),
 ]
 IDS = [type(case[0]).__name__ for case in CASES]
@@ -126,7 +136,7 @@ def test_only_those_are_told_to_wait_whose_wait_is_known() -> None:
 
 def test_a_prompt_that_felled_two_servers_is_not_tried_again() -> None:
     told = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
-    assert told == {"BackendCrashed"}
+    assert told == {"BackendCrashed", "PoisonedRequest"}
 
 
 def test_what_a_client_sent_is_echoed_short_and_safe() -> None:
