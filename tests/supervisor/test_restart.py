@@ -1,0 +1,105 @@
+"""When an ended child is started again: pure tables and properties."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supervisor.restart import Exit, GiveUp, Restart, RestartPolicy, RestartTracker
+
+CRASH = Exit(1, "exited with code 1", ready_s=10.0)
+FAILED_START = Exit(1, "exited with code 1", ready_s=None)
+
+
+def tracker(**policy: object) -> RestartTracker:
+    return RestartTracker(RestartPolicy(**policy), random.Random(1))  # type: ignore[arg-type]
+
+
+def delay_s(decision: Restart | GiveUp) -> float:
+    assert isinstance(decision, Restart), decision
+    return decision.delay_s
+
+
+def test_the_first_restart_of_a_child_that_had_been_ready_is_immediate_and_the_next_ones_wait_longer() -> None:
+    it = tracker()
+    assert delay_s(it.decide(CRASH, 0)) == 0
+    assert 0.5 <= delay_s(it.decide(CRASH, 1)) <= 1
+    assert 1 <= delay_s(it.decide(CRASH, 2)) <= 2
+
+
+def test_a_start_that_failed_is_never_repeated_at_once() -> None:
+    assert delay_s(tracker().decide(FAILED_START, 0)) >= 0.5
+
+
+def test_more_ends_than_allowed_in_the_period_give_up_and_say_when_to_try_again() -> None:
+    it = tracker(max_restarts=3, period_s=60, cooldown_s=60)
+    for at in range(3):
+        assert isinstance(it.decide(CRASH, at), Restart)
+    last = it.decide(CRASH, 3)
+    assert isinstance(last, GiveUp)
+    assert last.retry_at == 63
+    assert "4 ends in 60 s" in last.reason
+
+
+def test_ends_that_are_long_past_do_not_count() -> None:
+    it = tracker(max_restarts=1, period_s=60)
+    for at in range(0, 1000, 61):
+        assert delay_s(it.decide(CRASH, at)) == 0
+
+
+def test_a_child_that_was_ready_for_long_starts_afresh() -> None:
+    it = tracker(max_restarts=1, period_s=1000, reset_after_s=300)
+    it.decide(CRASH, 0)
+    assert delay_s(it.decide(Exit(1, "died", ready_s=300.0), 310)) == 0
+
+
+def test_the_one_try_after_the_cool_down_gives_up_at_once_if_it_fails_and_counts_anew_if_it_held() -> None:
+    it = tracker(max_restarts=1)
+    it.decide(CRASH, 0)
+    assert isinstance(it.decide(CRASH, 1), GiveUp)
+    it.try_again()
+    assert isinstance(it.decide(FAILED_START, 62), GiveUp)
+    it.try_again()
+    assert delay_s(it.decide(CRASH, 130)) == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "restarted"),
+    [
+        ("permanent", 0, True),
+        ("permanent", 1, True),
+        ("transient", 0, False),
+        ("transient", 1, True),
+        ("temporary", 0, False),
+        ("temporary", 1, False),
+    ],
+)
+def test_the_words_of_otp(mode: str, code: int, restarted: bool) -> None:
+    decision = tracker(mode=mode).decide(Exit(code, "ended", ready_s=1.0), 0)
+    assert isinstance(decision, Restart) == restarted
+    if isinstance(decision, GiveUp):
+        assert decision.retry_at is None
+
+
+@given(
+    pauses=st.lists(st.tuples(st.floats(0, 30), st.booleans()), max_size=40),
+    max_restarts=st.integers(0, 5),
+    period_s=st.floats(1, 100),
+)
+def test_no_child_is_ever_started_more_often_than_its_policy_says(
+    pauses: list[tuple[float, bool]], max_restarts: int, period_s: float
+) -> None:
+    it = tracker(max_restarts=max_restarts, period_s=period_s, reset_after_s=1e9)
+    now, starts = 0.0, [0.0]
+    for lived_s, was_ready in pauses:
+        now += lived_s
+        decision = it.decide(Exit(1, "ended", ready_s=lived_s if was_ready else None), now)
+        if isinstance(decision, GiveUp):
+            assert len([at for at in starts if at > now - period_s - 60]) >= 1
+            break
+        assert 0 <= decision.delay_s <= 60
+        now += decision.delay_s
+        starts.append(now)
+    for at in starts:
+        assert sum(at <= other < at + period_s for other in starts) <= max_restarts + 1

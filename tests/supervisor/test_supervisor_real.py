@@ -1,0 +1,328 @@
+"""The supervisor with real children: small scripts, real signals, the real clock."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import trio
+
+from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
+from supervisor.probe import NotReady
+from supervisor.restart import RestartPolicy
+from supervisor.spawn import Process
+from supervisor.spec import ChildSpec, LivenessPolicy, StopPolicy
+from supervisor.supervisor import ChildState, GivenUp, StartFailed, Supervisor
+
+QUICK = RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.05, max_restarts=2, cooldown_s=0.3)
+READY_THEN_SLEEP = "print('at home', flush=True)\nimport time\ntime.sleep(60)"
+
+
+class SaysSo:
+    """Ready is: it printed `at <address>`. Well is: it is not stopped."""
+
+    async def check(self, process: Process) -> str:
+        if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+            raise NotReady("stopped")
+        for line in process.output.lines():
+            if line.startswith("at "):
+                return line.removeprefix("at ")
+        raise NotReady("it has not said where")
+
+
+SAYS_SO = SaysSo()
+
+
+class Watched:
+    """A supervisor, and all that it says."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.lines: list[str] = []
+        self._bell = trio.Event()
+        self.supervisor = Supervisor(on_event=self._on_event, on_line=lambda _id, _gen, line: self.lines.append(line))
+
+    def _on_event(self, event: Event) -> None:
+        self.events.append(event)
+        self._bell.set()
+        self._bell = trio.Event()
+
+    async def until(self, kind: type[Event], count: int = 1) -> Any:
+        while True:
+            found = [event for event in self.events if isinstance(event, kind)]
+            if len(found) >= count:
+                return found[count - 1]
+            await self._bell.wait()
+
+    def state(self, child_id: str = "child") -> ChildState:
+        return self.supervisor.snapshot()[child_id].state
+
+
+def spec(script: str, *, child_id: str = "child", **more: Any) -> ChildSpec:
+    defaults: dict[str, Any] = {"start_timeout_s": 10.0, "restart": QUICK, "stop": StopPolicy(grace_s=2.0)}
+    argv = (sys.executable, "-S", "-c", script)
+    return ChildSpec(child_id, "group", argv, dict(os.environ), SAYS_SO, **(defaults | more))
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_gone(pid: int) -> None:
+    """For a process that is not our child: nobody tells us of its end."""
+    until = time.monotonic() + 1
+    while not gone(pid):
+        assert time.monotonic() < until, f"process {pid} is still there after 1 s"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+async def watched(nursery: trio.Nursery) -> AsyncIterator[Watched]:
+    watched = Watched()
+    with trio.fail_after(30):
+        await nursery.start(watched.supervisor.run)
+        yield watched
+        nursery.cancel_scope.cancel()
+
+
+async def test_start_returns_when_the_probe_has_passed_with_the_address_that_the_child_said(watched: Watched) -> None:
+    ready = await watched.supervisor.start(spec(READY_THEN_SLEEP))
+    assert (ready.address, ready.generation) == ("home", 1)
+    snapshot = watched.supervisor.snapshot()["child"]
+    assert (snapshot.state, snapshot.address) == (ChildState.READY, "home")
+    assert watched.lines == ["at home"]
+    assert watched.supervisor.lines("child") == ["at home"]
+
+
+async def test_starts_under_way_are_joined(watched: Watched) -> None:
+    readies: list[Ready] = []
+
+    async def start() -> None:
+        readies.append(await watched.supervisor.start(spec(READY_THEN_SLEEP)))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(start)
+    assert len(readies) == 3
+    assert len(set(readies)) == 1
+    assert sum(isinstance(event, Started) for event in watched.events) == 1
+
+
+async def test_a_child_that_exits_while_starting_is_told_at_once_with_its_last_words(watched: Watched) -> None:
+    before = trio.current_time()
+    with pytest.raises(StartFailed) as failed:
+        await watched.supervisor.start(spec("print('no such file')\nraise SystemExit(3)"))
+    assert trio.current_time() - before < 2
+    assert failed.value.exit.code == 3
+    assert failed.value.exit.last_lines == ("no such file",)
+    assert "exited with code 3" in failed.value.exit.reason
+
+
+async def test_a_program_that_is_not_there_is_a_failed_start(watched: Watched) -> None:
+    missing = ChildSpec("child", "group", ("/no/such/program",), {}, SaysSo(), 5.0, restart=QUICK)
+    with pytest.raises(StartFailed, match="/no/such/program is not there"):
+        await watched.supervisor.start(missing)
+
+
+async def test_a_child_that_is_never_ready_is_ended_at_the_start_timeout(watched: Watched) -> None:
+    with pytest.raises(StartFailed, match=r"not ready 0\.3 s after its spawn"):
+        await watched.supervisor.start(spec("import time; time.sleep(60)", start_timeout_s=0.3))
+    started = await watched.until(Started)
+    assert gone(started.pid)
+
+
+async def test_a_crash_is_followed_by_one_restart_at_once_then_back_off_then_giving_up(watched: Watched) -> None:
+    child = spec("print('at home', flush=True)\nimport time\ntime.sleep(0.2)\nraise SystemExit(7)")
+    await watched.supervisor.start(child)
+    gave_up = await watched.until(GaveUp)
+    assert "3 ends in 60 s" in gave_up.reason
+    assert "exited with code 7" in gave_up.reason
+    delays = [event.delay_s for event in watched.events if isinstance(event, Restarting)]
+    assert delays[0] == 0
+    assert 0.01 <= delays[1] <= 0.02
+    assert [event.generation for event in watched.events if isinstance(event, Started)] == [1, 2, 3]
+    assert watched.state() is ChildState.FAILED
+    with pytest.raises(GivenUp) as given_up:
+        await watched.supervisor.start(child)
+    assert given_up.value.retry_at == gave_up.retry_at
+    await trio.sleep_until(gave_up.retry_at)
+    assert (await watched.supervisor.start(child)).generation == 4
+
+
+async def test_the_try_after_the_cool_down_gives_up_again_at_once_if_it_fails(watched: Watched) -> None:
+    child = spec("raise SystemExit(7)", restart=RestartPolicy(max_restarts=0, cooldown_s=0.1))
+    with pytest.raises(StartFailed):
+        await watched.supervisor.start(child)
+    await trio.sleep(0.1)
+    with pytest.raises(StartFailed):
+        await watched.supervisor.start(child)
+    assert watched.state() is ChildState.FAILED
+    assert sum(isinstance(event, Started) for event in watched.events) == 2
+
+
+async def test_a_killed_child_is_started_again_without_being_asked_for(watched: Watched) -> None:
+    await watched.supervisor.start(spec(READY_THEN_SLEEP))
+    os.kill((await watched.until(Started)).pid, signal.SIGKILL)
+    ready = await watched.until(Ready, 2)
+    assert ready.generation == 2
+    assert (await watched.until(Exited)).exit.reason == "was ended by SIGKILL"
+
+
+async def test_stop_ends_the_whole_group(watched: Watched) -> None:
+    family = "import subprocess\np = subprocess.Popen(['sleep', '60'])\nprint('at', p.pid, flush=True)\np.wait()"
+    grandchild = int((await watched.supervisor.start(spec(family))).address)
+    child = (await watched.until(Started)).pid
+    await watched.supervisor.stop("child")
+    assert gone(child)
+    assert gone(grandchild)
+    assert watched.state() is ChildState.STOPPED
+    await watched.supervisor.stop("child")  # once more does no harm
+
+
+async def test_what_a_dead_child_leaves_in_its_group_is_ended(watched: Watched) -> None:
+    family = "import subprocess, time\nprint('at', subprocess.Popen(['sleep', '60']).pid, flush=True)\ntime.sleep(60)"
+    grandchild = int((await watched.supervisor.start(spec(family))).address)
+    os.kill((await watched.until(Started)).pid, signal.SIGKILL)
+    await watched.until(Exited)
+    wait_gone(grandchild)
+
+
+async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(watched: Watched) -> None:
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY_THEN_SLEEP
+    await watched.supervisor.start(spec(deaf, stop=StopPolicy(grace_s=0.2)))
+    before = trio.current_time()
+    await watched.supervisor.stop("child")
+    assert 0.2 <= trio.current_time() - before < 2
+    assert (await watched.until(Exited)).exit.code == -signal.SIGKILL
+
+
+async def test_stop_ends_a_start_and_a_back_off(watched: Watched) -> None:
+    async def expect_failure(child: ChildSpec) -> None:
+        with pytest.raises(StartFailed):
+            await watched.supervisor.start(child)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect_failure, spec("import time; time.sleep(60)"))
+        started = await watched.until(Started)
+        await watched.supervisor.stop("child")
+    assert gone(started.pid)
+    slow = RestartPolicy(backoff_initial_s=60, backoff_max_s=60)
+    await expect_failure(spec("raise SystemExit(1)", child_id="other", restart=slow))
+    assert watched.state("other") is ChildState.BACKING_OFF
+    await watched.supervisor.stop("other")
+    assert watched.state("other") is ChildState.STOPPED
+
+
+async def test_another_spec_under_the_id_of_a_running_child_is_an_error(watched: Watched) -> None:
+    await watched.supervisor.start(spec(READY_THEN_SLEEP))
+    with pytest.raises(ValueError, match="stop it first"):
+        await watched.supervisor.start(spec(READY_THEN_SLEEP + " # other"))
+
+
+async def test_children_of_a_group_share_their_generations(watched: Watched) -> None:
+    first = await watched.supervisor.start(spec(READY_THEN_SLEEP, child_id="a"))
+    second = await watched.supervisor.start(spec(READY_THEN_SLEEP, child_id="b"))
+    assert (first.generation, second.generation) == (1, 2)
+
+
+async def test_a_child_that_is_stopped_by_a_signal_fails_its_liveness_and_is_replaced(watched: Watched) -> None:
+    quick = LivenessPolicy(interval_s=0.05, timeout_s=1, failures=2)
+    await watched.supervisor.start(spec(READY_THEN_SLEEP, liveness=quick, stop=StopPolicy(grace_s=0.1)))
+    os.kill((await watched.until(Started)).pid, signal.SIGSTOP)
+    assert "2 liveness probes in a row failed" in (await watched.until(Unhealthy)).reason
+    assert (await watched.until(Ready, 2)).generation == 2
+
+
+async def test_output_without_end_or_newline_harms_nothing(watched: Watched) -> None:
+    flood = "import os\nfor _ in range(800): os.write(1, b'x' * 65536)\nprint()\n" + READY_THEN_SLEEP
+    before = psutil.Process().memory_info().rss
+    await watched.supervisor.start(spec(flood))
+    assert psutil.Process().memory_info().rss - before < 20 * 2**20
+    assert [len(line) for line in watched.lines] == [4096 + len(" [cut]"), len("at home")]
+
+
+async def test_a_child_runs_on_its_cpus_and_we_on_ours(watched: Watched) -> None:
+    ours = os.sched_getaffinity(0)
+    await watched.supervisor.start(spec(READY_THEN_SLEEP, cpus=frozenset({min(ours)})))
+    assert os.sched_getaffinity((await watched.until(Started)).pid) == {min(ours)}
+    assert os.sched_getaffinity(0) == ours
+
+
+async def test_cpus_that_are_not_there_are_a_failed_start(watched: Watched) -> None:
+    with pytest.raises(StartFailed, match=r"can't run on CPUs \[4000\]"):
+        await watched.supervisor.start(spec(READY_THEN_SLEEP, cpus=frozenset({4000})))
+
+
+async def test_a_child_outlives_the_idle_time_of_worker_threads(watched: Watched) -> None:
+    # The parent-death signal follows the spawning thread; trio's worker threads end after 10 s without work.
+    await watched.supervisor.start(spec(READY_THEN_SLEEP))
+    await trio.sleep(12)
+    assert watched.state() is ChildState.READY
+    assert sum(isinstance(event, Started) for event in watched.events) == 1
+
+
+async def test_cancelling_start_leaves_the_child_starting_and_cancelling_run_ends_it(nursery: trio.Nursery) -> None:
+    watched = Watched()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as owner:
+            await owner.start(watched.supervisor.run)
+            with trio.move_on_after(0.3):
+                await watched.supervisor.start(spec("import time; time.sleep(60)"))
+            assert watched.state() is ChildState.STARTING
+            owner.cancel_scope.cancel()
+        assert watched.state() is ChildState.STOPPED
+        assert gone((await watched.until(Started)).pid)
+
+
+@pytest.mark.parametrize("steps", range(12))
+async def test_cancelling_run_at_any_step_leaves_no_process(steps: int) -> None:
+    watched = Watched()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as owner:
+            await owner.start(watched.supervisor.run)
+            with trio.move_on_after(0.05):
+                async with trio.open_nursery() as starting:
+                    starting.start_soon(watched.supervisor.start, spec(READY_THEN_SLEEP))
+                    for _ in range(steps):
+                        await trio.lowlevel.checkpoint()
+                    starting.cancel_scope.cancel()
+            owner.cancel_scope.cancel()
+    assert all(gone(event.pid) for event in watched.events if isinstance(event, Started))
+    assert all(child.state is ChildState.STOPPED for child in watched.supervisor.snapshot().values())
+
+
+SUPERVISING = """
+import os, sys, trio
+sys.path[:0] = {path!r}
+from test_supervisor_real import READY_THEN_SLEEP, spec
+from supervisor.supervisor import Supervisor
+
+async def main():
+    async with trio.open_nursery() as nursery:
+        supervisor = Supervisor()
+        await nursery.start(supervisor.run)
+        await supervisor.start(spec(READY_THEN_SLEEP))
+        print(supervisor.snapshot()["child"].pid, flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+def test_no_child_outlives_a_killed_supervisor() -> None:
+    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    with subprocess.Popen([sys.executable, "-c", SUPERVISING.format(path=path)], stdout=subprocess.PIPE) as ours:
+        assert ours.stdout is not None
+        child = int(ours.stdout.readline())
+        ours.kill()
+        ours.wait()
+    wait_gone(child)
