@@ -140,6 +140,7 @@ class Answer:
         self._pieces: list[bytes] = []
         self._sent = False
         self._complete = False
+        self._keeps_alive = False
         self._cutter: EventCutter | None = None
         self._first = b""
 
@@ -163,7 +164,7 @@ class Answer:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._sent and self._complete and self._parser.should_keep_alive():
+        if self._sent and self._complete and self._keeps_alive:
             self._upstream._keep(connection)
         else:
             connection.close()
@@ -252,6 +253,8 @@ class Answer:
 
     def on_message_complete(self) -> None:
         self._complete = self._head_done
+        # Here, and not when it is needed: the parser forgets it with the message.
+        self._keeps_alive = self._parser.should_keep_alive()
 
 
 def is_loading_answer(answer: Answer) -> bool:
