@@ -1,0 +1,125 @@
+"""The agent and the example dispatcher, two processes."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from fakes.agent_process import running_agent, write_config
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "dispatcher.py"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@contextmanager
+def dispatcher(port: int, *arguments: str) -> Iterator[None]:
+    argv = [sys.executable, str(EXAMPLE), "--port", str(port), *arguments]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        try:
+            wait_until(lambda: answers(port))
+            yield
+        finally:
+            running.kill()
+
+
+def answers(port: int) -> bool:
+    try:
+        httpx.get(f"http://127.0.0.1:{port}/nodes", timeout=2, trust_env=False)
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def node_at(port: int) -> dict[str, Any]:
+    nodes = httpx.get(f"http://127.0.0.1:{port}/nodes", timeout=5, trust_env=False).json()
+    node: dict[str, Any] = nodes.get("test-node", {})
+    return node
+
+
+def wait_until(true: Callable[[], bool], within_s: float = 20.0) -> None:
+    until = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < until, f"not within {within_s} s"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def test_a_dispatcher_sees_the_node_and_serving_does_not_depend_on_it(
+    llama_server: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    config = write_config(
+        tmp_path,
+        llama_server,
+        [{"model_id": "tiny", "path": str(tiny_model), "roles": ["planner"]}],
+        dispatcher_base_url=f"http://127.0.0.1:{port}",
+        heartbeat_interval_s=1,
+    )
+    with running_agent(config) as agent:
+
+        def chat() -> int:
+            body = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
+            url = f"{agent.base_url}/v1/chat/completions"
+            return httpx.post(url, json=body, timeout=30, trust_env=False).status_code
+
+        assert chat() == 200  # nobody listens there yet
+        with dispatcher(port):
+            wait_until(lambda: node_at(port).get("status") == "ready")
+            assert node_at(port)["devices"] == ["cpu:0"]
+            wait_until(lambda: node_at(port)["models"] == {"tiny": ["cpu:0"]})
+            agent.wait_child().kill()
+            assert chat() == 200
+        assert chat() == 200  # killed
+        with dispatcher(port):
+            wait_until(lambda: node_at(port).get("status") == "ready")
+            assert chat() == 200
+
+
+def test_a_dispatcher_hears_of_the_draining_and_of_the_end(
+    llama_server: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    models = [{"model_id": "tiny", "path": str(tiny_model)}]
+    config = write_config(
+        tmp_path, llama_server, models, dispatcher_base_url=f"http://127.0.0.1:{port}", drain_grace_s=2
+    )
+    with dispatcher(port), running_agent(config) as agent:
+        wait_until(lambda: node_at(port).get("status") == "ready")
+        agent.process.terminate()
+        wait_until(lambda: node_at(port)["status"] == "draining", 1.5)
+        wait_until(lambda: node_at(port)["status"] == "stopping")
+        assert agent.wait_exit() == 0
+
+
+def test_a_token_is_shown_and_a_wrong_one_is_logged_as_an_error(
+    llama_server: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.write_text("right-token\n")
+    theirs.write_text("right-token\n")
+    config = write_config(
+        tmp_path,
+        llama_server,
+        [{"model_id": "tiny", "path": str(tiny_model)}],
+        dispatcher_base_url=f"http://127.0.0.1:{port}",
+        dispatcher_token_file=str(ours),
+    )
+    with dispatcher(port, "--token-file", str(theirs)), running_agent(config) as agent:
+        agent.wait_for_line(lambda line: "registered" in line["message"])
+    ours.write_text("wrong-token\n")
+    with dispatcher(port, "--token-file", str(theirs)), running_agent(config) as agent:
+        line = agent.wait_for_line(lambda line: "401" in line["message"])
+        assert line["level"] == "error"
+        assert "wrong-token" not in str(agent.lines)

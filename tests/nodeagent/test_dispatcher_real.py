@@ -1,0 +1,99 @@
+"""The client against a real HTTP server that comes, goes and misbehaves."""
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import trio
+
+from fakes.box import Box
+from nodeagent.dispatcher.client import DispatcherClient
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+MISDEEDS: dict[str, tuple[bytes, str]] = {
+    "404": (b"HTTP/1.1 404 X\r\nContent-Length: 0\r\n\r\n", "404"),
+    "500": (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "500"),
+    "garbage": (b"SSH-2.0-OpenSSH_9.2\r\n", "can't be reached"),
+    "garbage body": (b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n<html/>", "no JSON"),
+    "huge": (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b" " * 100_000, "longer than 65536"),
+    "redirect": (b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", "302"),
+    "half": (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", "can't be reached"),
+    "nothing": (b"", "can't be reached"),
+}
+
+
+class Server:
+    """Answers every request with the same bytes and closes; counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.answer = OK
+        self.asked: list[str] = []
+
+    async def handle(self, stream: trio.SocketStream) -> None:
+        async with stream:
+            request = b""
+            while b"\r\n\r\n" not in request:
+                request += await stream.receive_some(65536)
+            self.asked.append(request.split(b" ")[1].decode().rpartition("/")[2])
+            await stream.send_all(self.answer)
+
+    @asynccontextmanager
+    async def listening(self, port: int = 0) -> AsyncIterator[int]:
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(partial(trio.serve_tcp, self.handle, port, host="127.0.0.1"))
+            yield listeners[0].socket.getsockname()[1]
+            nursery.cancel_scope.cancel()
+
+
+class Impatient(random.Random):
+    """Every back-off comes out as its least."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return 0.01
+
+
+def client_at(port: int) -> DispatcherClient:
+    url = f"http://127.0.0.1:{port}"
+    return DispatcherClient(url, token=None, node=Box(), heartbeat_interval_s=0.05, rng=Impatient())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():  # noqa: ASYNC110  (what is waited for happens in another program's stead)
+        await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+async def test_whatever_it_answers_the_client_names_it_and_is_back_when_it_is(misdeed: str) -> None:
+    server = Server()
+    with trio.fail_after(10):
+        async with server.listening() as port, trio.open_nursery() as nursery:
+            client = client_at(port)
+            await nursery.start(client.run)
+            await until(lambda: "heartbeat" in server.asked)
+            server.answer, said = MISDEEDS[misdeed]
+            await until(lambda: client.trouble is not None)
+            assert said in str(client.trouble)
+            server.answer = OK
+            server.asked.clear()
+            await until(lambda: client.trouble is None and "heartbeat" in server.asked)
+            assert ("register" in server.asked) == (misdeed == "404")
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_dispatcher_may_come_late_and_go_and_come_again() -> None:
+    server = Server()
+    with trio.fail_after(10):
+        async with server.listening() as port:
+            pass
+        async with trio.open_nursery() as nursery:
+            client = client_at(port)
+            await nursery.start(client.run)
+            await until(lambda: client.trouble is not None)
+            for _ in range(2):
+                async with server.listening(port):
+                    await until(lambda: client.trouble is None and client.registered)
+                await until(lambda: client.trouble is not None)
+            nursery.cancel_scope.cancel()
