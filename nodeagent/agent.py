@@ -24,7 +24,7 @@ from pathlib import Path
 
 import trio
 
-from nodeagent import events, launch, logs, state_folder
+from nodeagent import events, launch, logs, stall, state_folder
 from nodeagent.backends import select
 from nodeagent.backends.base import Backend
 from nodeagent.catalogue import Catalogue
@@ -48,6 +48,7 @@ from nodeagent.servers import DeviceServers
 from nodeagent.status import DeviceStatus, ModelStatus, NodeSnapshot, NodeState, NodeStatus, judge
 from nodeagent.upstream import LlamaServerProbe, Upstream
 from supervisor.lifecycle import Event
+from supervisor.records import Records, sweep
 from supervisor.spec import ChildSpec
 from supervisor.supervisor import Supervisor
 
@@ -87,6 +88,7 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
     """
     binary = find_llama_server(config)
     with state_folder.locked(config.state_dir):
+        sweep(state_folder.children_file(config.state_dir))
         listeners, port = await bind(config.listen_host, config.listen_port)
         backend = await trio.to_thread.run_sync(select, config.backend, config.devices)
         try:
@@ -124,7 +126,8 @@ class AgentNode:
         self._front_ended = trio.Event()
         self._last_resort: threading.Timer | None = None
         self._nursery: trio.Nursery
-        self._supervisor = Supervisor(on_event=self._on_event, on_line=self._on_line)
+        records = Records(state_folder.children_file(config.state_dir))
+        self._supervisor = Supervisor(on_event=self._on_event, on_line=self._on_line, records=records)
         self._monitor = DeviceMonitor(backend, devices)
         self._catalogue = Catalogue()
         self._hosts = {device.device_id: self._host(device) for device in devices}
@@ -142,6 +145,7 @@ class AgentNode:
             await nursery.start(self._monitor.run)
             for lane in self._lanes.values():
                 await nursery.start(lane.run)
+            nursery.start_soon(stall.watch, self._workers, self._supervisor.fail)
             self._preload()
             await nursery.start(self._serve_front, listeners)
             self._enter(NodeStatus.READY)
@@ -365,6 +369,10 @@ class AgentNode:
         self._lanes[device_id].nudge()
         self.events.append(events.of_child(event))
         self._tell_state()
+
+    def _workers(self) -> list[stall.Worker]:
+        timeout_s = self._config.stall_timeout_s
+        return [worker for host in self._hosts.values() for worker in host.workers(timeout_s)]
 
     def _on_line(self, child_id: str, generation: int, line: str) -> None:
         device_id, _, model_id = child_id.partition("/")

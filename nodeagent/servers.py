@@ -15,6 +15,7 @@ from nodeagent.devices import DeviceRef
 from nodeagent.errors import BackendUnavailable
 from nodeagent.monitor import DeviceMonitor
 from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
+from nodeagent.stall import Worker
 from nodeagent.upstream import Upstream
 from supervisor.lifecycle import Event, Exited, Ready
 from supervisor.spec import ChildSpec
@@ -135,6 +136,26 @@ class DeviceServers:
     def runs(self, model_id: str) -> bool:
         """Whether the model has a process here, or is about to."""
         return model_id in self._running()
+
+    def workers(self, stall_timeout_s: float) -> list[Worker]:
+        """The ready servers, as the watch over stalls looks at them."""
+        found = []
+        for model_id, upstream in self._upstreams.items():
+            child, model = self._child(model_id), self._models.get(model_id)
+            if child is None or child.pid is None or child.state is not ChildState.READY:
+                continue
+            own_timeout_s = model.stall_timeout_s if model is not None else None
+            found.append(
+                Worker(
+                    child.child_id,
+                    child.generation,
+                    child.pid,
+                    upstream,
+                    own_timeout_s or stall_timeout_s,
+                    counts_cpu=self.device.backend == "cpu",
+                )
+            )
+        return found
 
     def handle(self, event: Event) -> None:
         """Keep the connections in step with what the supervisor says of a child of this device."""

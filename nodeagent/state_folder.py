@@ -37,6 +37,11 @@ def locked(state_dir: Path) -> Iterator[None]:
         os.close(file)
 
 
+def children_file(state_dir: Path) -> Path:
+    """Where the running children are recorded."""
+    return state_dir / "children.json"
+
+
 def admin_token(state_dir: Path) -> str:
     """The token of this folder's agent, made at the first start; only the agent's own user can read it.
 

@@ -21,6 +21,7 @@ from supervisor.probe import wait_ready, watch_liveness
 from supervisor.restart import Exit, GiveUp, Restart, RestartTracker
 from supervisor.spawn import Process, spawn
 from supervisor.spec import ChildSpec
+from supervisor.strays import end_strays, marked
 
 _LAST_LINES = 20
 
@@ -104,6 +105,9 @@ class Child:
         self._living = trio.CancelScope()
         self._over = trio.Event()
         self._generation = 0
+        self._mark = ""
+        self._failed_because = ""
+        self._judged = trio.Event()
         self._spawned_at: float | None = None
         self._ready_at: float | None = None
         self.snapshot = ChildSnapshot(spec.child_id, spec.group, ChildState.STOPPED, 0, trio.current_time())
@@ -138,6 +142,11 @@ class Child:
             assert this.error is not None
             raise this.error
         return this.ready
+
+    def fail(self, reason: str) -> None:
+        """End this generation because of something that its probe can't see; what follows is as after any failure."""
+        self._failed_because = reason
+        self._judged.set()
 
     async def stop(self) -> None:
         """End the child in whatever state; return when its process group is gone. Cancelling only stops waiting."""
@@ -187,17 +196,19 @@ class Child:
                     with trio.CancelScope(shield=True):
                         await process.terminate(self.spec.stop.grace_s)
         finally:
+            end_strays(self._mark)
             end = self._exit(process, verdict)
             self._tell(Exited, end)
         return end
 
     def _spawn(self) -> Process:
         spec, generation = self.spec, self._generation
+        env, self._mark = marked(spec.env)
         self.process = spawn(
             spec.child_id,
             generation,
             spec.argv,
-            env=spec.env,
+            env=env,
             cwd=spec.cwd,
             cpus=spec.cpus,
             on_line=lambda line: self._on_line(spec.child_id, generation, line),
@@ -231,11 +242,24 @@ class Child:
         ready = Ready(self.spec.child_id, self._generation, self._ready_at, address)
         self._end_try(ready=ready)
         self._emit(ready)
-        reason = await watch_liveness(process, self.spec.probe, self.spec.liveness)
+        reason = await self._unwell(process)
         self._become(ChildState.UNHEALTHY, reason=reason)
         self._try = _Try()
         self._tell(Unhealthy, reason)
         return reason
+
+    async def _unwell(self, process: Process) -> str:
+        """Return what is wrong with a child that was ready: what its probe sees, or what `fail` was told."""
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                self.fail(await watch_liveness(process, self.spec.probe, self.spec.liveness))
+
+            self._judged = trio.Event()
+            nursery.start_soon(watch)
+            await self._judged.wait()
+            nursery.cancel_scope.cancel()
+        return self._failed_because
 
     def _exit(self, process: Process, verdict: str | None) -> Exit:
         ready_s = None if self._ready_at is None else trio.current_time() - self._ready_at

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.01
 # One look may take this long while the child starts; a server that is busy loading can be slow to answer.
 _LOOK_TIMEOUT_S = 5.0
+# One look could fall between a SIGSTOP and its SIGCONT.
+_LOOKS_STOPPED = 2
 
 
 class NotReady(Exception):
@@ -54,12 +56,20 @@ async def wait_ready(process: "Process", probe: Probe, interval_s: float) -> str
 
 
 async def watch_liveness(process: "Process", probe: Probe, policy: "LivenessPolicy") -> str:
-    """Return, with the reason, once the child has failed too many looks in a row."""
+    """Return, with the reason, once the child has failed too many looks in a row.
+
+    A child that a signal has stopped is not asked: its process state says it, and two looks are enough.
+    """
     if policy.interval_s == math.inf:
         await trio.sleep_forever()
-    failures = 0
+    failures = stopped = 0
     while True:
         await trio.sleep(policy.interval_s)
+        stopped = stopped + 1 if process.is_stopped() else 0
+        if stopped >= _LOOKS_STOPPED:
+            return "it is stopped by a signal"
+        if stopped:
+            continue
         reason = await _fault(process, probe, policy.timeout_s)
         failures = failures + 1 if reason else 0
         if reason:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import trio
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,13 @@ class Process:
         """The exit code, minus the signal that ended it; None while it runs, or if it would not die."""
         return self._popen.returncode
 
+    def is_stopped(self) -> bool:
+        """Whether a signal (SIGSTOP, a debugger) holds it: it can't answer, and won't obey SIGTERM either."""
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+        except psutil.Error:
+            return False
+
     async def attend(self) -> None:
         """Read the output and notice the end. Shielded: it returns when the process is gone, see `terminate`."""
         with self._attending:
@@ -121,11 +129,12 @@ class Process:
         """SIGTERM to the group, SIGKILL to the group after `grace_s`; return when it is gone. To be called shielded."""
         if self.ended.is_set():
             return
-        self._signal_group(signal.SIGTERM)
-        with trio.move_on_after(grace_s):
-            await self.ended.wait()
-            return
-        logger.warning("%s did not end within %g s of SIGTERM; killing it", self, grace_s)
+        if not self.is_stopped():
+            self._signal_group(signal.SIGTERM)
+            with trio.move_on_after(grace_s):
+                await self.ended.wait()
+                return
+            logger.warning("%s did not end within %g s of SIGTERM; killing it", self, grace_s)
         self._signal_group(signal.SIGKILL)
         with trio.move_on_after(_KILL_WAIT_S):
             await self.ended.wait()

@@ -9,7 +9,9 @@ import trio
 
 from supervisor.child import Child, ChildSnapshot, ChildState, GivenUp, StartFailed
 from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Stopped, Unhealthy
+from supervisor.records import Records
 from supervisor.spec import ChildSpec
+from supervisor.strays import become_subreaper
 
 __all__ = ["ChildSnapshot", "ChildState", "GivenUp", "StartFailed", "Supervisor"]
 
@@ -20,7 +22,8 @@ class Supervisor:
     """Keeps children alive. `run` has to be running for anything else to work.
 
     `on_event` is told each transition after the state shows it; `on_line` (child id, generation, line) each line that
-    a child prints. Both are called in the event loop and must not block.
+    a child prints. Both are called in the event loop and must not block. `records` keeps the children on disk, for
+    `supervisor.records.sweep` of a later life.
     """
 
     def __init__(
@@ -28,18 +31,24 @@ class Supervisor:
         *,
         on_event: Callable[[Event], None] = lambda _event: None,
         on_line: Callable[[str, int, str], None] = lambda _child_id, _generation, _line: None,
+        records: Records | None = None,
     ) -> None:
         self._on_event = on_event
         self._on_line = on_line
+        self._records = records
         self._children: dict[str, Child] = {}
         self._generations: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the children until cancelled; then every one is terminated before this returns."""
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await trio.sleep_forever()
+        become_subreaper()
+        async with trio.open_nursery() as recording:
+            if self._records is not None:
+                recording.start_soon(self._records.run)
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await trio.sleep_forever()
 
     async def start(self, spec: ChildSpec) -> Ready:
         """Return when the child is ready; join its start or restart if one is under way.
@@ -65,6 +74,12 @@ class Supervisor:
         child = self._children.get(child_id)
         if child is not None:
             await child.stop()
+
+    def fail(self, child_id: str, generation: int, reason: str) -> None:
+        """Replace a ready child for a reason that its probe can't see; nothing if that generation is not ready now."""
+        child = self._children.get(child_id)
+        if child is not None and child.snapshot.state is ChildState.READY and child.snapshot.generation == generation:
+            child.fail(reason)
 
     def snapshot(self) -> dict[str, ChildSnapshot]:
         """Every child that was ever started, as it is now."""
@@ -98,7 +113,17 @@ class Supervisor:
 
     def _emit(self, event: Event) -> None:
         _log(event)
+        if self._records is not None:
+            self._record(self._records, event)
         self._on_event(event)
+
+    def _record(self, records: Records, event: Event) -> None:
+        child = self._children[event.child_id]
+        match event:
+            case Started(pid=pid):
+                records.add(pid, child.spec.argv)
+            case Exited() if child.process is not None:
+                records.remove(child.process.pid)
 
 
 def _log(event: Event) -> None:

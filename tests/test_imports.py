@@ -47,7 +47,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *VALUES,
     },
     "nodeagent.upstream": {"nodeagent.errors", "supervisor.probe", "supervisor.spawn"},
+    "nodeagent.stall": {"nodeagent.upstream"},
     "nodeagent.servers": {
+        "nodeagent.stall",
         "nodeagent.catalogue",
         "nodeagent.config",
         "nodeagent.monitor",

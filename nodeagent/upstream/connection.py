@@ -28,14 +28,19 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Upstream:
-    """One generation of a server, at one address. `closed` is set when that generation is gone."""
+    """One generation of a server, at one address. `closed` is set when that generation is gone.
+
+    `in_flight` counts the requests sent and not let go of; `bytes_received` all that came back in answers.
+    """
 
     def __init__(self, address: str, api_key: str) -> None:
         self.address = address
+        self.api_key = api_key
         self.closed = trio.Event()
+        self.in_flight = 0
+        self.bytes_received = 0
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
-        self._api_key = api_key.encode("ascii")
         self._idle: deque[tuple[float, _Connection]] = deque()
 
     async def open(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> "Answer":
@@ -65,7 +70,7 @@ class Upstream:
     def _request(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
         lines = [f"{method} {path} HTTP/1.1".encode("ascii"), b"host: " + self.address.encode("ascii")]
         lines += [name + b": " + value for name, value in headers]
-        lines += [b"authorization: Bearer " + self._api_key, b"content-length: %d" % len(body)]
+        lines += [b"authorization: Bearer " + self.api_key.encode("ascii"), b"content-length: %d" % len(body)]
         return b"\r\n".join([*lines, b"", body])
 
     def _take_idle(self) -> "_Connection | None":
@@ -97,10 +102,11 @@ class Upstream:
 
     async def _exchange(self, connection: "_Connection", request: bytes) -> "Answer":
         answer = Answer(self, connection)
+        self.in_flight += 1
         try:
             await answer._begin(request)
         except BaseException:
-            connection.close()
+            answer.close()
             raise
         return answer
 
@@ -164,6 +170,7 @@ class Answer:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        self._upstream.in_flight -= 1
         if self._sent and self._complete and self._keeps_alive:
             self._upstream._keep(connection)
         else:
@@ -218,6 +225,7 @@ class Answer:
             self._lost(f"broke the connection: {error.__cause__ or error!r}")
         if not data:
             self._lost("closed the connection before its answer was whole")
+        self._upstream.bytes_received += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:

@@ -22,6 +22,7 @@ class FakeServers:
     broken: set[str] = field(default_factory=set)
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
     free_bytes: int | None = None
+    idle_unload_s: float | None = None
     history: list[str] = field(default_factory=list)
     on_change: Callable[[], None] = lambda: None
     current: ServerView[str] | None = None
@@ -72,7 +73,7 @@ class FakeServers:
         generation = generation or next(self._generations)
         now = trio.current_time()
         endpoint = f"{model_id}#{generation}" if state is ServerState.READY else None
-        return ServerView(model_id, state, generation, now, self.slots, now, endpoint=endpoint)
+        return ServerView(model_id, state, generation, now, self.slots, now, None, None, endpoint, self.idle_unload_s)
 
     def _become(self, server: ServerView[str] | None) -> None:
         self.current = server

@@ -222,3 +222,78 @@ async def test_the_estimate_of_the_next_free_place_follows_what_was_measured(
     await trio.sleep(3)
     assert lane.place_free_in_s() == pytest.approx(5)
     assert lane.view().estimated_wait_s == pytest.approx(5)
+
+
+async def test_unloading_waits_for_the_requests_in_flight_and_grants_no_more_until_it_is_done(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    running = lane.submit("r1", "a")
+    await running.granted()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lane.unload, "a")
+        await trio.sleep(1)
+        waiting = lane.submit("r2", "a")
+        nursery.start_soon(serve, waiting, 0)
+        await trio.sleep(1)
+        assert waiting.state is TicketState.WAITING
+        assert servers.history == ["start a"]
+        running.close()
+    assert servers.history == ["start a", "stop a", "start a"]
+
+
+async def test_a_forced_unloading_does_not_wait(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    ticket = lane.submit("r1", "a")
+    await ticket.granted()
+    await lane.unload("a", force=True)
+    assert servers.history == ["start a", "stop a"]
+    ticket.close()
+
+
+async def test_an_idle_model_is_unloaded_after_its_time_and_no_sooner(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.idle_unload_s = 10
+    await serve(lane.submit("r1", "a"), 5)  # from 1 to 6
+    await trio.sleep_until(15)
+    await serve(lane.submit("r2", "a"), 0)
+    await trio.sleep_until(24.9)
+    assert servers.history == ["start a"]
+    await trio.sleep_until(25.1)
+    assert servers.history == ["start a", "stop a"]
+    await serve(lane.submit("r3", "a"), 0)
+    assert servers.history == ["start a", "stop a", "start a"]
+
+
+async def test_a_visit_loads_a_model_in_its_turn_and_takes_up_no_place(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    tickets = [lane.submit(f"r{number}", "a") for number in range(3)]
+    visit = lane.visit("b")
+    assert lane.admitted == 3
+    async with trio.open_nursery() as nursery:
+        for ticket in tickets:
+            nursery.start_soon(serve, ticket, 1)
+        await visit.granted()
+        visit.close()
+    assert servers.history == ["start a", "stop a", "start b"]
+    assert lane.admitted == 0
+
+
+async def test_order_holds_whatever_is_between_the_channel_and_the_lane(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    # The first is handed to the waiting task, the others are collected past it.
+    tickets = [lane.submit(f"r{number}", "a") for number in range(3)]
+    order: list[str] = []
+
+    async def take(ticket: Ticket[str]) -> None:
+        await ticket.granted()
+        order.append(ticket.request_id)
+        ticket.close()
+
+    async with trio.open_nursery() as nursery:
+        for ticket in tickets:
+            nursery.start_soon(take, ticket)
+    assert order == ["r0", "r1", "r2"]

@@ -1,5 +1,6 @@
 """The supervisor with real children: small scripts, real signals, the real clock."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -238,8 +239,58 @@ async def test_a_child_that_is_stopped_by_a_signal_fails_its_liveness_and_is_rep
     quick = LivenessPolicy(interval_s=0.05, timeout_s=1, failures=2)
     await watched.supervisor.start(spec(READY_THEN_SLEEP, liveness=quick, stop=StopPolicy(grace_s=0.1)))
     os.kill((await watched.until(Started)).pid, signal.SIGSTOP)
-    assert "2 liveness probes in a row failed" in (await watched.until(Unhealthy)).reason
+    assert (await watched.until(Unhealthy)).reason == "it is stopped by a signal"
+    assert (await watched.until(Exited)).exit.code == -signal.SIGKILL  # at once: it could not obey SIGTERM
     assert (await watched.until(Ready, 2)).generation == 2
+
+
+async def test_a_child_that_no_longer_passes_its_probe_is_replaced(watched: Watched) -> None:
+    class Fickle(SaysSo):
+        ill = False
+
+        async def check(self, process: Process) -> str:
+            if self.ill and process.generation == 1:
+                raise NotReady("ill")
+            return await super().check(process)
+
+    probe = Fickle()
+    quick = LivenessPolicy(interval_s=0.05, timeout_s=1, failures=3)
+    child = dataclasses.replace(spec(READY_THEN_SLEEP, liveness=quick), probe=probe)
+    await watched.supervisor.start(child)
+    probe.ill = True
+    assert (await watched.until(Unhealthy)).reason == "3 liveness probes in a row failed, the last: ill"
+    assert (await watched.until(Ready, 2)).generation == 2
+
+
+async def test_a_child_can_be_failed_for_what_its_probe_does_not_see(watched: Watched) -> None:
+    await watched.supervisor.start(spec(READY_THEN_SLEEP))
+    watched.supervisor.fail("child", 7, "another generation")
+    watched.supervisor.fail("other", 1, "nobody")
+    watched.supervisor.fail("child", 1, "it makes no progress")
+    assert (await watched.until(Unhealthy)).reason == "it makes no progress"
+    assert (await watched.until(Ready, 2)).generation == 2
+
+
+async def test_a_descendant_that_left_the_group_ends_with_its_child(watched: Watched) -> None:
+    daemon = (
+        "import os, time\n"
+        "read, write = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        os.write(write, str(os.getpid()).encode())\n"
+        "        time.sleep(60)\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "print('at', os.read(read, 20).decode(), flush=True)\n"
+        "time.sleep(60)"
+    )
+    runaway = int((await watched.supervisor.start(spec(daemon))).address)
+    assert os.getpgid(runaway) != (await watched.until(Started)).pid
+    os.kill((await watched.until(Started)).pid, signal.SIGKILL)
+    await watched.until(Exited)
+    assert gone(runaway)
+    assert not psutil.pid_exists(runaway)  # it is reaped, not left as a zombie
 
 
 async def test_output_without_end_or_newline_harms_nothing(watched: Watched) -> None:

@@ -1,0 +1,35 @@
+import pytest
+import trio
+
+from nodeagent.ring import Page, Ring
+
+
+def test_a_reader_gets_what_came_after_its_number_and_learns_what_it_missed() -> None:
+    ring: Ring[str] = Ring(3)
+    assert ring.after(0) == Page([], 0, 0)
+    for item in "abcde":
+        ring.append(item)
+    assert ring.after(5) == Page([], 5, 0)
+    assert ring.after(4) == Page(["e"], 5, 0)
+    assert ring.after(2) == Page(["c", "d", "e"], 5, 0)
+    assert ring.after(0) == Page(["c", "d", "e"], 5, 2)
+
+
+def test_a_number_of_another_life_counts_as_none() -> None:
+    ring: Ring[str] = Ring(3)
+    ring.append("a")
+    assert ring.after(700) == Page(["a"], 1, 0)
+
+
+async def test_readers_wait_for_more() -> None:
+    ring: Ring[str] = Ring(3)
+    with trio.fail_after(1):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ring.more_than, 0)
+            nursery.start_soon(ring.more_than, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            ring.append("a")
+            ring.append("b")
+        await ring.more_than(1)
+        with pytest.raises(trio.TooSlowError), trio.fail_after(0.01):
+            await ring.more_than(2)
