@@ -141,9 +141,18 @@ def running_agent(config: Path) -> Iterator[AgentProcess]:
 
 
 def assert_gone(processes: list[psutil.Process], within_s: float = 1.0) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=within_s)
-    alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert not alive, f"still there after {within_s} s: {alive}"
+    """All of them have ended, if not been reaped: whose child an orphan becomes is not ours to say."""
+    until = time.monotonic() + within_s
+    while alive := [process for process in processes if not has_ended(process)]:
+        assert time.monotonic() < until, f"still there after {within_s} s: {alive}"
+        time.sleep(0.005)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def seconds_to_idle(child: psutil.Process, within_s: float) -> float | None:
