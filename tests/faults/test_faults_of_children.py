@@ -199,14 +199,15 @@ def test_one_body_that_crashes_its_server_fells_two_and_no_more(
 def test_a_server_that_hangs_at_work_is_replaced_though_it_answers_health(
     llama_server: Path, tiny_model: Path, tiny_model_b: Path, tmp_path: Path, show: Show
 ) -> None:
-    config = faulty(tmp_path, tiny_model, tiny_model_b, llama_server, "hang-on-chat", stall_timeout_s=8)
+    config = faulty(
+        tmp_path, tiny_model, tiny_model_b, llama_server, "hang-on-chat", stall_timeout_s=8, shutdown_timeout_s=0
+    )
     with running_agent(config) as agent:
         began = time.monotonic()
         asking = ask_and_forget(agent, body(model="bad"))
         line = agent.wait_for_line(lambda line: "is unhealthy" in line["message"], 30)
         assert "no sign of progress" in line["message"]
         show(f"hangs at work, healthy: replaced after {time.monotonic() - began:.0f} s of an 8 s stall_timeout_s")
-        agent.signal(signal.SIGINT)
         agent.signal(signal.SIGINT)
         agent.wait_exit()
         asking.join()
@@ -259,11 +260,7 @@ class Stranger:
             def log_message(self, format: str, *args: object) -> None:
                 return
 
-        class Server(http.server.HTTPServer):
-            # As llama-server does: what is left of its connections holds the port against others.
-            allow_reuse_port = True
-
-        self._server = Server(("127.0.0.1", port), Handler)
+        self._server = _listening(port, Handler)
         self._thread = threading.Thread(target=self._server.serve_forever)
 
     def __enter__(self) -> "Stranger":
@@ -274,3 +271,14 @@ class Stranger:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+def _listening(port: int, handler: type[http.server.BaseHTTPRequestHandler]) -> http.server.HTTPServer:
+    """Take the port as soon as the kernel is done with the dead child's connections."""
+    until = time.monotonic() + 5
+    while True:
+        try:
+            return http.server.HTTPServer(("127.0.0.1", port), handler)
+        except OSError:
+            assert time.monotonic() < until, "the port stays taken"
+            time.sleep(0.05)
