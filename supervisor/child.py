@@ -10,9 +10,11 @@ Any state but FAILED ──stop──> STOPPING ──gone──> STOPPED.
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -76,6 +78,23 @@ class ChildSnapshot:
     retry_at: float | None = None
 
 
+class Spawner(Protocol):
+    """How a process is started; `supervisor.spawn.spawn` is how it really is."""
+
+    def __call__(
+        self,
+        name: str,
+        generation: int,
+        argv: Sequence[str],
+        /,
+        *,
+        env: Mapping[str, str],
+        cwd: Path | None,
+        cpus: frozenset[int] | None,
+        on_line: Callable[[str], None],
+    ) -> Process: ...
+
+
 class _Try:
     """One try to become ready, for those who wait for it."""
 
@@ -94,8 +113,10 @@ class Child:
         generations: Iterator[int],
         emit: Callable[[Event], None],
         on_line: Callable[[str, int, str], None],
+        spawner: Spawner = spawn,
     ) -> None:
         self.spec = spec
+        self._spawner = spawner
         self.tracker = RestartTracker(spec.restart)
         self.process: Process | None = None
         self._generations = generations
@@ -204,7 +225,7 @@ class Child:
     def _spawn(self) -> Process:
         spec, generation = self.spec, self._generation
         env, self._mark = marked(spec.env)
-        self.process = spawn(
+        self.process = self._spawner(
             spec.child_id,
             generation,
             spec.argv,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from supervisor.child import Child, ChildSnapshot, ChildState, GivenUp, StartFailed
+from supervisor.child import Child, ChildSnapshot, ChildState, GivenUp, Spawner, StartFailed
 from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Stopped, Unhealthy
 from supervisor.records import Records
+from supervisor.spawn import spawn
 from supervisor.spec import ChildSpec
 from supervisor.strays import become_subreaper
 
@@ -23,7 +24,7 @@ class Supervisor:
 
     `on_event` is told each transition after the state shows it; `on_line` (child id, generation, line) each line that
     a child prints. Both are called in the event loop and must not block. `records` keeps the children on disk, for
-    `supervisor.records.sweep` of a later life.
+    `supervisor.records.sweep` of a later life. `spawner` starts the processes.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Supervisor:
         on_event: Callable[[Event], None] = lambda _event: None,
         on_line: Callable[[str, int, str], None] = lambda _child_id, _generation, _line: None,
         records: Records | None = None,
+        spawner: Spawner = spawn,
     ) -> None:
         self._on_event = on_event
         self._on_line = on_line
         self._records = records
+        self._spawner = spawner
         self._children: dict[str, Child] = {}
         self._generations: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._nursery: trio.Nursery | None = None
@@ -57,8 +60,8 @@ class Supervisor:
         again as its policy says), GivenUp while it has failed too often and cools down, ValueError if it runs with
         another spec. Cancelling only stops the waiting: `stop` ends the child.
         """
-        child = self._children.get(spec.child_id)
-        if child is not None and child.snapshot.state is ChildState.STOPPING:
+        # Again after each wait: another start may have been first.
+        while (child := self._children.get(spec.child_id)) and child.snapshot.state is ChildState.STOPPING:
             await child.stop()
         if child is None or not child.runs:
             child = self._begin(spec, child)
@@ -92,7 +95,7 @@ class Supervisor:
 
     def _begin(self, spec: ChildSpec, before: Child | None) -> Child:
         assert self._nursery is not None, "Supervisor.run is not running"
-        child = Child(spec, self._generations[spec.group], self._emit, self._on_line)
+        child = Child(spec, self._generations[spec.group], self._emit, self._on_line, self._spawner)
         if before is not None:
             if before.spec.restart == spec.restart:
                 child.tracker = before.tracker

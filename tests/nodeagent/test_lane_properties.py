@@ -1,6 +1,8 @@
 """Whatever clients, loads and crashes do, a lane comes to rest: every request ends, nothing leaks, bounds hold."""
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 from hypothesis import given, settings
@@ -34,16 +36,34 @@ VISITS = st.builds(Visit, at=TIMES, model_id=st.sampled_from("abc"), service_s=T
     load_s=st.sampled_from([0.0, 1.0, 6.0]),
     slots=st.integers(1, 3),
     broken=st.sets(st.sampled_from("abc"), max_size=2),
+    unloads=st.lists(st.tuples(TIMES, st.sampled_from("abc")), max_size=3),
+    visits_of_operators=st.lists(st.tuples(TIMES, st.sampled_from("abc")), max_size=2),
+    idle_unload_s=st.sampled_from([None, 0.0, 0.5]),
 )
 @settings(max_examples=300, deadline=None)
 def test_a_lane_always_comes_to_rest(
-    visits: list[Visit], crashes: list[float], load_s: float, slots: int, broken: set[str]
+    visits: list[Visit],
+    crashes: list[float],
+    load_s: float,
+    slots: int,
+    broken: set[str],
+    unloads: list[tuple[float, str]],
+    visits_of_operators: list[tuple[float, str]],
+    idle_unload_s: float | None,
 ) -> None:
-    trio.run(_scenario, visits, crashes, load_s, slots, broken, clock=MockClock(autojump_threshold=0))
+    servers = FakeServers(load_s=load_s, slots=slots, broken=broken, idle_unload_s=idle_unload_s)
+    scenario = partial(_scenario, servers, visits, crashes, unloads, visits_of_operators)
+    trio.run(scenario, clock=MockClock(autojump_threshold=0))
 
 
-async def _scenario(visits: list[Visit], crashes: list[float], load_s: float, slots: int, broken: set[str]) -> None:
-    servers = FakeServers(load_s=load_s, slots=slots, broken=broken)
+async def _scenario(
+    servers: FakeServers,
+    visits: list[Visit],
+    crashes: list[float],
+    unloads: list[tuple[float, str]],
+    visits_of_operators: list[tuple[float, str]],
+) -> None:
+    slots = servers.slots
     lane: Lane[str] = Lane("cpu:0", servers, LIMITS)
     served = 0
     running: dict[str, int] = {}
@@ -88,6 +108,17 @@ async def _scenario(visits: list[Visit], crashes: list[float], load_s: float, sl
         if servers.current is not None and servers.current.endpoint is not None:
             servers.crash()
 
+    async def unload(at: float, model_id: str) -> None:
+        await trio.sleep(at)
+        await lane.unload(model_id)
+
+    async def load(at: float, model_id: str) -> None:
+        await trio.sleep(at)
+        ticket = lane.visit(model_id)
+        with suppress(Refusal):
+            await ticket.granted()
+        ticket.close()
+
     async with trio.open_nursery() as nursery:
         await nursery.start(lane.run)
         with trio.fail_after(1000):
@@ -96,6 +127,10 @@ async def _scenario(visits: list[Visit], crashes: list[float], load_s: float, sl
                     clients.start_soon(client, number, visit)
                 for at in crashes:
                     clients.start_soon(crash, at)
+                for order in unloads:
+                    clients.start_soon(unload, *order)
+                for order in visits_of_operators:
+                    clients.start_soon(load, *order)
             assert lane.admitted == 0
             servers.broken.clear()
             await _is_served_in_the_end(lane)

@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Keep any command alive that listens on a TCP port, with the supervisor alone.
+
+python examples/supervise.py 8000 -- python3 -m http.server 8000
+"""
+
+import argparse
+import logging
+import os
+
+import trio
+
+from supervisor.probe import NotReady
+from supervisor.spawn import Process
+from supervisor.spec import ChildSpec
+from supervisor.supervisor import GivenUp, StartFailed, Supervisor
+
+
+class TcpProbe:
+    """Ready is: somebody listens on that port."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def check(self, process: Process) -> str:
+        try:
+            await (await trio.open_tcp_stream("127.0.0.1", self.port)).aclose()
+        except OSError as error:
+            raise NotReady(f"nobody listens on port {self.port}") from error
+        return f"127.0.0.1:{self.port}"
+
+
+async def main(port: int, command: list[str]) -> None:
+    supervisor = Supervisor(on_line=lambda _child, _generation, line: print("|", line))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.run)
+        child = ChildSpec("command", "command", tuple(command), dict(os.environ), TcpProbe(port), start_timeout_s=10)
+        try:
+            await supervisor.start(child)
+        except (StartFailed, GivenUp) as failure:
+            print(f"not started: {failure}")
+        await trio.sleep_forever()  # it is started again whenever it ends, until Ctrl-C
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("port", type=int)
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        trio.run(main, arguments.port, arguments.command)
+    except* KeyboardInterrupt:
+        print("stopped")
