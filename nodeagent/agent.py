@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import trio
@@ -87,6 +87,7 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
     the children and returns.
     """
     binary = find_llama_server(config)
+    _warn_of_supervisord()
     with state_folder.locked(config.state_dir):
         sweep(state_folder.children_file(config.state_dir))
         listeners, port = await bind(config.listen_host, config.listen_port)
@@ -486,6 +487,15 @@ def _read_again(config: NodeConfig) -> NodeConfig:
     again = load_config(config.source.file)
     find_llama_server(again)
     return again
+
+
+def _warn_of_supervisord() -> None:
+    with suppress(PackageNotFoundError):
+        logger.warning(
+            "the package supervisor %s is installed in the same environment: its modules and ours share a folder, and "
+            "either may break the other; give the agent an environment of its own",
+            version("supervisor"),
+        )
 
 
 def _base_url(host: str, port: int) -> str:

@@ -5,7 +5,7 @@ to the server that is ready.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -95,7 +95,7 @@ class DeviceServers:
             return None
         soon = child.retry_at - trio.current_time()
         if (child.state is ChildState.FAILED and soon > 0) or soon > self._patience_s:
-            return Obstacle(child.reason or "failed", child.retry_at)
+            return Obstacle(self._reason(child) or "failed", child.retry_at)
         return None
 
     def memory_free_bytes(self) -> int | None:
@@ -122,11 +122,9 @@ class DeviceServers:
         try:
             await self._supervisor.start(spec)
         except StartFailed as failure:
-            last_words = " | ".join(failure.exit.last_lines[-_LAST_WORDS:])
+            reason = _with_last_words(failure.exit.reason, failure.exit.last_lines)
             child = self._child(model_id)
-            raise self._unavailable(
-                model_id, f"{failure.exit.reason}: {last_words}", child.retry_at if child else None
-            ) from failure
+            raise self._unavailable(model_id, reason, child.retry_at if child else None) from failure
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
 
@@ -197,12 +195,23 @@ class DeviceServers:
             child.since,
             slots,
             child.spawned_at,
-            child.reason,
+            self._reason(child),
             child.retry_at,
             self._upstreams.get(model_id) if child.state is ChildState.READY else None,
             model.idle_unload_s if model is not None else None,
         )
 
+    def _reason(self, child: ChildSnapshot) -> str | None:
+        """Why the child is in its state; of one that ended, with its last words."""
+        if child.reason is None or child.state not in (ChildState.BACKING_OFF, ChildState.FAILED):
+            return child.reason
+        return _with_last_words(child.reason, self._supervisor.lines(child.child_id, _LAST_WORDS))
+
     def _unavailable(self, model_id: str, reason: str, retry_at: float | None) -> BackendUnavailable:
         retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
         return BackendUnavailable(model_id, f"{self.device.device_id}: {reason}", retry_after_s)
+
+
+def _with_last_words(reason: str, lines: Sequence[str]) -> str:
+    last_words = " | ".join(lines[-_LAST_WORDS:])
+    return f"{reason}; it last printed: {last_words}" if last_words else reason

@@ -266,3 +266,27 @@ def test_code_in_a_package_itself_is_found() -> None:
     assert only_re_exports('"""Doc."""\nfrom a import b\n__all__ = ["b"]\n')
     assert not only_re_exports("BACKENDS = {}\n")
     assert not only_re_exports("def select() -> None: ...\n")
+
+
+# Where durations are measured. `records` compares the start times of processes, which are wall clock.
+MONOTONIC = ("supervisor", "nodeagent/scheduling", "nodeagent/servers.py", "nodeagent/stall.py")
+NOT_MONOTONIC = {"supervisor/records.py"}
+WALL_CLOCK = {"time.time", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
+
+
+def test_nothing_that_restarts_or_schedules_asks_the_wall_clock() -> None:
+    """So that a clock that is set, back or forth, restarts nothing."""
+    paths = [
+        path
+        for place in MONOTONIC
+        for path in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))
+    ]
+    asked = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in paths
+        if str(path.relative_to(ROOT)) not in NOT_MONOTONIC
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in WALL_CLOCK
+    ]
+    assert len(paths) > 15
+    assert asked == []

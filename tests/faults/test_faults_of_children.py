@@ -156,6 +156,11 @@ def test_a_server_that_exits_at_once_is_told_at_once_started_four_times_and_then
         ready = get(agent, "/readyz")
         assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
         assert "exited with code 3" in ready.json()["reasons"][0]
+        servers = get(agent, "/v1/node/inventory").json()["devices"][0]["servers"]
+        [bad] = [server for server in servers if server["state"] == "failed"]
+        assert bad["model_id"] == "bad"
+        assert "the last words" in bad["reason"]
+        assert 0 < bad["ready_in_s"] <= 60
         show(f"exits at once: told after {told_s * 1000:.0f} ms, 4 spawns, then failed; the other model serves")
 
 
