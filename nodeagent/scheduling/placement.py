@@ -1,7 +1,8 @@
 """The pure choice of the lane that a request goes to.
 
-First a device that has the model, or is loading it; else the one with the least queue pressure, then the most free
-memory. A device on which the model is known not to fit, or keeps failing, is not tried.
+First a device where the model has not just failed; of those one that has it, or is loading it; else the one with the
+least queue pressure, then the most free memory. A device on which the model is known not to fit, or which cools down
+after failing, is not tried.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ class Candidate:
     """One device, as placement sees it for one model.
 
     `admitted` counts the lane's requests in flight and queued, of `limit`. `memory_free_bytes` is None where unknown.
-    `obstacle` says why the device can't take the model, None where it can; `retry_at` is when that may change
-    (`trio.current_time()`), None where it is not known to.
+    `failing` says that the model's last end here was a failure. `obstacle` says why the device can't take the model, None
+    where it can; `retry_at` is when that may change (`trio.current_time()`), None where it is not known to.
     """
 
     device_id: str
@@ -32,6 +33,7 @@ class Candidate:
     admitted: int
     limit: int
     memory_free_bytes: int | None = None
+    failing: bool = False
     obstacle: str | None = None
     retry_at: float | None = None
 
@@ -72,11 +74,11 @@ def choose(candidates: Sequence[Candidate]) -> Placement:
     return Placed(best.device_id, f"{best.residency.name.lower()}, {best.admitted} of {best.limit} places taken")
 
 
-def _preference(candidate: Candidate) -> tuple[int, int, int, int]:
+def _preference(candidate: Candidate) -> tuple[int, int, int, int, int]:
     resident = candidate.residency if candidate.residency <= Residency.LOADING else Residency.EMPTY
     # Between devices without the model an empty one comes first: evicting costs the evicted model's next user a load.
     evicts = candidate.residency is Residency.OTHER_MODEL
-    return (resident, candidate.admitted, evicts, -(candidate.memory_free_bytes or 0))
+    return (candidate.failing, resident, candidate.admitted, evicts, -(candidate.memory_free_bytes or 0))
 
 
 def _none_eligible(candidates: Sequence[Candidate]) -> NoneEligible:

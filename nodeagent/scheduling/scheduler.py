@@ -82,9 +82,14 @@ class Scheduler(Generic[E]):
             lane.admitted,
             lane.limit,
             host.memory_free_bytes(),
+            _state(host, model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
             obstacle.reason if obstacle else None,
             obstacle.retry_at if obstacle else None,
         )
+
+
+def _state(host: Host[E], model_id: str) -> ServerState | None:
+    return next((view.state for view in host.views() if view.model_id == model_id), None)
 
 
 def _residency(host: Host[E], lane: Lane[E], model_id: str) -> Residency:

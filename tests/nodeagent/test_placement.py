@@ -34,6 +34,11 @@ def test_the_least_pressed_device_comes_first_then_the_empty_one_then_the_one_wi
     assert chosen(device("a"), device("b", memory_free_bytes=GIB)) == "b"
 
 
+def test_a_device_where_the_model_has_just_failed_comes_last() -> None:
+    assert chosen(device("a", failing=True), device("b", Residency.OTHER_MODEL, 1)) == "b"
+    assert chosen(device("a", failing=True), device("b", admitted=2)) == "a"
+
+
 def test_ties_go_to_the_first() -> None:
     assert chosen(device("a"), device("b")) == "a"
 
