@@ -12,9 +12,9 @@ from typing import Any
 import trio
 from quart import Blueprint, Response, request
 
-from nodeagent.errors import InvalidRequest, ModelNotFound, NoSuchDevice, OriginForbidden, Unauthorized
+from nodeagent.errors import InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
 from nodeagent.events import NodeEvent
-from nodeagent.front.seam import Node
+from nodeagent.front.seam import Node, find_card
 from nodeagent.ring import Ring
 from nodeagent.scheduling.lane import LaneView
 
@@ -58,7 +58,7 @@ def blueprint(node: Node) -> Blueprint:
     @admin.post("/v1/node/models/<path:model>/load")
     async def load(model: str) -> tuple[dict[str, Any], int]:
         fields = await _fields({"device_id": str, "wait": bool})
-        model_id, device_id = _model_id(node, model), fields.get("device_id")
+        model_id, device_id = find_card(node, model).model_id, fields.get("device_id")
         if device_id is not None and device_id not in node.scheduler.lanes:
             raise NoSuchDevice(device_id, list(node.scheduler.lanes))
         if fields.get("wait", True):
@@ -69,13 +69,13 @@ def blueprint(node: Node) -> Blueprint:
     @admin.post("/v1/node/models/<path:model>/unload")
     async def unload(model: str) -> dict[str, Any]:
         fields = await _fields({"force": bool})
-        model_id = _model_id(node, model)
+        model_id = find_card(node, model).model_id
         return {"model_id": model_id, "unloaded_from": await node.unload(model_id, force=fields.get("force", False))}
 
     @admin.post("/v1/node/models/<path:model>/restart")
     async def restart(model: str) -> dict[str, Any]:
         fields = await _fields({"force": bool})
-        model_id = _model_id(node, model)
+        model_id = find_card(node, model).model_id
         devices = await node.unload(model_id, force=fields.get("force", False))
         return {"model_id": model_id, "restarted_on": [await node.load(model_id, device) for device in devices]}
 
@@ -114,14 +114,6 @@ def _authenticate(token: str) -> None:
     given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
     if not hmac.compare_digest(given, f"Bearer {token}".encode()):
         raise Unauthorized
-
-
-def _model_id(node: Node, model: str) -> str:
-    cards = node.cards()
-    for card in cards:
-        if model == card.model_id or model in card.aliases:
-            return card.model_id
-    raise ModelNotFound(model, [card.model_id for card in cards])
 
 
 async def _fields(kinds: dict[str, type]) -> dict[str, Any]:

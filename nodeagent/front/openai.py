@@ -16,14 +16,13 @@ from nodeagent.errors import (
     BackendCrashed,
     InvalidRequest,
     ModelLoadTimeout,
-    ModelNotFound,
     PoisonedRequest,
     UpstreamLost,
 )
 from nodeagent.front.asgi import exit_stack, request_id
 from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.refusals import error_event
-from nodeagent.front.seam import ModelCard, Node
+from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.front.server import AbortResponse
 from nodeagent.scheduling.lease import Lease, Ticket
 from nodeagent.upstream import Answer, Upstream, forwardable, is_loading_answer
@@ -50,7 +49,7 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.get("/v1/models/<path:model>")
     async def show_model(model: str) -> dict[str, Any]:
-        return _card_json(_resolve(node, model))
+        return _card_json(find_card(node, model))
 
     @routes.post("/v1/chat/completions")
     async def chat_completions() -> Response:
@@ -68,7 +67,7 @@ async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
     body = await request.get_data(cache=False)
     assert isinstance(body, bytes)
     wanted = read_wanted(body, needs=needs)
-    card = _resolve(node, wanted.model)
+    card = find_card(node, wanted.model)
     _refuse_poison(poison, body, card.model_id)
     ticket = node.scheduler.admit(request_id(), card.model_id)
     exit_stack().callback(ticket.close)
@@ -207,14 +206,6 @@ class _Relay:
             self._poison.survived(self._body)
             raise StopAsyncIteration
         return chunk
-
-
-def _resolve(node: Node, model: str) -> ModelCard:
-    cards = node.cards()
-    for card in cards:
-        if model == card.model_id or model in card.aliases:
-            return card
-    raise ModelNotFound(model, [card.model_id for card in cards])
 
 
 def _card_json(card: ModelCard) -> dict[str, Any]:

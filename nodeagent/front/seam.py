@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from nodeagent.errors import ModelNotFound
 from nodeagent.events import NodeEvent
 from nodeagent.ring import Ring
 from nodeagent.scheduling.scheduler import Scheduler
@@ -81,3 +82,12 @@ class Node(Protocol):
 
     def register(self) -> bool:
         """Register anew with the dispatcher; False where there is none."""
+
+
+def find_card(node: Node, model: str) -> ModelCard:
+    """The model of that id or alias; ModelNotFound."""
+    cards = node.cards()
+    for card in cards:
+        if model == card.model_id or model in card.aliases:
+            return card
+    raise ModelNotFound(model, [card.model_id for card in cards])

@@ -24,8 +24,8 @@ class Candidate:
     """One device, as placement sees it for one model.
 
     `admitted` counts the lane's requests in flight and queued, of `limit`. `memory_free_bytes` is None where unknown.
-    `failing` says that the model's last end here was a failure. `obstacle` says why the device can't take the model, None
-    where it can; `retry_at` is when that may change (`trio.current_time()`), None where it is not known to.
+    `failing` says that the model's last end here was a failure. `obstacle` says why the device can't take the model,
+    None where it can; `retry_at` is when that may change (`trio.current_time()`), None where it is not known to.
     """
 
     device_id: str
