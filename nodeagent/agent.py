@@ -105,7 +105,8 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
 class AgentNode:
     """The node: everything that runs, and what the front and the dispatcher ask of it (`front.seam.Node`).
 
-    What changes: `_phase` and `_last_resort`, in `run` and the coroutines that it calls.
+    What changes: `_phase` and `_last_resort` in `run` and what it calls, and in `drain` and `undrain`; `_config` in
+    `reload`; `_told` in `_tell_state`.
     """
 
     def __init__(self, config: NodeConfig, backend: Backend, devices: list[DeviceRef], binary: Path, port: int) -> None:
@@ -309,9 +310,9 @@ class AgentNode:
         before = {model.model_id: model for model in self._config.models}
         after = {model.model_id: model for model in config.models}
         what = Reloaded(
-            added=tuple(after.keys() - before.keys()),
-            changed=tuple(model_id for model_id in after.keys() & before.keys() if after[model_id] != before[model_id]),
-            removed=tuple(before.keys() - after.keys()),
+            added=tuple(model_id for model_id in after if model_id not in before),
+            changed=tuple(model_id for model_id in after if before.get(model_id, after[model_id]) != after[model_id]),
+            removed=tuple(model_id for model_id in before if model_id not in after),
             needs_restart=tuple(key for key in _FIXED_KEYS if getattr(config, key) != getattr(self._config, key)),
         )
         fixed = {key: getattr(self._config, key) for key in _FIXED_KEYS}
@@ -400,7 +401,7 @@ class AgentNode:
         signum = await self._next_end(signals)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._drain, signal.Signals(signum), nursery.cancel_scope)
-            signum = await anext(signals)
+            signum = await self._next_end(signals)
             logger.warning(
                 "%s again: not waiting for %d requests", signal.Signals(signum).name, self.scheduler.admitted
             )

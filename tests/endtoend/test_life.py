@@ -113,6 +113,9 @@ def test_a_second_signal_ends_the_waiting(llama_server: Path, slow: list[dict[st
         assert begun.wait(30)
         agent.signal(signal.SIGTERM)
         agent.wait_for_line(lambda line: "draining" in line["message"])
+        agent.signal(signal.SIGHUP)  # asks for no end
+        agent.wait_for_line(lambda line: "configuration reloaded" in line["message"])
+        assert agent.process.poll() is None
         agent.signal(signal.SIGTERM)
         assert agent.wait_exit(15) == 0
         with pytest.raises(httpx.TransportError):
