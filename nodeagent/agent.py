@@ -74,6 +74,7 @@ _FIXED_KEYS = (
     "advertise_url",
     "heartbeat_interval_s",
     "llama_server_bin",
+    "memory_settle_timeout_s",
     "max_request_bytes",
     "backend",
     "devices",
@@ -130,7 +131,7 @@ class AgentNode:
         self._nursery: trio.Nursery
         records = Records(state_folder.children_file(config.state_dir))
         self._supervisor = Supervisor(on_event=self._on_event, on_line=self._on_line, records=records)
-        self._monitor = DeviceMonitor(backend, devices)
+        self._monitor = DeviceMonitor(backend, devices, settle_max_s=config.memory_settle_timeout_s)
         self._catalogue = Catalogue()
         self._hosts = {device.device_id: self._host(device) for device in devices}
         self._lanes = {device_id: Lane(device_id, host, _limits(config)) for device_id, host in self._hosts.items()}

@@ -12,18 +12,18 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 2.0
 
 # After a server's end a driver may give its memory back only by and by. Two readings that agree, so far apart, mean
-# that it has; no longer than the cap is waited for it.
+# that it has.
 _SETTLE_PAUSE_S = 0.1
-_SETTLE_MAX_S = 5.0
 _SETTLE_BYTES = 64 * 2**20
 
 
 class DeviceMonitor:
-    """The last reading of each device. Only `run` writes them."""
+    """The last reading of each device. Only `run` writes them. `settle_max_s` is the longest that `settled` waits."""
 
-    def __init__(self, backend: Backend, devices: list[DeviceRef]) -> None:
+    def __init__(self, backend: Backend, devices: list[DeviceRef], *, settle_max_s: float) -> None:
         self._backend = backend
         self._devices = devices
+        self._settle_max_s = settle_max_s
         self._latest: dict[str, DeviceMetrics] = {}
 
     def latest(self, device_id: str) -> DeviceMetrics | None:
@@ -38,7 +38,7 @@ class DeviceMonitor:
             return
         began = trio.current_time()
         before = await self._free_bytes(device)
-        with trio.move_on_after(_SETTLE_MAX_S) as cap:
+        with trio.move_on_after(self._settle_max_s) as cap:
             while before is not None:
                 await trio.sleep(_SETTLE_PAUSE_S)
                 now = await self._free_bytes(device)

@@ -204,6 +204,12 @@ class NodeConfig(Keys):
     stall_timeout_s: float = Field(
         default=120.0, ge=1, le=_DAY_S, description="A server at work that shows no progress for so long is replaced."
     )
+    memory_settle_timeout_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=_HOUR_S,
+        description="How long to wait for a GPU's memory to come back after a server's end, before the next load.",
+    )
     max_pending_requests_per_device: int = Field(
         default=2, ge=1, le=100_000, description="Requests in flight and waiting per device; the next is refused."
     )

@@ -78,6 +78,7 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
             "cooldown_s": 60.0,
         },
         "stall_timeout_s": 120.0,
+        "memory_settle_timeout_s": 5.0,
         "max_pending_requests_per_device": 2,
         "queue_timeout_s": 300.0,
         "max_request_bytes": 64 * 1024 * 1024,
