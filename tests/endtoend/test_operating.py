@@ -73,6 +73,13 @@ def test_models_are_loaded_restarted_and_unloaded_by_the_command_line(agent: Age
     assert "load_model: loading model" in command(config, "logs", "cpu:0").stdout
 
 
+def test_a_load_can_be_begun_without_waiting_for_it(agent: AgentProcess, config: Path, operator: httpx.Client) -> None:
+    assert said(config, "load", "tiny", "--no-wait", "--device", "cpu:0")["state"] == "starting"
+    agent.wait_for_line(lambda line: "cpu:0/tiny is ready" in line["message"])
+    assert operator.post("/v1/node/models/slow/load", json={"wait": False}).status_code == 202
+    agent.wait_for_line(lambda line: "cpu:0/slow is ready" in line["message"])
+
+
 def test_what_can_not_be_done_is_said_in_one_line_with_exit_code_1(agent: AgentProcess, config: Path) -> None:
     for arguments, words in (
         (("load", "huge"), "'huge' is not served here"),
