@@ -1,7 +1,7 @@
 """What `server_args` may say: llama-server's flags, which of them are the agent's, and how a map of them becomes argv.
 
-The table is the `--help` of build b10434 (a test compares it with the server at hand). A flag that is not in it is
-passed on as it stands, since other builds have other flags.
+The table is the `--help` of builds b10068 and b10434 (a test compares it with the server at hand). A flag that
+is not in it is passed on as it stands, since other builds have other flags.
 """
 
 import re
@@ -20,7 +20,8 @@ rope-freq-scale | yarn-orig-ctx | yarn-ext-factor | yarn-attn-factor | yarn-beta
 -ot override-tensor | -ncmoe n-cpu-moe | -ngl gpu-layers n-gpu-layers | -sm split-mode | -ts tensor-split |
 -mg main-gpu | -fit fit | -fitt fit-target | -fitc fit-ctx | override-kv | lora | lora-scaled | control-vector |
 control-vector-scaled | control-vector-layer-range | -m model | -mu model-url | -dr docker-repo |
--hf -hfr hf-repo | -hff hf-file | -hft hf-token | log-file | log-colors | -lv verbosity log-verbosity |
+-hf -hfr hf-repo | -hff hf-file | -hft hf-token |
+-hfv -hfrv hf-repo-v | -hffv hf-file-v | -mv model-vocoder | log-file | log-colors | -lv verbosity log-verbosity |
 spec-draft-type-k -ctkd cache-type-k-draft | spec-draft-type-v -ctvd cache-type-v-draft | samplers | -s seed |
 sampler-seq sampling-seq | temp temperature | top-k | top-p | min-p | top-nsigma top-n-sigma | xtc-probability |
 xtc-threshold | typical typical-p | repeat-last-n | repeat-penalty | presence-penalty | frequency-penalty |
@@ -55,7 +56,8 @@ _BARE = """
 -h help usage | version | -cl cache-list | completion-bash | swa-full | perf no-perf | -e escape no-escape |
 -kvo kv-offload -nkvo no-kv-offload | repack -nr no-repack | no-host | mlock | mmap no-mmap |
 -dio direct-io -ndio no-direct-io | list-devices | -cmoe cpu-moe | check-tensors | op-offload no-op-offload |
-log-disable | -v verbose log-verbose | offline | log-prefix no-log-prefix | log-timestamps no-log-timestamps |
+log-disable | -v verbose log-verbose | offline | tts-use-guide-tokens | log-prefix no-log-prefix |
+log-timestamps no-log-timestamps |
 ignore-eos | -bs backend-sampling | spec-draft-cpu-moe -cmoed cpu-moe-draft |
 spec-draft-backend-sampling no-spec-draft-backend-sampling | -kvu kv-unified -no-kvu no-kv-unified |
 cache-idle-slots no-cache-idle-slots | context-shift no-context-shift | -sp special | warmup no-warmup |
