@@ -49,6 +49,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        trio.run(main, arguments.port, arguments.command)
+        # At a checkpoint of `main` only: anywhere else the interrupt could come between a spawn and its supervision.
+        trio.run(main, arguments.port, arguments.command, restrict_keyboard_interrupt_to_checkpoints=True)
     except* KeyboardInterrupt:
         print("stopped")

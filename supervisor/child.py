@@ -205,13 +205,13 @@ class Child:
             end = Exit(None, f"can't be spawned: {error}", None)
             self._tell(Exited, end)
             return end
-        self._become(ChildState.STARTING)
-        self._tell(Started, process.pid)
         verdict: str | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(process.attend)
                 try:
+                    self._become(ChildState.STARTING)
+                    self._tell(Started, process.pid)
                     verdict = await self._watch(process)
                 finally:
                     with trio.CancelScope(shield=True):
