@@ -42,8 +42,10 @@ from nodeagent.front.seam import ModelCard, Reloaded
 from nodeagent.front.server import bind, serve
 from nodeagent.monitor import DeviceMonitor
 from nodeagent.ring import Ring
-from nodeagent.scheduling.lane import Lane, LaneLimits
+from nodeagent.scheduling.lane import Lane, LaneRules
+from nodeagent.scheduling.queueing import FirstCome
 from nodeagent.scheduling.scheduler import Scheduler
+from nodeagent.scheduling.swap_aware import SwapAware
 from nodeagent.servers import DeviceServers
 from nodeagent.status import DeviceStatus, ModelStatus, NodeSnapshot, NodeState, NodeStatus, judge
 from nodeagent.upstream import LlamaServerProbe, Upstream
@@ -134,7 +136,7 @@ class AgentNode:
         self._monitor = DeviceMonitor(backend, devices, settle_max_s=config.memory_settle_timeout_s)
         self._catalogue = Catalogue()
         self._hosts = {device.device_id: self._host(device) for device in devices}
-        self._lanes = {device_id: Lane(device_id, host, _limits(config)) for device_id, host in self._hosts.items()}
+        self._lanes = {device_id: Lane(device_id, host, _rules(config)) for device_id, host in self._hosts.items()}
         self.scheduler: Scheduler[Upstream] = Scheduler(self._lanes, self._hosts)
         self._dispatcher = self._dispatcher_client()
 
@@ -320,7 +322,7 @@ class AgentNode:
         self._config = with_keys(config, fixed)
         await self._catalogue.inspect_all(config.models)
         for device_id, host in self._hosts.items():
-            self._lanes[device_id].limits = _limits(config)
+            self._lanes[device_id].rules = _rules(config)
             specs = self._specs(host.device, self._config)
             for model_id in host.replace(after, specs, config.llama_server_startup_timeout_s):
                 # In the background: requests in flight on the old server may take their time.
@@ -470,12 +472,18 @@ def _aliases(model: ModelConfig) -> tuple[str, ...]:
     return (model.alias,) if model.alias else ()
 
 
-def _limits(config: NodeConfig) -> LaneLimits:
-    return LaneLimits(
+def _rules(config: NodeConfig) -> LaneRules:
+    return LaneRules(
         max_pending=config.max_pending_requests_per_device,
         queue_timeout_s=config.queue_timeout_s,
         startup_timeout_s=config.llama_server_startup_timeout_s,
+        abandoned_load_grace_s=config.abandoned_load_grace_s,
+        policy=FirstCome() if config.scheduling == "fifo" else _swap_aware(config),
     )
+
+
+def _swap_aware(config: NodeConfig) -> SwapAware:
+    return SwapAware(config.swap_fairness_s, config.min_residency_s, config.residency_linger_s)
 
 
 def _reachable_here(listen_host: str) -> str:

@@ -216,6 +216,25 @@ class NodeConfig(Keys):
     queue_timeout_s: float = Field(
         default=300.0, gt=0, le=_DAY_S, description="How long a request waits for its turn before it is refused."
     )
+    scheduling: Literal["swap_aware", "fifo"] = Field(
+        default="swap_aware",
+        description="How a device's requests are ordered: so that few switches of models are needed, or as they come.",
+    )
+    swap_fairness_s: float = Field(
+        default=30.0, gt=0, le=_DAY_S, description="For no longer than this is a request passed by later ones."
+    )
+    min_residency_s: float = Field(
+        default=2.0, ge=0, le=_DAY_S, description="A model that was loaded may serve its requests first for so long."
+    )
+    residency_linger_s: float = Field(
+        default=0.05,
+        ge=0,
+        le=_HOUR_S,
+        description="How long a device idles before a switch, for the clients that it has just answered.",
+    )
+    abandoned_load_grace_s: float = Field(
+        default=30.0, ge=0, le=_DAY_S, description="How long a load goes on when those who waited for it have left."
+    )
     max_request_bytes: int = Field(
         default=64 * 2**20, ge=1, le=64 * _GIB, description="The longest body that a request may have."
     )

@@ -16,7 +16,8 @@ from nodeagent.errors import InvalidRequest, NoSuchDevice, OriginForbidden, Unau
 from nodeagent.events import NodeEvent
 from nodeagent.front.seam import Node, find_card
 from nodeagent.ring import Ring
-from nodeagent.scheduling.lane import LaneView
+from nodeagent.scheduling.lane import Lane
+from nodeagent.upstream import Upstream
 
 # So that a client, and what stands between, sees that the stream lives.
 _PING_S = 15.0
@@ -38,7 +39,7 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.get("/v1/node/queue")
     async def queue() -> dict[str, Any]:
-        return {"lanes": [_lane_json(device_id, lane.view()) for device_id, lane in node.scheduler.lanes.items()]}
+        return {"lanes": [_lane_json(lane) for lane in node.scheduler.lanes.values()]}
 
     @admin.get("/v1/node/events")
     async def events() -> Response:
@@ -200,9 +201,10 @@ class _LineStream:
         return "".join(f"{line}\n" for line in (*missed, *page.items)).encode()
 
 
-def _lane_json(device_id: str, view: LaneView) -> dict[str, Any]:
+def _lane_json(lane: Lane[Upstream]) -> dict[str, Any]:
+    view = lane.view()
     return {
-        "device_id": device_id,
+        "device_id": lane.device_id,
         "in_flight": view.in_flight,
         "waiting": view.waiting,
         "limit": view.limit,
@@ -212,10 +214,12 @@ def _lane_json(device_id: str, view: LaneView) -> dict[str, Any]:
                 "request_id": ticket.request_id,
                 "model_id": ticket.model_id,
                 "state": ticket.state,
+                "priority": ticket.priority.name.lower(),
                 "age_s": round(ticket.age_s, 3),
-                "position": position,
+                "position": ticket.position,
+                "starts_in_s": None if ticket.starts_in_s is None else round(ticket.starts_in_s, 3),
             }
-            for position, ticket in enumerate(view.tickets)
+            for ticket in lane.queue()
         ],
     }
 

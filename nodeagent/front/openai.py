@@ -25,6 +25,7 @@ from nodeagent.front.refusals import error_event
 from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.front.server import AbortResponse
 from nodeagent.scheduling.lease import Lease, Ticket
+from nodeagent.scheduling.queueing import Priority
 from nodeagent.upstream import Answer, Upstream, forwardable, is_loading_answer
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,12 @@ async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
     assert isinstance(body, bytes)
     wanted = read_wanted(body, needs=needs)
     card = find_card(node, wanted.model)
+    priority = read_priority(request.headers.get("X-Priority"))
     _refuse_poison(poison, body, card.model_id)
-    ticket = node.scheduler.admit(request_id(), card.model_id)
+    ticket = node.scheduler.admit(request_id(), card.model_id, priority)
     exit_stack().callback(ticket.close)
-    lease, answer = await _first_answer(ticket, _Message(request.path, forwardable(request.headers), body), poison)
+    message = _Message(request.path, forwardable(request.headers), body)
+    lease, answer = await _first_answer(node, ticket, message, poison)
     exit_stack().callback(answer.close)
     return Response(
         _Relay(answer, lease, body, poison),
@@ -112,6 +115,19 @@ def read_wanted(body: bytes, *, needs: str) -> Wanted:
     return Wanted(model, bool(stream))
 
 
+def read_priority(header: str | None) -> Priority:
+    """The value of `X-Priority`, normal where there is none; raises InvalidRequest."""
+    if header is None:
+        return Priority.NORMAL
+    try:
+        return Priority[header.strip().upper()]
+    except KeyError:
+        allowed = ", ".join(priority.name.lower() for priority in Priority)
+        raise InvalidRequest(
+            f"'X-Priority' must be one of {allowed}, not {header[:40]!r}.", param="X-Priority"
+        ) from None
+
+
 def _check_messages(messages: object) -> None:
     """The shape alone; llama-server's own word on it would not name the field."""
     if not isinstance(messages, list):
@@ -131,7 +147,7 @@ class _Message:
 
 
 async def _first_answer(
-    ticket: Ticket[Upstream], message: _Message, poison: PoisonGuard
+    node: Node, ticket: Ticket[Upstream], message: _Message, poison: PoisonGuard
 ) -> tuple[Lease[Upstream], Answer]:
     """Wait for the lease and the answer's first bytes; a server that dies before them is forgiven once."""
     lease = await ticket.granted()
@@ -141,7 +157,7 @@ async def _first_answer(
     except UpstreamLost as lost:
         logger.warning("%s: lost %s before it answered (%s); trying once more", lease.device_id, lease.model_id, lost)
         await _note_fall(poison, message.body, lease)
-    ticket.retry()
+    node.scheduler.retry(ticket)
     lease = await ticket.granted()
     _refuse_poison(poison, message.body, lease.model_id)
     try:
@@ -219,11 +235,15 @@ def _card_json(card: ModelCard) -> dict[str, Any]:
 
 
 def _headers(node: Node, lease: Lease[Upstream], answer: Answer) -> list[tuple[str, str]]:
+    server_s = trio.current_time() - lease.granted_at
+    phases = {"queue": lease.queued_s, "load": lease.load_s, "server": server_s}
     headers = [
         ("X-Node-Id", node.node_id),
         ("X-Node-Device", lease.device_id),
         ("X-Node-Queue-Ms", f"{lease.queued_s * 1000:.0f}"),
         ("X-Node-Load-Ms", f"{lease.load_s * 1000:.0f}"),
+        # Up to the first byte of the answer, in milliseconds: https://www.w3.org/TR/server-timing/
+        ("Server-Timing", ", ".join(f"{phase};dur={took_s * 1000:.1f}" for phase, took_s in phases.items())),
     ]
     if answer.event_stream:
         # nginx would buffer the stream, and others might cache it.

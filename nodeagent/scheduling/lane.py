@@ -9,18 +9,20 @@ the waiting task is for a moment in neither.
 import itertools
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 import trio
 
-from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout, Refusal
-from nodeagent.scheduling.estimate import LaneTimes
+from nodeagent.errors import ModelLoadTimeout, QueueFull, QueueTimeout, Refusal
+from nodeagent.scheduling.estimate import LaneTimes, Occupied
+from nodeagent.scheduling.forecast import Running, forecast
 from nodeagent.scheduling.host import Servers, ServerState, ServerView
 from nodeagent.scheduling.lease import Lease, Ticket, TicketState
-from nodeagent.scheduling.queueing import Grant, Load, ServerUse, Wait, decide
+from nodeagent.scheduling.loads import Loading, Loads
+from nodeagent.scheduling.queueing import Grant, LaneNow, Load, Policy, Priority, ServerUse, Wait, Waiting
+from nodeagent.scheduling.swap_aware import SwapAware
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +30,31 @@ E = TypeVar("E")
 
 
 @dataclass(frozen=True, slots=True)
-class LaneLimits:
-    """`max_pending` requests in flight plus queued; `queue_timeout_s` for a turn; `startup_timeout_s` for a start."""
+class LaneRules:
+    """`max_pending` requests in flight plus queued; `queue_timeout_s` for a turn; `startup_timeout_s` for a start.
+
+    A load that nobody waits for any more goes on for `abandoned_load_grace_s`, unless another model is wanted.
+    """
 
     max_pending: int
     queue_timeout_s: float
     startup_timeout_s: float
+    abandoned_load_grace_s: float = 30.0
+    policy: Policy = field(default_factory=SwapAware)
 
 
 @dataclass(frozen=True, slots=True)
 class TicketView:
+    """A request in the lane. `position` counts from 1 in the order in which those who wait are expected to start, and
+    `starts_in_s` says when; both None for one in flight, and where nothing can be expected."""
+
     request_id: str
     model_id: str
     state: str
+    priority: Priority
     age_s: float
+    position: int | None = None
+    starts_in_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +63,6 @@ class LaneView:
     waiting: int
     limit: int
     estimated_wait_s: float
-    tickets: tuple[TicketView, ...]
 
     @property
     def free(self) -> int:
@@ -64,37 +76,31 @@ class _Nudge:
 _NUDGE: Final = _Nudge()
 
 
-@dataclass(slots=True)
-class _Loading:
-    model_id: str
-    began_at: float
-    scope: trio.CancelScope
-
-
 class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
-    What changes: `_admitted`, `_waiting` and `_in_flight` (in `submit`, `close`, `retry` and the lane's task, all
-    synchronous), `_loading` (the lane's task and its one load), `_held` (who unloads).
-    `limits` may be replaced at any time.
+    What changes: `_admitted`, `_waiting` and `_in_flight` (in `submit`, `close`, `retry`, `hand_over` and the lane's
+    task, all synchronous), `_mailed` (the tickets in the channel or on their way out of it), `_used_at` (when a lease
+    comes back). `rules` may be replaced at any time. `on_rest` is
+    called whenever the lane has nothing to do, and says when it wants to be called again.
     """
 
-    def __init__(self, device_id: str, servers: Servers[E], limits: LaneLimits) -> None:
+    def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
         self.device_id = device_id
+        self.rules = rules
+        self.times = LaneTimes()
+        self.on_rest: Callable[[], float] = lambda: math.inf
         self._servers = servers
-        self.limits = limits
         self._admitted = 0
         self._numbers = itertools.count()
         self._waiting: list[Ticket[E]] = []
         self._in_flight: list[Ticket[E]] = []
-        self._mail_in, self._mail_out = trio.open_memory_channel[Ticket[E] | _Nudge](limits.max_pending + 1)
+        self._mail_in, self._mail_out = trio.open_memory_channel[Ticket[E] | _Nudge](rules.max_pending + 1)
+        self._mailed: list[Ticket[E]] = []
         self._nudged = False
-        self._held: Counter[str] = Counter()
         self._used_at: dict[str, float] = {}
-        self._left = trio.Event()
         self._wanted_at_start: str | None = None
-        self._loading: _Loading | None = None
-        self.times = LaneTimes()
+        self._loads = Loads(device_id, servers, self.times, on_end=self._load_is_over, look_again=self.nudge)
 
     # What requests call: synchronous, so that nothing comes between.
 
@@ -105,15 +111,17 @@ class Lane(Generic[E]):
 
     @property
     def limit(self) -> int:
-        return self.limits.max_pending
+        return self.rules.max_pending
 
-    def submit(self, request_id: str, model_id: str) -> Ticket[E]:
+    def submit(self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL) -> Ticket[E]:
         """Take a place, or raise QueueFull: every place is taken."""
-        if self._admitted >= self.limits.max_pending:
-            raise QueueFull(model_id, self.limits.max_pending, self.place_free_in_s())
-        ticket = Ticket(self, next(self._numbers), request_id, model_id, trio.current_time())
+        if self._admitted >= self.rules.max_pending:
+            raise QueueFull(model_id, self.rules.max_pending, self.place_free_in_s())
+        ticket = Ticket(self, next(self._numbers), request_id, model_id, trio.current_time(), priority)
         self._collect()  # so the mailbox is never full, though the limit may have been raised since it was made
+        self._note_return(model_id)
         self._mail_in.send_nowait(ticket)
+        self._mailed.append(ticket)
         self._admitted += 1
         return ticket
 
@@ -142,6 +150,7 @@ class Lane(Generic[E]):
                 self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
         elif ticket in self._waiting:
             self._waiting.remove(ticket)
+            self._mind_abandoned(ticket.model_id)
         ticket.state = TicketState.CLOSED
         ticket.lease = None
         self.nudge()
@@ -155,14 +164,28 @@ class Lane(Generic[E]):
         ticket.undecided()
         self.nudge()
 
+    def hand_over(self, ticket: Ticket[E], to: "Lane[E]") -> None:
+        """Let a waiting request take a place in another lane instead; it keeps its age. QueueFull if there is none."""
+        if to.admitted >= to.limit:
+            raise QueueFull(ticket.model_id, to.limit, to.place_free_in_s())
+        self._collect()
+        to._collect()
+        self._waiting.remove(ticket)
+        self._admitted -= ticket.counted
+        to._admitted += ticket.counted
+        ticket.lane = to
+        to._queue(ticket)
+        self._mind_abandoned(ticket.model_id)
+        self.nudge()
+        to.nudge()
+
     async def unload(self, model_id: str, *, force: bool = False) -> None:
         """Stop the model's server here once its requests in flight are back (at once with `force`); return when it is.
 
         Meanwhile nothing more is granted on it; afterwards a request for the model loads it again. Cancelling leaves a
         stop that has begun to go on.
         """
-        self._held[model_id] += 1
-        await self._unload_held(model_id, force=force)
+        await self._loads.unload(model_id, lambda: not force and self._in_use(model_id))
 
     def preload(self, model_id: str) -> None:
         """Load this model when the lane starts, or as soon as nobody wants another."""
@@ -178,31 +201,55 @@ class Lane(Generic[E]):
     def view(self) -> LaneView:
         """The lane as it is now, for status and placement."""
         self._collect()
-        now = trio.current_time()
-        tickets = tuple(
-            TicketView(ticket.request_id, ticket.model_id, ticket.state.value, now - ticket.admitted_at)
-            for ticket in (*self._in_flight, *self._waiting)
-        )
         in_flight = len(self._in_flight)
         return LaneView(
-            in_flight, self._admitted - in_flight, self.limits.max_pending, self._estimated_wait_s(), tickets
+            in_flight, self._admitted - in_flight, self.rules.max_pending, self.times.drained_s(self._occupied())
         )
+
+    def expected_starts(self) -> list[tuple[Ticket[E], float | None]]:
+        """Those who wait, in the order in which they are expected to start, with the seconds until then (None where
+        nothing can be expected)."""
+        self._collect()
+        now = trio.current_time()
+        running = [Running(ticket.model_id, now - (ticket.granted_at or now)) for ticket in self._in_flight]
+        starts = forecast(self.rules.policy, self._now(now), running, load_left_s=self._loads.left_s())
+        return sorted(zip(self._waiting, starts, strict=True), key=lambda it: math.inf if it[1] is None else it[1])
+
+    def queue(self) -> list[TicketView]:
+        """Every request of the lane: those in flight, then those who wait as they are expected to start."""
+        now = trio.current_time()
+        waiting = enumerate(self.expected_starts(), start=1)
+        return [
+            *(_ticket_view(ticket, now) for ticket in self._in_flight),
+            *(_ticket_view(ticket, now, place, starts_in_s) for place, (ticket, starts_in_s) in waiting),
+        ]
 
     @property
     def loading(self) -> str | None:
         """The model that is being made ready now."""
-        return self._loading.model_id if self._loading else None
+        return self._loads.current.model_id if self._loads.current else None
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether there is nothing in flight, waiting or loading."""
+        return not (self._admitted or self._waiting or self._in_flight or self._loads.current)
+
+    def start_in_s(self, model_id: str) -> float:
+        """An estimate, from measured times, of when a request for that model that came now would start."""
+        self._collect()
+        return self.times.start_s(model_id, self._occupied())
 
     def place_free_in_s(self) -> float:
-        """An estimate, from measured service times, of when the next place in this lane comes free."""
+        """An estimate, from measured times, of when the next place in this lane comes free."""
+        self._collect()
         now = trio.current_time()
-        remaining = [
-            self.times.service_s(ticket.model_id) - (now - (ticket.granted_at or now)) for ticket in self._in_flight
-        ]
-        if remaining:
-            return max(0.0, min(remaining))
-        if self._waiting:  # they wait for a load
-            return self.times.load_s(self._waiting[0].model_id) + self.times.service_s(self._waiting[0].model_id)
+        left_s = [self.times.left_s(it.model_id, now - (it.granted_at or now)) for it in self._in_flight]
+        if left_s:
+            return min(left_s)
+        if queued := self._queued():  # they wait for a load
+            model_id = queued[0].model_id
+            load_s = self._loads.left_s() if self.loading == model_id else self.times.load_s(model_id)
+            return load_s + self.times.service_s(model_id)
         return 0.0
 
     # The lane's own task.
@@ -219,27 +266,36 @@ class Lane(Generic[E]):
     def _take_turn(self, nursery: trio.Nursery) -> float:
         """Act on everything that can be decided now; return when to look again at the latest."""
         self._collect()
-        wake_at = self._refuse_overdue(trio.current_time())
+        now = trio.current_time()
+        wake_at = min(self._refuse_overdue(now), self._end_abandoned(nursery, now))
         while True:
-            decision = decide([ticket.model_id for ticket in self._waiting], self._uses(), self.loading)
+            decision = self.rules.policy.decide(self._now(now))
             logger.debug("%s: %s", self.device_id, decision)
             match decision:
                 case Grant(index):
-                    self._grant(self._waiting.pop(index))
+                    self._grant(index)
                 case Load(model_id, reason):
-                    self._begin_load(nursery, model_id, reason)
+                    self._loads.begin(nursery, model_id, reason)
                     return wake_at
-                case Wait():
+                case Wait(until=until):
                     self._begin_preload(nursery)
-                    return min(wake_at, self._unload_idle(nursery))
+                    look_at = self.on_rest() if self.is_at_rest else math.inf
+                    return min(wake_at, until, look_at, self._unload_idle(nursery))
 
     def _take_in(self, mail: Ticket[E] | _Nudge) -> None:
         if isinstance(mail, _Nudge):
             self._nudged = False
-        elif mail.state is TicketState.WAITING:  # else it was closed between the channel's hand and ours
-            # By number: what the channel handed to the task may come after what was collected past it.
-            later = (place for place, ticket in enumerate(self._waiting) if ticket.number > mail.number)
-            self._waiting.insert(next(later, len(self._waiting)), mail)
+            return
+        self._mailed.remove(mail)
+        if mail.state is TicketState.WAITING:  # else it was closed between the channel's hand and ours
+            self._queue(mail)
+
+    def _queue(self, ticket: Ticket[E]) -> None:
+        """Put it in line by its age: what the channel handed to the task may come after what was collected past it."""
+        later = (place for place, other in enumerate(self._waiting) if other.age_order > ticket.age_order)
+        self._waiting.insert(next(later, len(self._waiting)), ticket)
+        if self._loads.current is not None and self._loads.current.model_id == ticket.model_id:
+            self._loads.current.nobody_since = None
 
     def _collect(self) -> None:
         """Empty the mailbox into the ordered list that the policy sees."""
@@ -250,22 +306,42 @@ class Lane(Generic[E]):
                 return
             self._take_in(mail)
 
-    def _uses(self) -> dict[str, ServerUse]:
-        uses = {}
-        for view in self._servers.views():
-            in_flight = sum(ticket.model_id == view.model_id for ticket in self._in_flight)
-            held = self._held[view.model_id] > 0
-            uses[view.model_id] = ServerUse(view.state is ServerState.READY, view.slots, in_flight, held)
-        return uses
+    def _now(self, now: float) -> LaneNow:
+        """The lane as its policy sees it."""
+        waiting = [
+            Waiting(ticket.model_id, ticket.admitted_at, ticket.priority, ticket.passed_since)
+            for ticket in self._waiting
+        ]
+        return LaneNow(now, waiting, self._uses(now), self.loading, self.times)
 
-    def _grant(self, ticket: Ticket[E]) -> None:
+    def _uses(self, now: float) -> dict[str, ServerUse]:
+        return {
+            view.model_id: ServerUse(
+                view.state is ServerState.READY,
+                view.slots,
+                sum(ticket.model_id == view.model_id for ticket in self._in_flight),
+                self._loads.is_held(view.model_id),
+                view.since,
+                self._used_at.get(view.model_id),
+                view.state is ServerState.BACKING_OFF and view.retry_at is not None and view.retry_at > now,
+            )
+            for view in self._servers.views()
+        }
+
+    def _in_use(self, model_id: str) -> bool:
+        return any(ticket.model_id == model_id for ticket in self._in_flight)
+
+    def _grant(self, index: int) -> None:
+        now = trio.current_time()
+        ticket = self._waiting.pop(index)
+        for passed in self._waiting[:index]:
+            passed.passed_since = passed.passed_since if passed.passed_since is not None else now
         [server] = [view for view in self._servers.views() if view.model_id == ticket.model_id]
         assert server.endpoint is not None, f"{server.model_id} is ready without an endpoint"
-        now = trio.current_time()
-        self._charge(ticket, self._loading, now)
+        self._charge(ticket, self._loads.current, now)
         queued_s = max(0.0, now - ticket.admitted_at - ticket.load_s)
         ticket.lease = Lease(
-            self.device_id, ticket.model_id, server.generation, server.endpoint, queued_s, ticket.load_s
+            self.device_id, ticket.model_id, server.generation, server.endpoint, queued_s, ticket.load_s, now
         )
         ticket.state, ticket.granted_at = TicketState.GRANTED, now
         self._in_flight.append(ticket)
@@ -275,79 +351,81 @@ class Lane(Generic[E]):
         """A lease is given back."""
         self._in_flight.remove(ticket)
         self._used_at[ticket.model_id] = trio.current_time()
-        self._left.set()
-        self._left = trio.Event()
+        self._loads.lease_is_back()
+
+    def _queued(self) -> list[Ticket[E]]:
+        """Everyone who waits, the one too that the channel has just handed to the lane's task."""
+        return [*self._waiting, *(ticket for ticket in self._mailed if ticket.state is TicketState.WAITING)]
+
+    def _note_return(self, model_id: str) -> None:
+        used_at = self._used_at.get(model_id)
+        if used_at is not None and not any(it.model_id == model_id for it in (*self._in_flight, *self._queued())):
+            self.times.came_back(model_id, trio.current_time() - used_at)
 
     # Loads.
 
-    def _begin_load(self, nursery: trio.Nursery, model_id: str, reason: str) -> None:
-        if self._loading is not None:
-            self._loading.scope.cancel()  # its end nudges the lane, which then decides anew
-            return
-        logger.info("%s: loading %s: %s", self.device_id, model_id, reason)
-        self._loading = _Loading(model_id, trio.current_time(), trio.CancelScope())
-        nursery.start_soon(self._load, self._loading)
-
     def _begin_preload(self, nursery: trio.Nursery) -> None:
-        if self._wanted_at_start is None or self._waiting or self._in_flight or self._loading:
+        if self._wanted_at_start is None or self._waiting or self._in_flight or self._loads.current:
             return
         model_id, self._wanted_at_start = self._wanted_at_start, None
-        self._begin_load(nursery, model_id, "preload")
+        self._loads.begin(nursery, model_id, "preload")
 
     def _unload_idle(self, nursery: trio.Nursery) -> float:
         """Unload what has been idle for as long as its model may be; return when the next one will have been."""
         now, next_at = trio.current_time(), math.inf
         for view in self._servers.views():
             busy = any(ticket.model_id == view.model_id for ticket in (*self._in_flight, *self._waiting))
-            if view.state is not ServerState.READY or view.idle_unload_s is None or busy or self._held[view.model_id]:
+            held = self._loads.is_held(view.model_id)
+            if view.state is not ServerState.READY or view.idle_unload_s is None or busy or held:
                 continue
-            idle_at = max(view.since, self._used_at.get(view.model_id, 0.0)) + view.idle_unload_s
+            idle_at = self._idle_at(view, view.idle_unload_s)
             if now < idle_at:
                 next_at = min(next_at, idle_at)
             else:
                 logger.info("%s: unloading %s: no request for %g s", self.device_id, view.model_id, view.idle_unload_s)
-                self._held[view.model_id] += 1  # now: nothing may be granted before the new task has begun
-                nursery.start_soon(self._unload_held, view.model_id)
+                self._loads.unload_soon(nursery, view.model_id)
         return next_at
 
-    async def _unload_held(self, model_id: str, *, force: bool = False) -> None:
-        try:
-            while not force and any(ticket.model_id == model_id for ticket in self._in_flight):
-                await self._left.wait()
-            await self._servers.stop(model_id)
-        finally:
-            self._held[model_id] -= 1
-            self.nudge()
+    def _idle_at(self, view: ServerView[E], idle_unload_s: float) -> float:
+        """When the server will have been idle for long enough. One that nobody has used yet is given the grace of a
+        load that was left: who was told to come back for it needs to find it."""
+        used_at = self._used_at.get(view.model_id, -math.inf)
+        if used_at >= view.since:
+            return used_at + idle_unload_s
+        return view.since + max(idle_unload_s, self.rules.abandoned_load_grace_s)
 
-    async def _load(self, loading: _Loading) -> None:
-        try:
-            with loading.scope:
-                await self._servers.ensure(loading.model_id)
-                self.times.loaded(loading.model_id, trio.current_time() - loading.began_at)
-        except Refusal as refusal:
-            logger.warning("%s: %s can't be loaded: %s", self.device_id, loading.model_id, refusal)
-            self._refuse_model(loading.model_id, refusal)
-        except Exception as error:
-            # A fault of ours in one load must not end the node: those who wait are told, the next one tries again.
-            logger.exception("%s: loading %s failed unexpectedly", self.device_id, loading.model_id)
-            self._refuse_model(loading.model_id, BackendUnavailable(loading.model_id, f"internal error: {error!r}"))
-        finally:
-            for ticket in self._waiting:
-                self._charge(ticket, loading, trio.current_time())
-            self._loading = None
-            self.nudge()
+    def _mind_abandoned(self, model_id: str) -> None:
+        """A request that waited has left: if it was the last one that the load under way is for, say since when."""
+        load = self._loads.current
+        if load is not None and load.model_id == model_id and not any(it.model_id == model_id for it in self._waiting):
+            load.nobody_since = trio.current_time()
 
-    def _charge(self, ticket: Ticket[E], loading: _Loading | None, now: float) -> None:
+    def _end_abandoned(self, nursery: trio.Nursery, now: float) -> float:
+        """Call off a load that nobody has waited for as long as it may go on; return when that will be."""
+        load = self._loads.current
+        if load is None or load.nobody_since is None or load.scope.cancel_called:
+            return math.inf
+        ends_at = load.nobody_since + self.rules.abandoned_load_grace_s
+        if now < ends_at:
+            return ends_at
+        logger.info("%s: not loading %s any more: nobody waits for it", self.device_id, load.model_id)
+        self._loads.call_off(nursery)
+        return math.inf
+
+    def _load_is_over(self, load: Loading, refusal: Refusal | None) -> None:
+        self._collect()
+        for ticket in self._waiting:
+            self._charge(ticket, load, trio.current_time())
+        if refusal is not None:
+            for ticket in [ticket for ticket in self._waiting if ticket.model_id == load.model_id]:
+                self._refuse(ticket, refusal)
+
+    def _charge(self, ticket: Ticket[E], load: Loading | None, now: float) -> None:
         """Count what a request waited for this load, apart from its waiting for a turn."""
-        if loading is not None and loading.model_id == ticket.model_id:
-            ticket.load_s += now - max(loading.began_at, ticket.admitted_at)
+        if load is not None and load.model_id == ticket.model_id:
+            ticket.load_s += now - max(load.began_at, ticket.admitted_at)
 
     # Refusals.
-
-    def _refuse_model(self, model_id: str, refusal: Refusal) -> None:
-        self._collect()
-        for ticket in [ticket for ticket in self._waiting if ticket.model_id == model_id]:
-            self._refuse(ticket, refusal)
 
     def _refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
         self._waiting.remove(ticket)
@@ -360,7 +438,7 @@ class Lane(Generic[E]):
         starting = {view.model_id: view for view in self._servers.views() if view.state is ServerState.STARTING}
         next_at = math.inf
         for ticket in list(self._waiting):
-            turn_by = ticket.admitted_at + self.limits.queue_timeout_s
+            turn_by = ticket.admitted_at + self.rules.queue_timeout_s
             ready_by = self._ready_by(ticket, starting.get(ticket.model_id))
             if now >= ready_by:
                 self._refuse(ticket, self._load_timeout(starting[ticket.model_id], now))
@@ -375,10 +453,10 @@ class Lane(Generic[E]):
         its own arrival if that was later (it may be the second try of a client that was told to come back)."""
         if server is None or server.spawned_at is None:
             return math.inf
-        return max(server.spawned_at, ticket.admitted_at) + self.limits.startup_timeout_s
+        return max(server.spawned_at, ticket.admitted_at) + self.rules.startup_timeout_s
 
     def _load_timeout(self, server: ServerView[E], now: float) -> ModelLoadTimeout:
-        timeout_s = self.limits.startup_timeout_s
+        timeout_s = self.rules.startup_timeout_s
         logger.warning(
             "%s: %s is not ready after %g s; its start goes on (raise llama_server_startup_timeout_s to wait longer)",
             self.device_id,
@@ -388,8 +466,23 @@ class Lane(Generic[E]):
         still_s = self.times.load_s(server.model_id) - (now - (server.spawned_at or now))
         return ModelLoadTimeout(server.model_id, self.device_id, timeout_s, max(1.0, still_s))
 
-    def _estimated_wait_s(self) -> float:
+    def _occupied(self) -> Occupied:
         now = trio.current_time()
-        loaded: Iterable[str] = [view.model_id for view in self._servers.views() if view.state is ServerState.READY]
-        running = [(ticket.model_id, now - (ticket.granted_at or now)) for ticket in self._in_flight]
-        return self.times.wait_s(next(iter(loaded), None), running, [ticket.model_id for ticket in self._waiting])
+        at_hand = [view for view in self._servers.views() if view.state is ServerState.READY]
+        slots = at_hand[0].slots if at_hand else 1
+        return Occupied(
+            self.loading or (at_hand[0].model_id if at_hand else None),
+            slots,
+            self._loads.left_s(),
+            [(ticket.model_id, now - (ticket.granted_at or now)) for ticket in self._in_flight],
+            [ticket.model_id for ticket in self._queued()],
+        )
+
+
+def _ticket_view(
+    ticket: Ticket[E], now: float, position: int | None = None, starts_in_s: float | None = None
+) -> TicketView:
+    age_s = now - ticket.admitted_at
+    return TicketView(
+        ticket.request_id, ticket.model_id, ticket.state.value, ticket.priority, age_s, position, starts_in_s
+    )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import trio
 
 from nodeagent.errors import Refusal
+from nodeagent.scheduling.queueing import Priority
 
 if TYPE_CHECKING:
     from nodeagent.scheduling.lane import Lane
@@ -37,7 +38,8 @@ class TicketState(Enum):
 class Lease(Generic[E]):
     """The right to send one request to one ready server. It pins that server until its ticket is closed or retried.
 
-    `queued_s` is what the request waited for its turn, `load_s` what it waited for the model to be ready.
+    `queued_s` is what the request waited for its turn, `load_s` what it waited for the model to be ready; it was
+    granted at `granted_at` (`trio.current_time()`).
     """
 
     device_id: str
@@ -46,14 +48,16 @@ class Lease(Generic[E]):
     endpoint: E
     queued_s: float
     load_s: float
+    granted_at: float
 
 
 @dataclass(eq=False, slots=True)
 class Ticket(Generic[E]):
     """One request's place in a lane, from its admission to `close()`.
 
-    `number` rises with each ticket of the lane; `counted` says whether it takes up one of the lane's places. Written by
-    the lane alone: `state`, `lease`, `refusal`, `granted_at`, `load_s`.
+    `number` rises with each ticket of the lane that it was made by; `counted` says whether it takes up one of the
+    lane's places. Written by the lane alone: `lane`, `state`, `lease`, `refusal`, `granted_at`, `passed_since` (when a
+    later one was first granted before it), `load_s`.
     """
 
     lane: Lane[E]
@@ -61,13 +65,20 @@ class Ticket(Generic[E]):
     request_id: str
     model_id: str
     admitted_at: float
+    priority: Priority = Priority.NORMAL
     state: TicketState = TicketState.WAITING
     lease: Lease[E] | None = None
     refusal: Refusal | None = None
     granted_at: float | None = None
+    passed_since: float | None = None
     load_s: float = 0.0
     counted: bool = True
     _decided: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def age_order(self) -> tuple[float, int]:
+        """Rises with the order of admission, in one lane and between lanes."""
+        return (self.admitted_at, self.number)
 
     async def granted(self) -> Lease[E]:
         """Wait for the lane's word: the lease, or the Refusal raised. Cancelling leaves the place to `close()`."""

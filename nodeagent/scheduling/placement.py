@@ -1,13 +1,19 @@
-"""The pure choice of the lane that a request goes to.
+"""The pure choice of the lane that a request goes to, and of those that wait in one and are better off in another.
 
-First a device where the model has not just failed; of those one that has it, or is loading it; else the one with the
-least queue pressure, then the most free memory. A device on which the model is known not to fit, or which cools down
-after failing, is not tried.
+A request goes to the device where it is expected to start first, by the measured times: mostly where its model is
+loaded, or loads; elsewhere once the queue there is so long that another copy pays for its load. What that would evict
+counts too, since somebody will want it back. A device where the model has just failed comes last; one on which it is
+known not to fit, or which cools down after failing, is not tried.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+
+# Estimates that differ by less say the same: then what is loaded decides, and the load.
+_COST_DIGITS = 2
+# Estimates are rough: a request that has a place keeps it unless it gains more than this.
+_MOVE_GAIN_S = 0.2
 
 
 class Residency(IntEnum):
@@ -23,7 +29,9 @@ class Residency(IntEnum):
 class Candidate:
     """One device, as placement sees it for one model.
 
-    `admitted` counts the lane's requests in flight and queued, of `limit`. `memory_free_bytes` is None where unknown.
+    `admitted` counts the lane's requests in flight and queued, of `limit`. `start_s` is how long a request that came
+    now would wait there, the load of its model included, and `evicts_s` what it takes to load again what it would
+    evict, 0 where it would evict nothing. `memory_free_bytes` is None where unknown.
     `failing` says that the model's last end here was a failure. `obstacle` says why the device can't take the model,
     None where it can; `retry_at` is when that may change (`trio.current_time()`), None where it is not known to.
     """
@@ -32,6 +40,8 @@ class Candidate:
     residency: Residency
     admitted: int
     limit: int
+    start_s: float = 0.0
+    evicts_s: float = 0.0
     memory_free_bytes: int | None = None
     failing: bool = False
     obstacle: str | None = None
@@ -71,14 +81,34 @@ def choose(candidates: Sequence[Candidate]) -> Placement:
     if not with_room:
         return AllFull(tuple(candidate.device_id for candidate in able))
     best = min(with_room, key=_preference)
-    return Placed(best.device_id, f"{best.residency.name.lower()}, {best.admitted} of {best.limit} places taken")
+    reason = (
+        f"{best.residency.name.lower()}, starts in {best.start_s:.2f} s, {best.admitted} of {best.limit} places taken"
+    )
+    return Placed(best.device_id, reason)
 
 
-def _preference(candidate: Candidate) -> tuple[int, int, int, int, int]:
-    resident = candidate.residency if candidate.residency <= Residency.LOADING else Residency.EMPTY
-    # Between devices without the model an empty one comes first: evicting costs the evicted model's next user a load.
-    evicts = candidate.residency is Residency.OTHER_MODEL
-    return (candidate.failing, resident, candidate.admitted, evicts, -(candidate.memory_free_bytes or 0))
+@dataclass(frozen=True, slots=True)
+class Movable:
+    """A request that waits in a lane and is expected to start in `starts_in_s`, as an idle device sees it: there it
+    would start in `elsewhere_s`."""
+
+    starts_in_s: float
+    elsewhere_s: float
+
+
+def choose_move(movables: Sequence[Movable]) -> int | None:
+    """The request, by its index, that gains most by moving to the idle device; None if none gains enough."""
+    if not movables:
+        return None
+    gains = [it.starts_in_s - it.elsewhere_s for it in movables]
+    best = max(range(len(gains)), key=gains.__getitem__)
+    return best if gains[best] > _MOVE_GAIN_S else None
+
+
+def _preference(candidate: Candidate) -> tuple[bool, float, int, int, int]:
+    cost_s = round(candidate.start_s + candidate.evicts_s, _COST_DIGITS)
+    free_bytes = candidate.memory_free_bytes or 0
+    return (candidate.failing, cost_s, candidate.residency, candidate.admitted, -free_bytes)
 
 
 def _none_eligible(candidates: Sequence[Candidate]) -> NoneEligible:

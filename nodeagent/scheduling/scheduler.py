@@ -1,7 +1,9 @@
-"""Which lane takes a request: the lanes, and what placement needs to know of each."""
+"""Which lane takes a request, and which takes one over: the lanes, and what placement needs to know of each."""
 
 import logging
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
@@ -10,11 +12,23 @@ from nodeagent.errors import BackendUnavailable, Draining, QueueFull
 from nodeagent.scheduling.host import Host, ServerState
 from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.lease import Ticket
-from nodeagent.scheduling.placement import AllFull, Candidate, NoneEligible, Placed, Residency, choose
+from nodeagent.scheduling.placement import (
+    AllFull,
+    Candidate,
+    Movable,
+    NoneEligible,
+    Placed,
+    Residency,
+    choose,
+    choose_move,
+)
+from nodeagent.scheduling.queueing import Priority
 
 logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
+
+_LOOK_AGAIN_S = 1.0
 
 
 class Scheduler(Generic[E]):
@@ -24,15 +38,31 @@ class Scheduler(Generic[E]):
         self.lanes = lanes
         self._hosts = hosts
         self._closed_for: Draining | None = None
+        for lane in lanes.values():
+            lane.on_rest = partial(self._help_others, lane)
+            lane.times.kin = [other.times for other in lanes.values() if other is not lane]
 
-    def admit(self, request_id: str, model_id: str) -> Ticket[E]:
+    def admit(self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL) -> Ticket[E]:
         """Give a request its place in the best lane; it must be closed in the end.
 
         Raises QueueFull, BackendUnavailable or Draining. Nothing waits.
         """
         if self._closed_for is not None:
             raise self._closed_for
-        return self.lanes[self.place(model_id)].submit(request_id, model_id)
+        ticket = self.lanes[self.place(model_id)].submit(request_id, model_id, priority)
+        self._wake_idle()
+        return ticket
+
+    def retry(self, ticket: Ticket[E]) -> None:
+        """Put a request whose server died under it back in line, at the head; a device that is idle may take it."""
+        ticket.retry()
+        self._wake_idle()
+
+    def _wake_idle(self) -> None:
+        """There is more to do: those with nothing to do look whether they can help."""
+        for lane in self.lanes.values():
+            if lane.is_at_rest:
+                lane.nudge()
 
     def place(self, model_id: str) -> str:
         """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
@@ -73,14 +103,43 @@ class Scheduler(Generic[E]):
         """Requests in flight or queued on the whole node."""
         return sum(lane.admitted for lane in self.lanes.values())
 
+    def _help_others(self, idle: Lane[E]) -> float:
+        """Have a lane with nothing to do take over the request that gains most by it, if any does; return when to look
+        again, since what is in flight elsewhere may take longer than expected."""
+        waiting = [it for lane in self.lanes.values() if lane is not idle for it in lane.expected_starts()]
+        found = [(ticket, it) for ticket, starts_in_s in waiting if (it := self._movable(idle, ticket, starts_in_s))]
+        best = choose_move([movable for _ticket, movable in found])
+        if best is None:
+            return trio.current_time() + _LOOK_AGAIN_S if found else math.inf
+        ticket, movable = found[best]
+        logger.info(
+            "%s takes over a request for %s from %s: it would start in %.2f s there, in %.2f s here",
+            idle.device_id,
+            ticket.model_id,
+            ticket.lane.device_id,
+            movable.starts_in_s,
+            movable.elsewhere_s,
+        )
+        ticket.lane.hand_over(ticket, idle)
+        return math.inf  # it has something to do
+
+    def _movable(self, idle: Lane[E], ticket: Ticket[E], starts_in_s: float | None) -> Movable | None:
+        candidate = self._candidate(idle.device_id, ticket.model_id)
+        if starts_in_s is None or candidate.failing or candidate.obstacle is not None or not ticket.counted:
+            return None
+        return Movable(starts_in_s, candidate.start_s + candidate.evicts_s)
+
     def _candidate(self, device_id: str, model_id: str) -> Candidate:
         lane, host = self.lanes[device_id], self._hosts[device_id]
         obstacle = host.obstacle(model_id)
+        evicted = _evicted(host, model_id)
         return Candidate(
             device_id,
             _residency(host, lane, model_id),
             lane.admitted,
             lane.limit,
+            lane.start_in_s(model_id),
+            lane.times.load_s(evicted) if evicted is not None else 0.0,
             host.memory_free_bytes(),
             _state(host, model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
             obstacle.reason if obstacle else None,
@@ -90,6 +149,12 @@ class Scheduler(Generic[E]):
 
 def _state(host: Host[E], model_id: str) -> ServerState | None:
     return next((view.state for view in host.views() if view.model_id == model_id), None)
+
+
+def _evicted(host: Host[E], model_id: str) -> str | None:
+    """The loaded model that would have to go."""
+    others = (view.model_id for view in host.views() if view.state is ServerState.READY)
+    return next((other for other in others if other != model_id), None)
 
 
 def _residency(host: Host[E], lane: Lane[E], model_id: str) -> Residency:

@@ -12,12 +12,15 @@ from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
 
 @dataclass
 class FakeServers:
-    """Loads take `load_s` of virtual time; a model in `broken` fails its start at the end of that time.
+    """Loads take `load_s` of virtual time (`loads_s` by model); a model in `broken` fails its start at the end of that.
 
-    At most one server at a time; `history` lists what was done, in order.
+    At most one server at a time; `history` lists what was done, in order. Before a load stops another server,
+    `hesitates_s` pass, as real ones take to look at the model's file.
     """
 
     load_s: float = 1.0
+    loads_s: dict[str, float] = field(default_factory=dict)
+    hesitates_s: float = 0.0
     slots: int = 1
     broken: set[str] = field(default_factory=set)
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
@@ -38,6 +41,7 @@ class FakeServers:
         return self.free_bytes
 
     async def ensure(self, model_id: str) -> None:
+        await trio.sleep(self.hesitates_s)
         if self.current is not None and self.current.model_id != model_id:
             self.history.append(f"stop {self.current.model_id}")
             self._become(None)
@@ -46,7 +50,7 @@ class FakeServers:
             self._become(self._server(model_id, ServerState.STARTING))
         assert self.current is not None
         assert self.current.spawned_at is not None
-        await trio.sleep_until(self.current.spawned_at + self.load_s)
+        await trio.sleep_until(self.current.spawned_at + self.loads_s.get(model_id, self.load_s))
         if model_id in self.broken:
             self._become(None)
             raise BackendUnavailable(model_id, "exited with code 1", 4.0)

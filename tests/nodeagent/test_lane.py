@@ -1,15 +1,18 @@
 """A lane in virtual time, over servers that are a table."""
 
+from dataclasses import replace
+
 import pytest
 import trio
 from trio.testing import MockClock
 
 from fakes.servers import FakeServers
 from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout
-from nodeagent.scheduling.lane import Lane, LaneLimits
+from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.lease import Ticket, TicketState
+from nodeagent.scheduling.queueing import FirstCome, Priority
 
-LIMITS = LaneLimits(max_pending=3, queue_timeout_s=100, startup_timeout_s=30)
+RULES = LaneRules(max_pending=3, queue_timeout_s=100, startup_timeout_s=30)
 
 
 @pytest.fixture
@@ -19,7 +22,7 @@ async def servers() -> FakeServers:
 
 @pytest.fixture
 async def lane(servers: FakeServers, nursery: trio.Nursery) -> Lane[str]:
-    lane = Lane("cpu:0", servers, LIMITS)
+    lane = Lane("cpu:0", servers, RULES)
     servers.on_change = lane.nudge
     await nursery.start(lane.run)
     return lane
@@ -96,13 +99,123 @@ async def test_a_swap_waits_for_the_request_in_flight(
     assert lease.load_s == pytest.approx(1.0)
 
 
-async def test_models_alternate_in_the_order_asked_for(
+async def test_first_come_first_served_alternates_models_in_the_order_asked_for(
     lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
 ) -> None:
+    lane.rules = replace(RULES, policy=FirstCome())
     async with trio.open_nursery() as clients:
         for number, model_id in enumerate("aba"):
             clients.start_soon(serve, lane.submit(f"r{number}", model_id), 1)
     assert servers.history == ["start a", "stop a", "start b", "stop b", "start a"]
+
+
+async def test_the_loaded_models_requests_pass_and_who_was_passed_is_next(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    first, other, last = (lane.submit(f"r{number}", model_id) for number, model_id in enumerate("aba"))
+    async with trio.open_nursery() as clients:
+        for ticket in (first, other, last):
+            clients.start_soon(serve, ticket, 1)
+        await last.granted()
+        assert other.passed_since == trio.current_time()
+    assert servers.history == ["start a", "stop a", "start b"]
+
+
+async def test_an_urgent_request_is_served_before_those_who_came_first(
+    lane: Lane[str], autojump_clock: MockClock
+) -> None:
+    running = lane.submit("r1", "a")
+    await running.granted()
+    waiting, urgent = lane.submit("r2", "a", Priority.BATCH), lane.submit("r3", "a", Priority.INTERACTIVE)
+    running.close()
+    await urgent.granted()
+    assert waiting.state is TicketState.WAITING
+
+
+async def test_a_load_that_everyone_has_left_goes_on_for_the_grace_and_then_ends(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.load_s = 60
+    lane.rules = replace(RULES, startup_timeout_s=100, abandoned_load_grace_s=20)
+    ticket = lane.submit("r1", "a")
+    await trio.sleep(5)
+    ticket.close()
+    await trio.sleep_until(24.9)
+    assert servers.history == ["start a"]
+    await trio.sleep_until(25.1)
+    assert servers.history == ["start a", "stop a"]
+    assert lane.is_at_rest
+
+
+async def test_a_client_that_comes_back_in_time_finds_the_load_going_on(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.load_s = 60
+    lane.rules = replace(RULES, startup_timeout_s=100, abandoned_load_grace_s=20)
+    impatient = lane.submit("r1", "a")
+    await trio.sleep(5)
+    impatient.close()
+    await trio.sleep(15)
+    await lane.submit("r2", "a").granted()
+    assert trio.current_time() == pytest.approx(60)
+    assert servers.history == ["start a"]
+
+
+async def test_a_load_that_everyone_has_left_gives_way_at_once_to_another_model(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.load_s = 60
+    impatient = lane.submit("r1", "a")
+    await trio.sleep(5)
+    impatient.close()
+    servers.load_s = 2
+    await lane.submit("r2", "b").granted()
+    assert trio.current_time() == pytest.approx(7)
+
+
+async def test_the_queue_is_told_in_the_order_in_which_it_is_expected_to_start(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    await serve(lane.submit("r0", "a"), 4)
+    tickets = [lane.submit(f"r{number}", model_id) for number, model_id in enumerate("aba", start=1)]
+    await tickets[0].granted()
+    await trio.sleep(1)
+    queue = lane.queue()
+    told = [(it.request_id, it.state, it.position) for it in queue]
+    assert told == [("r1", "granted", None), ("r3", "waiting", 1), ("r2", "waiting", 2)]
+    # a takes 4 s; of b nothing is measured, so that its load counts as 2 s.
+    assert queue[0].starts_in_s is None
+    assert [it.starts_in_s for it in queue[1:]] == pytest.approx([3, 3 + 4 + 2])
+
+
+async def test_a_request_handed_over_keeps_its_age_and_frees_its_place(
+    lane: Lane[str], servers: FakeServers, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    other_servers = FakeServers()
+    other: Lane[str] = Lane("cpu:1", other_servers, RULES)
+    other_servers.on_change = other.nudge
+    await nursery.start(other.run)
+    running, moved = lane.submit("r1", "a"), lane.submit("r2", "b")
+    await running.granted()
+    lane.hand_over(moved, other)
+    assert (lane.admitted, other.admitted) == (1, 1)
+    lease = await moved.granted()
+    assert lease.device_id == "cpu:1"
+    assert lease.queued_s == pytest.approx(1)
+    moved.close()
+    assert (lane.admitted, other.admitted) == (1, 0)
+
+
+async def test_a_model_that_was_loaded_for_somebody_who_comes_back_is_not_unloaded_before_that(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.idle_unload_s, servers.load_s = 0, 35
+    with pytest.raises(ModelLoadTimeout) as refused:
+        await lane.submit("r1", "a").granted()
+    await trio.sleep(refused.value.retry_after_s + 10)
+    await serve(lane.submit("r2", "a"), 1)
+    await trio.sleep(1)
+    assert servers.history == ["start a", "stop a"]
 
 
 async def test_a_request_that_leaves_frees_its_place_at_once(lane: Lane[str], autojump_clock: MockClock) -> None:

@@ -1,4 +1,13 @@
-from nodeagent.scheduling.placement import AllFull, Candidate, NoneEligible, Placed, Residency, choose
+from nodeagent.scheduling.placement import (
+    AllFull,
+    Candidate,
+    Movable,
+    NoneEligible,
+    Placed,
+    Residency,
+    choose,
+    choose_move,
+)
 
 GIB = 2**30
 
@@ -17,6 +26,27 @@ def test_a_device_that_has_the_model_comes_first_even_with_less_memory_and_a_que
     assert (
         chosen(device("a", memory_free_bytes=80 * GIB), device("b", Residency.READY, 1, memory_free_bytes=GIB)) == "b"
     )
+
+
+def test_another_copy_is_loaded_once_the_queue_is_long_enough_to_pay_for_it() -> None:
+    assert chosen(device("a", Residency.READY, 1, start_s=4), device("b", start_s=5)) == "a"
+    assert chosen(device("a", Residency.READY, 1, start_s=6), device("b", start_s=5)) == "b"
+
+
+def test_what_would_be_evicted_counts_as_a_load_more() -> None:
+    other = device("b", Residency.OTHER_MODEL, start_s=5, evicts_s=3)
+    assert chosen(device("a", Residency.READY, 1, start_s=7), other) == "a"
+    assert chosen(device("a", Residency.READY, 1, start_s=9), other) == "b"
+
+
+def test_estimates_that_hardly_differ_say_the_same() -> None:
+    assert chosen(device("a", start_s=0.001), device("b", Residency.READY, 1, start_s=0.004)) == "b"
+
+
+def test_the_request_that_gains_most_moves_to_an_idle_device_and_none_for_a_little() -> None:
+    assert choose_move([]) is None
+    assert choose_move([Movable(5, 4.9), Movable(1, 1)]) is None
+    assert choose_move([Movable(5, 4), Movable(9, 3), Movable(9, 8)]) == 1
 
 
 def test_a_device_that_is_loading_the_model_comes_before_an_idle_one() -> None:

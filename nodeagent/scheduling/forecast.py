@@ -1,0 +1,92 @@
+"""When those who wait are expected to start: the policy itself, run ahead with the measured times."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nodeagent.scheduling.queueing import Grant, LaneNow, Load, Policy, ServerUse, Wait
+
+# Each step looks at everyone who waits, so that a long queue would take a while; what is further back is too uncertain
+# to be worth it.
+_AHEAD = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request in flight for `so_far_s`."""
+
+    model_id: str
+    so_far_s: float
+
+
+def forecast(
+    policy: Policy, lane: LaneNow, running: Sequence[Running], *, load_left_s: float = 0.0
+) -> list[float | None]:
+    """Seconds until each waiting request starts, in the queue's order; None where that can't be said.
+
+    `load_left_s` is what the load under way still takes. Nobody is expected to come, leave or fail.
+    """
+    ahead = _Ahead(lane, running, load_left_s)
+    starts: list[float | None] = [None] * len(lane.waiting)
+    for _step in range(4 * len(ahead.waiting)):  # a grant, its end, a load and a pause for each: then nothing moves
+        match policy.decide(ahead.lane()):
+            case Grant(index):
+                starts[ahead.grant(index)] = ahead.now - lane.now
+            case Load(model_id):
+                ahead.load(model_id)
+            case Wait(until=until):
+                if not ahead.waiting or not ahead.pass_time(until):
+                    break
+    return starts
+
+
+class _Ahead:
+    """A lane in the time to come. What changes: everything, in `grant`, `load` and `pass_time`."""
+
+    def __init__(self, lane: LaneNow, running: Sequence[Running], load_left_s: float) -> None:
+        self.now = lane.now
+        self.waiting = list(enumerate(lane.waiting))[:_AHEAD]
+        self._times = lane.times
+        self._servers = dict(lane.servers)
+        self._loading = lane.loading
+        self._loaded_at = lane.now + load_left_s if lane.loading is not None else math.inf
+        self._ends = [(lane.now + lane.times.left_s(it.model_id, it.so_far_s), it.model_id) for it in running]
+
+    def lane(self) -> LaneNow:
+        return LaneNow(self.now, [it for _place, it in self.waiting], self._servers, self._loading, self._times)
+
+    def grant(self, index: int) -> int:
+        """Start one; return its place in the queue as it was."""
+        place, granted = self.waiting.pop(index)
+        passed = [
+            (at, it if it.passed_since else replace(it, passed_since=self.now)) for at, it in self.waiting[:index]
+        ]
+        self.waiting[:index] = passed
+        self._use(granted.model_id, 1)
+        self._ends.append((self.now + self._times.service_s(granted.model_id), granted.model_id))
+        return place
+
+    def load(self, model_id: str) -> None:
+        self._servers = {}
+        self._loading, self._loaded_at = model_id, self.now + self._times.load_s(model_id)
+
+    def pass_time(self, until: float) -> bool:
+        """Go on to the next thing that happens; False if nothing will."""
+        at = min([end for end, _model_id in self._ends] + [self._loaded_at, until])
+        if math.isinf(at):
+            return False
+        self.now = max(self.now, at)
+        for end in [end for end in self._ends if end[0] <= self.now]:
+            self._ends.remove(end)
+            self._use(end[1], -1)
+        if self._loading is not None and self._loaded_at <= self.now:
+            # With one slot: how many it will have is not known here, and one at a time is never too hopeful.
+            self._servers = {self._loading: ServerUse(True, 1, 0, since=self.now)}
+            self._loading, self._loaded_at = None, math.inf
+        return True
+
+    def _use(self, model_id: str, by: int) -> None:
+        server = self._servers.get(model_id)
+        if server is not None:
+            used_at = self.now if by < 0 else server.used_at
+            self._servers[model_id] = replace(server, in_flight=server.in_flight + by, used_at=used_at)
