@@ -51,6 +51,8 @@ class FakeServers:
         assert self.current is not None
         assert self.current.spawned_at is not None
         await trio.sleep_until(self.current.spawned_at + self.loads_s.get(model_id, self.load_s))
+        if self.current is None:
+            raise BackendUnavailable(model_id, "was stopped")
         if model_id in self.broken:
             self._become(None)
             raise BackendUnavailable(model_id, "exited with code 1", 4.0)

@@ -81,6 +81,11 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         "memory_settle_timeout_s": 5.0,
         "max_pending_requests_per_device": 2,
         "queue_timeout_s": 300.0,
+        "scheduling": "swap_aware",
+        "swap_fairness_s": 30.0,
+        "min_residency_s": 2.0,
+        "residency_linger_s": 0.05,
+        "abandoned_load_grace_s": 30.0,
         "max_request_bytes": 64 * 1024 * 1024,
         "drain_grace_s": 5.0,
         "shutdown_timeout_s": 30.0,
@@ -237,8 +242,9 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file() -> 
         ("devices", "[{device_id: cpu:0, cpus: [true]}]", "must be a list of CPU numbers like [0, 1], found [True]"),
         ("devices", "[{device_id: cpu:0, cpus: [1, 1]}]", "names a CPU twice, found [1, 1]"),
         ("devices", "[{device_id: cpu:0}, {device_id: gpu:0}]", "is of another kind than 'cpu:0'"),
-        # A key of a later version.
-        ("swap_fairness_s", "30", "is not a known key"),
+        ("scheduling", "lifo", "'swap_aware' or 'fifo'"),
+        ("swap_fairness_s", "0", "must be more than 0, found 0"),
+        ("no_such_key", "30", "is not a known key"),
         ("ctx_size", "30", "is not a known key"),
     ],
 )

@@ -14,6 +14,7 @@ from fakes.checked_policy import CheckedPolicy
 from fakes.servers import FakeServers
 from nodeagent.errors import ModelLoadTimeout, Refusal
 from nodeagent.scheduling.lane import Lane, LaneRules
+from nodeagent.scheduling.lease import Lease
 from nodeagent.scheduling.queueing import FirstCome, Policy, Priority
 from nodeagent.scheduling.swap_aware import SwapAware
 
@@ -89,16 +90,16 @@ async def _scenario(
     slots = servers.slots
     lane: Lane[str] = Lane("cpu:0", servers, rules)
     served = 0
-    running: dict[str, int] = {}
+    running: list[Lease[str]] = []
 
     def on_change() -> None:
         lane.nudge()
+        if servers.history and servers.history[-1].startswith("crash"):
+            running.clear()  # what they were granted is gone already
         current = servers.current
-        for model_id, number in running.items():
-            crashed = servers.history and servers.history[-1].startswith("crash")
-            assert not number or crashed or (current is not None and current.model_id == model_id), (
-                "swapped under a lease"
-            )
+        for lease in running:
+            assert current is not None, "stopped under a lease"
+            assert (current.model_id, current.generation) == (lease.model_id, lease.generation), "swapped under a lease"
 
     servers.on_change = on_change
 
@@ -114,13 +115,14 @@ async def _scenario(
             try:
                 lease = await ticket.granted()
                 assert lease.model_id == visit.model_id
-                running[visit.model_id] = running.get(visit.model_id, 0) + 1
-                assert sum(running.values()) <= slots
+                running.append(lease)
+                assert len(running) <= slots
                 try:
                     await trio.sleep(visit.service_s)
                     served += 1
                 finally:
-                    running[visit.model_id] -= 1
+                    if lease in running:
+                        running.remove(lease)
             except Refusal:
                 pass
             finally:
