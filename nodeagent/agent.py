@@ -40,6 +40,7 @@ from nodeagent.front.asgi import Front
 from nodeagent.front.openai import ENDPOINTS
 from nodeagent.front.seam import ModelCard, Reloaded
 from nodeagent.front.server import bind, serve
+from nodeagent.kept_kv import KeptKv
 from nodeagent.monitor import DeviceMonitor
 from nodeagent.ring import Ring
 from nodeagent.scheduling.lane import Lane, LaneRules
@@ -135,6 +136,7 @@ class AgentNode:
         self._supervisor = Supervisor(on_event=self._on_event, on_line=self._on_line, records=records)
         self._monitor = DeviceMonitor(backend, devices, settle_max_s=config.memory_settle_timeout_s)
         self._catalogue = Catalogue()
+        self._kept_kv = KeptKv(state_folder.kv_folder(config.state_dir))
         self._hosts = {device.device_id: self._host(device) for device in devices}
         self._lanes = {device_id: Lane(device_id, host, _rules(config)) for device_id, host in self._hosts.items()}
         self.scheduler: Scheduler[Upstream] = Scheduler(self._lanes, self._hosts)
@@ -161,6 +163,7 @@ class AgentNode:
             await self._until_drained(signals)
             await self._stop()
             nursery.cancel_scope.cancel()  # the supervisor stops the children before its task ends
+        self._kept_kv.clear()
         if self._last_resort is not None:
             self._last_resort.cancel()
         logger.info("node %s has stopped", self.node_id)
@@ -273,6 +276,7 @@ class AgentNode:
             supervisor=self._supervisor,
             catalogue=self._catalogue,
             monitor=self._monitor,
+            kept_kv=self._kept_kv,
             patience_s=self._config.llama_server_startup_timeout_s,
         )
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from nodeagent.config import ModelConfig, NodeConfig
 from nodeagent.config.server_flags import flags_argv, sets_flag
 from nodeagent.devices import DeviceRef
+from nodeagent.state_folder import kv_folder
 from supervisor.probe import Probe
 from supervisor.restart import RestartPolicy
 from supervisor.spec import ChildSpec, StopPolicy
@@ -28,6 +29,14 @@ _SSE_PING = {"LLAMA_ARG_SSE_PING_INTERVAL": "2"}
 # HTTP threads beyond one for each slot: for the probes, and for requests whose client left but whose slot is not
 # free yet. With all threads held by streams, `/health` stalls for seconds.
 _SPARE_HTTP_THREADS = 4
+
+# Which slot a request goes to is the server's choice. By default (0.1) conversations that share a system prompt fight
+# over one slot. This close to 1 each keeps its own, and one that has none takes the slot that was idle for longest,
+# whose content the server's cache in memory brings back. Measured with 488 tokens of shared prompt, cached of all
+# prompt tokens: two conversations in turns on two slots 63% instead of 58%, three on two slots 71% instead of 67%; to
+# name the slot in the request (`id_slot`) brought 63%, and with more conversations than slots less than nothing.
+_SLOT_SIMILARITY = "0.95"
+_SLOT_CHOICE = ("slot-prompt-similarity", "cache-ram")
 
 # Of the agent's own environment a server must not inherit: llama-server's settings (any of its flags can be set
 # there), and what systemd told the agent about itself.
@@ -51,9 +60,10 @@ class Command:
     env: Mapping[str, str]
 
 
-def command(model: ModelConfig, device: DeviceRef, backend: Pinning, binary: Path) -> Command:
-    """The server of that model on that device."""
-    argv = [str(binary), *_own_args(model), *_model_args(model), *_thread_args(model, device)]
+def command(model: ModelConfig, device: DeviceRef, backend: Pinning, binary: Path, kv: Path) -> Command:
+    """The server of that model on that device; `kv` is the folder for the model's `keep_kv`."""
+    kept = ["--slot-save-path", str(kv)] if model.keep_kv else []
+    argv = [str(binary), *_own_args(model), *kept, *_model_args(model), *_thread_args(model, device)]
     argv += [*backend.child_args(device), *flags_argv(model.server_args)]
     return Command(tuple(argv), MappingProxyType({**_SSE_PING, **backend.child_env(device)}))
 
@@ -80,7 +90,7 @@ def child_spec(
     The key goes by the environment, since a command line is seen by every user of the host. `environ` is what is
     inherited, the agent's own where left out.
     """
-    run = command(model, device, backend, binary)
+    run = command(model, device, backend, binary, kv_folder(config.state_dir))
     inherited = inherited_env(os.environ if environ is None else environ)
     return ChildSpec(
         child_id=f"{device.device_id}/{model.model_id}",
@@ -114,7 +124,7 @@ def inherited_env(environ: Mapping[str, str]) -> dict[str, str]:
 def describe(config: NodeConfig, devices: Sequence[DeviceRef], backend: Pinning, binary: Path) -> str:
     """For each model and device what would be run, as lines for a shell, with the secret masked."""
     return "\n\n".join(
-        _described(model, device, command(model, device, backend, binary))
+        _described(model, device, command(model, device, backend, binary, kv_folder(config.state_dir)))
         for model in config.models
         for device in devices
     )
@@ -132,6 +142,8 @@ def _own_args(model: ModelConfig) -> list[str]:
     argv = ["-m", str(model.path), "-a", model.server_name, "--host", "127.0.0.1", "--port", "0"]
     # Always: without it this server takes four slots.
     argv += ["-np", str(model.parallel)]
+    if model.parallel > 1 and not any(sets_flag(model.server_args, flag) for flag in _SLOT_CHOICE):
+        argv += ["-sps", _SLOT_SIMILARITY]
     if not sets_flag(model.server_args, "threads-http"):
         argv += ["--threads-http", str(model.parallel + _SPARE_HTTP_THREADS)]
     # The older name of --no-ui: every build knows it.

@@ -13,7 +13,9 @@ from nodeagent.catalogue import Catalogue, misfit
 from nodeagent.config import ModelConfig
 from nodeagent.devices import DeviceRef
 from nodeagent.errors import BackendUnavailable
+from nodeagent.kept_kv import KeptKv
 from nodeagent.monitor import DeviceMonitor
+from nodeagent.read_ahead import read_ahead
 from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
 from nodeagent.stall import Worker
 from nodeagent.upstream import Upstream
@@ -39,7 +41,8 @@ class DeviceServers:
     """One device's servers; implements `scheduling.host.Host[Upstream]`.
 
     `specs` maps each model id to the child that serves it here; `api_key` is what these children were given.
-    What changes: `_models` and `_specs` in `replace`, `_upstreams` in `handle`, `_started` in `ensure`.
+    What changes: `_models` and `_specs` in `replace`, `_upstreams` in `handle`, `_started` in `ensure`, and
+    `_bringing_back` (the model whose kept cache is read into its server, which is not ready before that) there too.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class DeviceServers:
         supervisor: Supervisor,
         catalogue: Catalogue,
         monitor: DeviceMonitor,
+        kept_kv: KeptKv,
         patience_s: float,
     ) -> None:
         self.device = device
@@ -61,7 +65,9 @@ class DeviceServers:
         self._supervisor = supervisor
         self._catalogue = catalogue
         self._monitor = monitor
+        self._kept_kv = kept_kv
         self._patience_s = patience_s
+        self._bringing_back: str | None = None
         self._started: dict[str, ChildSpec] = {}
         self._upstreams: dict[str, Upstream] = {}
 
@@ -111,16 +117,17 @@ class DeviceServers:
         if problem is not None:
             raise BackendUnavailable(model_id, problem)
         spec = self._specs[model_id]
-        stopped = False
-        for other in self._running():
-            if other != model_id or self._started[other] != spec:
-                await self._supervisor.stop(self._child_id(other))
-                stopped = True
-        if stopped:
+        others = [other for other in self._running() if other != model_id or self._started[other] != spec]
+        for other in others:
+            await self._end(other)
+        if others:
             await self._monitor.settled(self.device.device_id)
         self._started[model_id] = spec
         try:
-            await self._supervisor.start(spec)
+            if self._models[model_id].keep_kv:
+                await self._start_with_cache(model_id, spec)
+            else:
+                await self._supervisor.start(spec)
         except StartFailed as failure:
             reason = _with_last_words(failure.exit.reason, failure.exit.last_lines)
             child = self._child(model_id)
@@ -128,8 +135,35 @@ class DeviceServers:
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
 
+    async def prepare(self, model_id: str) -> None:
+        if model_id in self._models:
+            size = await read_ahead(self._models[model_id].path)
+            logger.debug("%s: %d bytes of %s are read ahead", self.device.device_id, size, model_id)
+
     async def stop(self, model_id: str) -> None:
+        await self._end(model_id)
+
+    async def _end(self, model_id: str) -> None:
+        """Stop a server, and keep its cache if it is to be and nobody uses it."""
+        spec, model, upstream = self._started.get(model_id), self._models.get(model_id), self._upstreams.get(model_id)
+        wanted = model is not None and model.keep_kv and spec == self._specs.get(model_id)
+        if wanted and spec is not None and model is not None and upstream is not None and not upstream.in_flight:
+            await self._kept_kv.keep(spec, model.path, upstream, model.parallel)
         await self._supervisor.stop(self._child_id(model_id))
+
+    async def _start_with_cache(self, model_id: str, spec: ChildSpec) -> None:
+        try:
+            self._kept_kv.make_folder()  # the server will not start without
+        except OSError as error:
+            raise self._unavailable(model_id, f"{self._kept_kv.folder}: {error.strerror}", None) from error
+        self._bringing_back = model_id if self._kept_kv.has(spec.child_id) else None
+        try:
+            await self._supervisor.start(spec)
+            if model_id in self._upstreams:
+                await self._kept_kv.bring_back(spec, self._models[model_id].path, self._upstreams[model_id])
+        finally:
+            self._bringing_back = None
+            self._kept_kv.forget(spec.child_id)
 
     def runs(self, model_id: str) -> bool:
         """Whether the model has a process here, or is about to."""
@@ -188,16 +222,17 @@ class DeviceServers:
             return ServerView(model_id, ServerState.FAILED, 0, trio.current_time(), slots, reason=problem)
         if model is None and child.state is ChildState.FAILED:
             return None
+        ready = child.state is ChildState.READY and model_id != self._bringing_back
         return ServerView(
             model_id,
-            _STATES[child.state],
+            ServerState.STARTING if child.state is ChildState.READY and not ready else _STATES[child.state],
             child.generation,
             child.since,
             slots,
             child.spawned_at,
             self._reason(child),
             child.retry_at,
-            self._upstreams.get(model_id) if child.state is ChildState.READY else None,
+            self._upstreams.get(model_id) if ready else None,
             model.idle_unload_s if model is not None else None,
         )
 

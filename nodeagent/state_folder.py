@@ -42,6 +42,11 @@ def children_file(state_dir: Path) -> Path:
     return state_dir / "children.json"
 
 
+def kv_folder(state_dir: Path) -> Path:
+    """Where the caches of servers lie between two loads of their model (`keep_kv`)."""
+    return state_dir / "kv"
+
+
 def admin_token(state_dir: Path) -> str:
     """The token of this folder's agent, made at the first start; only the agent's own user can read it.
 

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.devices": set(),
     "nodeagent.logs": set(),
     "nodeagent.ring": set(),
+    "nodeagent.read_ahead": set(),
     "nodeagent.events": {"nodeagent.ring", "supervisor.lifecycle"},
     "nodeagent.gguf_file": {"nodeagent.errors"},
     "nodeagent.gguf": {"nodeagent.errors", "nodeagent.gguf_file"},
@@ -41,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.launch": {
         "nodeagent.backends",
         "nodeagent.config",
+        "nodeagent.state_folder",
         "supervisor.probe",
         "supervisor.restart",
         "supervisor.spec",
@@ -48,7 +50,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "nodeagent.upstream": {"nodeagent.errors", "supervisor.probe", "supervisor.spawn"},
     "nodeagent.stall": {"nodeagent.upstream"},
+    "nodeagent.kept_kv": {"nodeagent.errors", "nodeagent.upstream", "supervisor.spec"},
     "nodeagent.servers": {
+        "nodeagent.kept_kv",
+        "nodeagent.read_ahead",
         "nodeagent.stall",
         "nodeagent.catalogue",
         "nodeagent.config",

@@ -102,6 +102,8 @@ def _server_args(model: Document) -> Iterator[Finding]:
         yield (name,), message
     for name, value in server_args.items():
         flag = find_flag(name)
+        if flag is not None and flag.name == "slot-save-path" and model.get("keep_kv") is True:
+            yield (name,), "is the agent's own folder where `keep_kv` is true; leave one of them out"
         try:
             if flag is not None and flag.key == "main_gpu" and _is_value(value):
                 check_main_gpu(value)

@@ -137,6 +137,10 @@ class ModelConfig(Keys):
         le=30 * _DAY_S,
         description="Unload the model after so long without a request; never where left out.",
     )
+    keep_kv: bool = Field(
+        default=False,
+        description="Keep the server's cache in a file over a switch of models, so that conversations go on at once.",
+    )
     server_args: dict[str, ServerArg] = Field(
         default={},
         description="Further flags of llama-server: true gives a bare flag, false or null leaves it out, "

@@ -20,6 +20,7 @@ from nodeagent.errors import (
     UpstreamLost,
 )
 from nodeagent.front.asgi import exit_stack, request_id
+from nodeagent.front.conversation import conversation_of
 from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.refusals import error_event
 from nodeagent.front.seam import ModelCard, Node, find_card
@@ -71,10 +72,12 @@ async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
     card = find_card(node, wanted.model)
     priority = read_priority(request.headers.get("X-Priority"))
     _refuse_poison(poison, body, card.model_id)
-    ticket = node.scheduler.admit(request_id(), card.model_id, priority)
+    conversation = conversation_of(request.headers.get("X-Session-Id"), wanted.body)
+    ticket = node.scheduler.admit(request_id(), card.model_id, priority, conversation)
     exit_stack().callback(ticket.close)
     message = _Message(request.path, forwardable(request.headers), body)
     lease, answer = await _first_answer(node, ticket, message, poison)
+    node.scheduler.conversations.served(conversation, lease.device_id)
     exit_stack().callback(answer.close)
     return Response(
         _Relay(answer, lease, body, poison),
@@ -85,10 +88,11 @@ async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the agent itself reads of a request for inference; `model` as the client wrote it."""
+    """What the agent itself reads of a request for inference: `model` as the client wrote it, and the whole `body`."""
 
     model: str
     stream: bool
+    body: dict[str, Any]
 
 
 def read_wanted(body: bytes, *, needs: str) -> Wanted:
@@ -112,7 +116,7 @@ def read_wanted(body: bytes, *, needs: str) -> Wanted:
         raise InvalidRequest(f"'{needs}' is missing.", param=needs)
     if needs == "messages":
         _check_messages(data["messages"])
-    return Wanted(model, bool(stream))
+    return Wanted(model, bool(stream), data)
 
 
 def read_priority(header: str | None) -> Priority:

@@ -51,6 +51,9 @@ class Servers(Protocol[E]):
         another model stops the start.
         """
 
+    async def prepare(self, model_id: str) -> None:
+        """Make ready what can be while another model is in use: it is loaded next. Never fails."""
+
     async def stop(self, model_id: str) -> None:
         """Return when no server of that model runs; one that has failed stays failed. Cancelling only stops waiting."""
 

@@ -277,8 +277,10 @@ class Lane(Generic[E]):
                 case Load(model_id, reason):
                     self._loads.begin(nursery, model_id, reason)
                     return wake_at
-                case Wait(until=until):
+                case Wait(until=until, then=then):
                     self._begin_preload(nursery)
+                    if then is not None:
+                        self._loads.prepare(nursery, then)
                     look_at = self.on_rest() if self.is_at_rest else math.inf
                     return min(wake_at, until, look_at, self._unload_idle(nursery))
 
@@ -403,13 +405,13 @@ class Lane(Generic[E]):
     def _end_abandoned(self, nursery: trio.Nursery, now: float) -> float:
         """Call off a load that nobody has waited for as long as it may go on; return when that will be."""
         load = self._loads.current
-        if load is None or load.nobody_since is None or load.scope.cancel_called:
+        if load is None or load.nobody_since is None or self._loads.is_held(load.model_id):
             return math.inf
         ends_at = load.nobody_since + self.rules.abandoned_load_grace_s
         if now < ends_at:
             return ends_at
         logger.info("%s: not loading %s any more: nobody waits for it", self.device_id, load.model_id)
-        self._loads.call_off(nursery)
+        self._loads.unload_soon(nursery, load.model_id)
         return math.inf
 
     def _load_is_over(self, load: Loading, refusal: Refusal | None) -> None:

@@ -32,8 +32,9 @@ class Loads(Generic[E]):
     """The loads and unloads of one device.
 
     `on_end` is told each load that is over, with the refusal where it failed; `look_again` is called after whatever
-    changes what can be granted. What changes: `current` in `begin` and in the load's own task, `_held` in who unloads,
-    `_left` in `lease_is_back`.
+    changes what can be granted. What changes: `current` in `begin` and in the load's own task, `_prepared` (the model
+    that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in who unloads, `_left` in
+    `lease_is_back`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Loads(Generic[E]):
         self._times = times
         self._on_end = on_end
         self._look_again = look_again
+        self._prepared: str | None = None
         self._held: Counter[str] = Counter()
         self._left = trio.Event()
 
@@ -76,14 +78,15 @@ class Loads(Generic[E]):
             self.current.scope.cancel()
             return
         logger.info("%s: loading %s: %s", self._device_id, model_id, reason)
+        self._prepared = None
         self.current = Loading(model_id, trio.current_time(), trio.CancelScope())
         nursery.start_soon(self._load, self.current)
 
-    def call_off(self, nursery: trio.Nursery) -> None:
-        """End the load under way, its server too."""
-        assert self.current is not None
-        self.current.scope.cancel()
-        self.unload_soon(nursery, self.current.model_id)
+    def prepare(self, nursery: trio.Nursery, model_id: str) -> None:
+        """The model is loaded next; what can be done for that while another is in use, is done, once."""
+        if self._prepared != model_id and self.current is None:
+            self._prepared = model_id
+            nursery.start_soon(self._servers.prepare, model_id)
 
     def unload_soon(self, nursery: trio.Nursery, model_id: str) -> None:
         """Unload a model that is not in use; from now on nothing is granted on it."""
@@ -99,6 +102,9 @@ class Loads(Generic[E]):
         try:
             while in_use():
                 await self._left.wait()
+            if self.current is not None and self.current.model_id == model_id:
+                # Called off, it is no failure: who waits for the model has it loaded again afterwards.
+                self.current.scope.cancel()
             await self._servers.stop(model_id)
         finally:
             self._held[model_id] -= 1

@@ -12,6 +12,8 @@ from enum import IntEnum
 
 # Estimates that differ by less say the same: then what is loaded decides, and the load.
 _COST_DIGITS = 2
+# Free memory that differs by less is the same: two readings a moment apart do.
+_MEMORY_STEP_BYTES = 256 * 2**20
 # Estimates are rough: a request that has a place keeps it unless it gains more than this.
 _MOVE_GAIN_S = 0.2
 
@@ -31,9 +33,10 @@ class Candidate:
 
     `admitted` counts the lane's requests in flight and queued, of `limit`. `start_s` is how long a request that came
     now would wait there, the load of its model included, and `evicts_s` what it takes to load again what it would
-    evict, 0 where it would evict nothing. `memory_free_bytes` is None where unknown.
-    `failing` says that the model's last end here was a failure. `obstacle` says why the device can't take the model,
-    None where it can; `retry_at` is when that may change (`trio.current_time()`), None where it is not known to.
+    evict, 0 where it would evict nothing. `memory_free_bytes` is None where unknown. `knows` says that the device
+    served the request's conversation last; `failing`, that the model's last end here was a failure. `obstacle` says why
+    the device can't take the model, None where it can; `retry_at` is when that may change (`trio.current_time()`),
+    None where it is not known to.
     """
 
     device_id: str
@@ -43,6 +46,7 @@ class Candidate:
     start_s: float = 0.0
     evicts_s: float = 0.0
     memory_free_bytes: int | None = None
+    knows: bool = False
     failing: bool = False
     obstacle: str | None = None
     retry_at: float | None = None
@@ -105,10 +109,10 @@ def choose_move(movables: Sequence[Movable]) -> int | None:
     return best if gains[best] > _MOVE_GAIN_S else None
 
 
-def _preference(candidate: Candidate) -> tuple[bool, float, int, int, int]:
+def _preference(candidate: Candidate) -> tuple[bool, float, int, bool, int, int]:
     cost_s = round(candidate.start_s + candidate.evicts_s, _COST_DIGITS)
-    free_bytes = candidate.memory_free_bytes or 0
-    return (candidate.failing, cost_s, candidate.residency, candidate.admitted, -free_bytes)
+    free = (candidate.memory_free_bytes or 0) // _MEMORY_STEP_BYTES
+    return (candidate.failing, cost_s, candidate.residency, not candidate.knows, candidate.admitted, -free)
 
 
 def _none_eligible(candidates: Sequence[Candidate]) -> NoneEligible:

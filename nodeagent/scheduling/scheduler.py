@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import trio
 
 from nodeagent.errors import BackendUnavailable, Draining, QueueFull
+from nodeagent.scheduling.affinity import Conversations
 from nodeagent.scheduling.host import Host, ServerState
 from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.lease import Ticket
@@ -37,19 +38,26 @@ class Scheduler(Generic[E]):
     def __init__(self, lanes: Mapping[str, Lane[E]], hosts: Mapping[str, Host[E]]) -> None:
         self.lanes = lanes
         self._hosts = hosts
+        self.conversations = Conversations()
         self._closed_for: Draining | None = None
         for lane in lanes.values():
             lane.on_rest = partial(self._help_others, lane)
             lane.times.kin = [other.times for other in lanes.values() if other is not lane]
 
-    def admit(self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL) -> Ticket[E]:
+    def admit(
+        self,
+        request_id: str,
+        model_id: str,
+        priority: Priority = Priority.NORMAL,
+        conversation: str | None = None,
+    ) -> Ticket[E]:
         """Give a request its place in the best lane; it must be closed in the end.
 
         Raises QueueFull, BackendUnavailable or Draining. Nothing waits.
         """
         if self._closed_for is not None:
             raise self._closed_for
-        ticket = self.lanes[self.place(model_id)].submit(request_id, model_id, priority)
+        ticket = self.lanes[self.place(model_id, conversation)].submit(request_id, model_id, priority)
         self._wake_idle()
         return ticket
 
@@ -64,9 +72,10 @@ class Scheduler(Generic[E]):
             if lane.is_at_rest:
                 lane.nudge()
 
-    def place(self, model_id: str) -> str:
+    def place(self, model_id: str, conversation: str | None = None) -> str:
         """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
-        match choose([self._candidate(device_id, model_id) for device_id in self.lanes]):
+        knows = self.conversations.device_of(conversation)
+        match choose([self._candidate(device_id, model_id, knows) for device_id in self.lanes]):
             case Placed(device_id, reason):
                 logger.debug("%s goes to %s: %s", model_id, device_id, reason)
                 return device_id
@@ -129,7 +138,7 @@ class Scheduler(Generic[E]):
             return None
         return Movable(starts_in_s, candidate.start_s + candidate.evicts_s)
 
-    def _candidate(self, device_id: str, model_id: str) -> Candidate:
+    def _candidate(self, device_id: str, model_id: str, knows: str | None = None) -> Candidate:
         lane, host = self.lanes[device_id], self._hosts[device_id]
         obstacle = host.obstacle(model_id)
         evicted = _evicted(host, model_id)
@@ -141,6 +150,7 @@ class Scheduler(Generic[E]):
             lane.start_in_s(model_id),
             lane.times.load_s(evicted) if evicted is not None else 0.0,
             host.memory_free_bytes(),
+            device_id == knows,
             _state(host, model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
             obstacle.reason if obstacle else None,
             obstacle.retry_at if obstacle else None,

@@ -27,6 +27,7 @@ class FakeServers:
     free_bytes: int | None = None
     idle_unload_s: float | None = None
     history: list[str] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
     on_change: Callable[[], None] = lambda: None
     current: ServerView[str] | None = None
     _generations: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
@@ -58,6 +59,9 @@ class FakeServers:
             raise BackendUnavailable(model_id, "exited with code 1", 4.0)
         if self.current.state is ServerState.STARTING:
             self.come_up()
+
+    async def prepare(self, model_id: str) -> None:
+        self.prepared.append(model_id)
 
     async def stop(self, model_id: str) -> None:
         if self.current is not None and self.current.model_id == model_id:

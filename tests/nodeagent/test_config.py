@@ -111,6 +111,7 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
                 "restart": None,
                 "stall_timeout_s": None,
                 "idle_unload_s": None,
+                "keep_kv": False,
                 "server_args": {},
             },
         ),

@@ -94,6 +94,7 @@ async def test_a_swap_waits_for_the_request_in_flight(
         clients.start_soon(serve, first, 10)
         lease = await second.granted()
     assert servers.history == ["start a", "stop a", "start b"]
+    assert servers.prepared == ["b"], "once, while it waited"
     assert trio.current_time() == pytest.approx(12.0)
     assert lease.queued_s == pytest.approx(11.0)
     assert lease.load_s == pytest.approx(1.0)
@@ -410,3 +411,13 @@ async def test_order_holds_whatever_is_between_the_channel_and_the_lane(
         for ticket in tickets:
             nursery.start_soon(take, ticket)
     assert order == ["r0", "r1", "r2"]
+
+
+async def test_who_waits_for_a_load_that_an_operator_ends_has_it_loaded_again(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    ticket = lane.submit("r1", "a")
+    await trio.sleep(0.5)
+    await lane.unload("a")
+    await ticket.granted()
+    assert servers.history == ["start a", "stop a", "start a"]

@@ -41,6 +41,7 @@ class Pins:
 
 
 NO_PINS = Pins()
+KV = Path("/state/kv")
 
 
 class NeverAsked:
@@ -58,7 +59,7 @@ def model(keys: str = "") -> ModelConfig:
 
 
 def argv(keys: str = "", device: DeviceRef = CPU, pins: Pins = NO_PINS) -> list[str]:
-    return list(command(model(keys), device, pins, BINARY).argv)
+    return list(command(model(keys), device, pins, BINARY, KV).argv)
 
 
 def value_of(flag: str, args: Sequence[str]) -> str | None:
@@ -136,17 +137,30 @@ def test_a_models_arguments_are_what_its_configuration_says_and_no_more() -> Non
     assert shlex.join(model_arguments(said)) == "-np 3 -c 8 -fa off -t 2 --no-mmap"
 
 
+def test_of_several_slots_each_conversation_keeps_its_own_unless_the_configuration_says_otherwise() -> None:
+    assert value_of("-sps", argv("parallel: 2")) == "0.95"
+    assert value_of("-sps", argv()) is None
+    assert value_of("-sps", argv("parallel: 2, server_args: {sps: 0.5}")) == "0.5"
+    assert value_of("-sps", argv("parallel: 2, server_args: {cache_ram: 0}")) is None
+
+
+def test_a_kept_cache_has_a_folder() -> None:
+    assert value_of("--slot-save-path", argv("keep_kv: true")) == "/state/kv"
+    assert value_of("--slot-save-path", argv()) is None
+    assert value_of("--slot-save-path", argv("server_args: {slot_save_path: /mine}")) == "/mine"
+
+
 def test_the_backend_pins_the_device_by_environment_and_flags() -> None:
     pins = Pins(env={"CUDA_VISIBLE_DEVICES": "1"}, args=("--device", "CUDA0"))
 
-    run = command(model(), GPU, pins, BINARY)
+    run = command(model(), GPU, pins, BINARY, KV)
 
     assert run.env["CUDA_VISIBLE_DEVICES"] == "1"
     assert value_of("--device", run.argv) == "CUDA0"
 
 
 def test_a_cpu_device_offloads_to_no_gpu() -> None:
-    assert value_of("--device", command(model("gpu_layers: 99"), CPU, CpuBackend(), BINARY).argv) == "none"
+    assert value_of("--device", command(model("gpu_layers: 99"), CPU, CpuBackend(), BINARY, KV).argv) == "none"
 
 
 def test_a_server_inherits_neither_llama_servers_settings_nor_what_systemd_told_the_agent() -> None:
@@ -223,7 +237,7 @@ def test_what_would_be_run_is_shown_for_each_model_and_device_as_a_shell_takes_i
         "LLAMA_ARG_SSE_PING_INTERVAL=2",
         "PIN=x y",
         "LLAMA_API_KEY=***",
-        *command(two.models[0], CPU, Pins(), BINARY).argv,
+        *command(two.models[0], CPU, Pins(), BINARY, KV).argv,
     ]
 
 

@@ -49,6 +49,13 @@ def test_the_request_that_gains_most_moves_to_an_idle_device_and_none_for_a_litt
     assert choose_move([Movable(5, 4), Movable(9, 3), Movable(9, 8)]) == 1
 
 
+def test_between_devices_that_are_equally_near_the_one_that_knows_the_conversation_is_taken() -> None:
+    ready = Residency.READY
+    assert chosen(device("a", ready), device("b", ready, knows=True)) == "b"
+    assert chosen(device("a", ready), device("b", ready, 1, start_s=0.5, knows=True)) == "a"
+    assert chosen(device("a", ready), device("b", knows=True, start_s=2)) == "a"
+
+
 def test_a_device_that_is_loading_the_model_comes_before_an_idle_one() -> None:
     assert chosen(device("a"), device("b", Residency.LOADING, 1)) == "b"
 

@@ -1,0 +1,42 @@
+"""The next model's weights are read into the page cache while the device still serves the last one."""
+
+import logging
+import os
+from pathlib import Path
+
+import psutil
+import trio
+
+logger = logging.getLogger(__name__)
+
+# One hint for a whole file is passed over by Linux: it reads no more than a piece at once. With steps of 8 MiB 3 GB
+# were cached in 1.5 s; reading them by hand took as long, and more of the processor.
+_STEP_BYTES = 8 * 2**20
+
+
+async def read_ahead(path: Path, *, free_bytes: int | None = None) -> int:
+    """Ask the system to cache the file; return how many bytes were asked for, 0 where that can't be or is of no use.
+
+    `free_bytes` is the memory that may be used, the host's available where left out: a larger file would only push out
+    what is needed more. Cancelling ends the asking. What is cached already costs next to nothing.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return 0
+    return await trio.to_thread.run_sync(
+        _advise, path, psutil.virtual_memory().available if free_bytes is None else free_bytes
+    )
+
+
+def _advise(path: Path, free_bytes: int) -> int:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > free_bytes:
+                return 0
+            for offset in range(0, size, _STEP_BYTES):
+                trio.from_thread.check_cancelled()
+                os.posix_fadvise(file.fileno(), offset, _STEP_BYTES, os.POSIX_FADV_WILLNEED)
+    except OSError as error:
+        logger.debug("%s is not read ahead: %s", path, error)  # whoever loads it will say what is wrong with it
+        return 0
+    return size

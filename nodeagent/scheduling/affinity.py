@@ -1,0 +1,30 @@
+"""Which device served a conversation last: its server may still have the conversation in its cache.
+
+Measured with a long prompt shared by all and one slot a device: a turn's first token after 0.36 s on the device that
+knew the conversation, 1.05 s on one that had served another in between. So it decides between devices that are equally
+near to serving a request, and is no reason to wait.
+"""
+
+from collections import OrderedDict
+
+# A few dozen bytes each; the servers' caches hold far fewer.
+_REMEMBERED = 4096
+
+
+class Conversations:
+    """The last device of each conversation, the latest so many. What changes: `_devices`, in `served`."""
+
+    def __init__(self) -> None:
+        self._devices: OrderedDict[str, str] = OrderedDict()
+
+    def device_of(self, conversation: str | None) -> str | None:
+        return self._devices.get(conversation) if conversation is not None else None
+
+    def served(self, conversation: str | None, device_id: str) -> None:
+        """The device has the conversation in its cache now."""
+        if conversation is None:
+            return
+        self._devices[conversation] = device_id
+        self._devices.move_to_end(conversation)
+        if len(self._devices) > _REMEMBERED:
+            self._devices.popitem(last=False)
