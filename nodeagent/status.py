@@ -14,7 +14,7 @@ from typing import Any
 
 from nodeagent.devices import DeviceMetrics, DeviceRef
 from nodeagent.scheduling.host import ServerState, ServerView
-from nodeagent.scheduling.lane import LaneView
+from nodeagent.scheduling.views import LaneView
 
 
 class NodeStatus(Enum):

@@ -23,6 +23,7 @@ from nodeagent.scheduling.lease import Lease, Ticket, TicketState
 from nodeagent.scheduling.loads import Loading, Loads
 from nodeagent.scheduling.queueing import Grant, LaneNow, Load, Policy, Priority, ServerUse, Wait, Waiting
 from nodeagent.scheduling.swap_aware import SwapAware
+from nodeagent.scheduling.views import LaneView, TicketView
 
 logger = logging.getLogger(__name__)
 
@@ -43,32 +44,6 @@ class LaneRules:
     policy: Policy = field(default_factory=SwapAware)
 
 
-@dataclass(frozen=True, slots=True)
-class TicketView:
-    """A request in the lane. `position` counts from 1 in the order in which those who wait are expected to start, and
-    `starts_in_s` says when; both None for one in flight, and where nothing can be expected."""
-
-    request_id: str
-    model_id: str
-    state: str
-    priority: Priority
-    age_s: float
-    position: int | None = None
-    starts_in_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LaneView:
-    in_flight: int
-    waiting: int
-    limit: int
-    estimated_wait_s: float
-
-    @property
-    def free(self) -> int:
-        return max(0, self.limit - self.in_flight - self.waiting)
-
-
 class _Nudge:
     """Something changed: look again."""
 
@@ -80,9 +55,8 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_waiting` and `_in_flight` (in `submit`, `close`, `retry`, `hand_over` and the lane's
-    task, all synchronous), `_mailed` (the tickets in the channel or on their way out of it), `_used_at` (when a lease
-    comes back). `rules` may be replaced at any time. `on_rest` is
-    called whenever the lane has nothing to do, and says when it wants to be called again.
+    task, all synchronous), `_mailed` (the tickets in the channel or on their way out of it). `rules` may be replaced at
+    any time. `on_rest` is called whenever the lane has nothing to do, and says when it wants to be called again.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -98,8 +72,6 @@ class Lane(Generic[E]):
         self._mail_in, self._mail_out = trio.open_memory_channel[Ticket[E] | _Nudge](rules.max_pending + 1)
         self._mailed: list[Ticket[E]] = []
         self._nudged = False
-        self._used_at: dict[str, float] = {}
-        self._wanted_at_start: str | None = None
         self._loads = Loads(device_id, servers, self.times, on_end=self._load_is_over, look_again=self.nudge)
 
     # What requests call: synchronous, so that nothing comes between.
@@ -132,7 +104,7 @@ class Lane(Generic[E]):
         """
         ticket = Ticket(self, next(self._numbers), f"load {model_id}", model_id, trio.current_time(), counted=False)
         self._collect()
-        self._waiting.append(ticket)
+        self._queue(ticket)
         self.nudge()
         return ticket
 
@@ -150,7 +122,7 @@ class Lane(Generic[E]):
                 self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
         elif ticket in self._waiting:
             self._waiting.remove(ticket)
-            self._mind_abandoned(ticket.model_id)
+            self._loads.one_left(ticket.model_id, self._wanted())
         ticket.state = TicketState.CLOSED
         ticket.lease = None
         self.nudge()
@@ -160,6 +132,7 @@ class Lane(Generic[E]):
         self._back(ticket)
         self._collect()
         self._waiting.insert(0, ticket)
+        self._loads.one_came(ticket.model_id)
         ticket.state, ticket.lease, ticket.granted_at = TicketState.WAITING, None, None
         ticket.undecided()
         self.nudge()
@@ -175,7 +148,7 @@ class Lane(Generic[E]):
         to._admitted += ticket.counted
         ticket.lane = to
         to._queue(ticket)
-        self._mind_abandoned(ticket.model_id)
+        self._loads.one_left(ticket.model_id, self._wanted())
         self.nudge()
         to.nudge()
 
@@ -189,7 +162,7 @@ class Lane(Generic[E]):
 
     def preload(self, model_id: str) -> None:
         """Load this model when the lane starts, or as soon as nobody wants another."""
-        self._wanted_at_start = model_id
+        self._loads.preload = model_id
         self.nudge()
 
     def nudge(self) -> None:
@@ -267,22 +240,32 @@ class Lane(Generic[E]):
         """Act on everything that can be decided now; return when to look again at the latest."""
         self._collect()
         now = trio.current_time()
-        wake_at = min(self._refuse_overdue(now), self._end_abandoned(nursery, now))
+        wake_at = min(self._refuse_overdue(now), self._loads.end_abandoned(nursery, self.rules.abandoned_load_grace_s))
         while True:
             decision = self.rules.policy.decide(self._now(now))
-            logger.debug("%s: %s", self.device_id, decision)
             match decision:
-                case Grant(index):
-                    self._grant(index)
+                case Grant(index, reason):
+                    self._grant(index, reason)
                 case Load(model_id, reason):
                     self._loads.begin(nursery, model_id, reason)
                     return wake_at
-                case Wait(until=until, then=then):
-                    self._begin_preload(nursery)
+                case Wait(reason, until, then):
+                    logger.debug("%s waits: %s", self.device_id, reason)
                     if then is not None:
                         self._loads.prepare(nursery, then)
-                    look_at = self.on_rest() if self.is_at_rest else math.inf
-                    return min(wake_at, until, look_at, self._unload_idle(nursery))
+                    return min(wake_at, until, self._rest(nursery))
+
+    def _rest(self, nursery: trio.Nursery) -> float:
+        """Nothing is to be granted or loaded for anybody now: see to what else there is to do."""
+        busy = {*self._wanted(), *(ticket.model_id for ticket in self._in_flight)}
+        if not busy:
+            self._loads.begin_preload(nursery)
+        idle_at = self._loads.unload_idle(nursery, busy, self.rules.abandoned_load_grace_s)
+        return min(idle_at, self.on_rest() if self.is_at_rest else math.inf)
+
+    def _wanted(self) -> set[str]:
+        """The models that somebody waits for."""
+        return {ticket.model_id for ticket in self._waiting}
 
     def _take_in(self, mail: Ticket[E] | _Nudge) -> None:
         if isinstance(mail, _Nudge):
@@ -296,8 +279,7 @@ class Lane(Generic[E]):
         """Put it in line by its age: what the channel handed to the task may come after what was collected past it."""
         later = (place for place, other in enumerate(self._waiting) if other.age_order > ticket.age_order)
         self._waiting.insert(next(later, len(self._waiting)), ticket)
-        if self._loads.current is not None and self._loads.current.model_id == ticket.model_id:
-            self._loads.current.nobody_since = None
+        self._loads.one_came(ticket.model_id)
 
     def _collect(self) -> None:
         """Empty the mailbox into the ordered list that the policy sees."""
@@ -324,7 +306,7 @@ class Lane(Generic[E]):
                 sum(ticket.model_id == view.model_id for ticket in self._in_flight),
                 self._loads.is_held(view.model_id),
                 view.since,
-                self._used_at.get(view.model_id),
+                self._loads.used_at.get(view.model_id),
                 view.state is ServerState.BACKING_OFF and view.retry_at is not None and view.retry_at > now,
             )
             for view in self._servers.views()
@@ -333,9 +315,10 @@ class Lane(Generic[E]):
     def _in_use(self, model_id: str) -> bool:
         return any(ticket.model_id == model_id for ticket in self._in_flight)
 
-    def _grant(self, index: int) -> None:
+    def _grant(self, index: int, reason: str) -> None:
         now = trio.current_time()
         ticket = self._waiting.pop(index)
+        logger.debug("%s grants request %s, past %d others: %s", self.device_id, ticket.request_id, index, reason)
         for passed in self._waiting[:index]:
             passed.passed_since = passed.passed_since if passed.passed_since is not None else now
         [server] = [view for view in self._servers.views() if view.model_id == ticket.model_id]
@@ -352,67 +335,18 @@ class Lane(Generic[E]):
     def _back(self, ticket: Ticket[E]) -> None:
         """A lease is given back."""
         self._in_flight.remove(ticket)
-        self._used_at[ticket.model_id] = trio.current_time()
-        self._loads.lease_is_back()
+        self._loads.lease_is_back(ticket.model_id)
 
     def _queued(self) -> list[Ticket[E]]:
         """Everyone who waits, the one too that the channel has just handed to the lane's task."""
         return [*self._waiting, *(ticket for ticket in self._mailed if ticket.state is TicketState.WAITING)]
 
     def _note_return(self, model_id: str) -> None:
-        used_at = self._used_at.get(model_id)
+        used_at = self._loads.used_at.get(model_id)
         if used_at is not None and not any(it.model_id == model_id for it in (*self._in_flight, *self._queued())):
             self.times.came_back(model_id, trio.current_time() - used_at)
 
     # Loads.
-
-    def _begin_preload(self, nursery: trio.Nursery) -> None:
-        if self._wanted_at_start is None or self._waiting or self._in_flight or self._loads.current:
-            return
-        model_id, self._wanted_at_start = self._wanted_at_start, None
-        self._loads.begin(nursery, model_id, "preload")
-
-    def _unload_idle(self, nursery: trio.Nursery) -> float:
-        """Unload what has been idle for as long as its model may be; return when the next one will have been."""
-        now, next_at = trio.current_time(), math.inf
-        for view in self._servers.views():
-            busy = any(ticket.model_id == view.model_id for ticket in (*self._in_flight, *self._waiting))
-            held = self._loads.is_held(view.model_id)
-            if view.state is not ServerState.READY or view.idle_unload_s is None or busy or held:
-                continue
-            idle_at = self._idle_at(view, view.idle_unload_s)
-            if now < idle_at:
-                next_at = min(next_at, idle_at)
-            else:
-                logger.info("%s: unloading %s: no request for %g s", self.device_id, view.model_id, view.idle_unload_s)
-                self._loads.unload_soon(nursery, view.model_id)
-        return next_at
-
-    def _idle_at(self, view: ServerView[E], idle_unload_s: float) -> float:
-        """When the server will have been idle for long enough. One that nobody has used yet is given the grace of a
-        load that was left: who was told to come back for it needs to find it."""
-        used_at = self._used_at.get(view.model_id, -math.inf)
-        if used_at >= view.since:
-            return used_at + idle_unload_s
-        return view.since + max(idle_unload_s, self.rules.abandoned_load_grace_s)
-
-    def _mind_abandoned(self, model_id: str) -> None:
-        """A request that waited has left: if it was the last one that the load under way is for, say since when."""
-        load = self._loads.current
-        if load is not None and load.model_id == model_id and not any(it.model_id == model_id for it in self._waiting):
-            load.nobody_since = trio.current_time()
-
-    def _end_abandoned(self, nursery: trio.Nursery, now: float) -> float:
-        """Call off a load that nobody has waited for as long as it may go on; return when that will be."""
-        load = self._loads.current
-        if load is None or load.nobody_since is None or self._loads.is_held(load.model_id):
-            return math.inf
-        ends_at = load.nobody_since + self.rules.abandoned_load_grace_s
-        if now < ends_at:
-            return ends_at
-        logger.info("%s: not loading %s any more: nobody waits for it", self.device_id, load.model_id)
-        self._loads.unload_soon(nursery, load.model_id)
-        return math.inf
 
     def _load_is_over(self, load: Loading, refusal: Refusal | None) -> None:
         self._collect()

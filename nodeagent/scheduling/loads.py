@@ -1,8 +1,9 @@
 """What a lane does to the servers of its device: the one load under way, and unloading."""
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -10,7 +11,7 @@ import trio
 
 from nodeagent.errors import BackendUnavailable, Refusal
 from nodeagent.scheduling.estimate import LaneTimes
-from nodeagent.scheduling.host import Servers
+from nodeagent.scheduling.host import Servers, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,11 @@ class Loads(Generic[E]):
     """The loads and unloads of one device.
 
     `on_end` is told each load that is over, with the refusal where it failed; `look_again` is called after whatever
-    changes what can be granted. What changes: `current` in `begin` and in the load's own task, `_prepared` (the model
-    that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in who unloads, `_left` in
-    `lease_is_back`.
+    changes what can be granted. `preload` is a model to be loaded as soon as nobody wants another.
+
+    What changes: `current` in `begin` and in the load's own task, `preload` in `begin_preload`, `_prepared` (the model
+    that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in who unloads, `used_at`
+    (when the last lease of a model came back) and `_left` in `lease_is_back`.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Loads(Generic[E]):
         look_again: Callable[[], None],
     ) -> None:
         self.current: Loading | None = None
+        self.preload: str | None = None
+        self.used_at: dict[str, float] = {}
         self._device_id = device_id
         self._servers = servers
         self._times = times
@@ -67,8 +72,9 @@ class Loads(Generic[E]):
         so_far_s = trio.current_time() - self.current.began_at
         return max(0.0, self._times.load_s(self.current.model_id) - so_far_s)
 
-    def lease_is_back(self) -> None:
-        """Wake whoever waits to unload a model in use."""
+    def lease_is_back(self, model_id: str) -> None:
+        """A request on the model has ended: whoever waits to unload it looks again."""
+        self.used_at[model_id] = trio.current_time()
         self._left.set()
         self._left = trio.Event()
 
@@ -82,14 +88,61 @@ class Loads(Generic[E]):
         self.current = Loading(model_id, trio.current_time(), trio.CancelScope())
         nursery.start_soon(self._load, self.current)
 
+    def begin_preload(self, nursery: trio.Nursery) -> None:
+        """Nobody wants anything: load what is to be ready before anybody does."""
+        if self.preload is not None and self.current is None:
+            model_id, self.preload = self.preload, None
+            self.begin(nursery, model_id, "preload")
+
+    def one_came(self, model_id: str) -> None:
+        """Somebody waits for the model."""
+        if self.current is not None and self.current.model_id == model_id:
+            self.current.nobody_since = None
+
+    def one_left(self, model_id: str, still_wanted: Set[str]) -> None:
+        """Somebody who waited for the model has left, and only those models are waited for still."""
+        if self.current is not None and self.current.model_id == model_id and model_id not in still_wanted:
+            self.current.nobody_since = trio.current_time()
+
+    def end_abandoned(self, nursery: trio.Nursery, grace_s: float) -> float:
+        """Call off the load if everyone has left it, and that for so long; return when that will be."""
+        load = self.current
+        if load is None or load.nobody_since is None or self.is_held(load.model_id):
+            return math.inf
+        if trio.current_time() < load.nobody_since + grace_s:
+            return load.nobody_since + grace_s
+        logger.info("%s: not loading %s any more: nobody waits for it", self._device_id, load.model_id)
+        self._unload_soon(nursery, load.model_id)
+        return math.inf
+
+    def unload_idle(self, nursery: trio.Nursery, busy: Set[str], grace_s: float) -> float:
+        """Unload what has been idle for as long as its model may be; return when the next one will have been.
+
+        `grace_s` is for a server that nobody has used yet: who was told to come back for it needs to find it.
+        """
+        now, next_at = trio.current_time(), math.inf
+        for view in self._servers.views():
+            at_rest = view.state is ServerState.READY and view.model_id not in busy and not self.is_held(view.model_id)
+            if not at_rest or view.idle_unload_s is None:
+                continue
+            used_at = self.used_at.get(view.model_id, -math.inf)
+            is_used = used_at >= view.since
+            idle_at = used_at + view.idle_unload_s if is_used else view.since + max(view.idle_unload_s, grace_s)
+            if now < idle_at:
+                next_at = min(next_at, idle_at)
+            else:
+                logger.info("%s: unloading %s: no request for %g s", self._device_id, view.model_id, view.idle_unload_s)
+                self._unload_soon(nursery, view.model_id)
+        return next_at
+
     def prepare(self, nursery: trio.Nursery, model_id: str) -> None:
         """The model is loaded next; what can be done for that while another is in use, is done, once."""
         if self._prepared != model_id and self.current is None:
             self._prepared = model_id
             nursery.start_soon(self._servers.prepare, model_id)
 
-    def unload_soon(self, nursery: trio.Nursery, model_id: str) -> None:
-        """Unload a model that is not in use; from now on nothing is granted on it."""
+    def _unload_soon(self, nursery: trio.Nursery, model_id: str) -> None:
+        """Unload a model that is not in use; from now on, before the task has begun too, nothing is granted on it."""
         self._held[model_id] += 1
         nursery.start_soon(self._unload_held, model_id)
 
