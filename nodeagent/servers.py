@@ -104,6 +104,21 @@ class DeviceServers:
             return Obstacle(self._reason(child) or "failed", child.retry_at)
         return None
 
+    def has_room(self, model_id: str) -> bool:
+        free_bytes = self.memory_free_bytes()
+        return free_bytes is None or self._takes_bytes(model_id) <= free_bytes + sum(
+            self._takes_bytes(running) for running in self._running()
+        )
+
+    def _takes_bytes(self, model_id: str) -> int:
+        """What a copy of the model takes of the device's memory, 0 where that is not known. On a CPU the weights are
+        mapped from the file: all copies share them, and the system takes back what it needs of them."""
+        header, model = self._catalogue.header(model_id), self._models.get(model_id)
+        if header is None or model is None:
+            return 0
+        needed = header.estimate_bytes(ctx_size=model.ctx_size)
+        return needed - header.size_bytes if self.device.backend == "cpu" else needed
+
     def memory_free_bytes(self) -> int | None:
         reading = self._monitor.latest(self.device.device_id)
         return reading.memory_free_bytes if reading is not None else None

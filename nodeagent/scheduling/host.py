@@ -72,5 +72,9 @@ class Host(Servers[E], Protocol[E]):
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model, None if nothing is known to."""
 
+    def has_room(self, model_id: str) -> bool:
+        """Whether one more copy of a model that is loaded elsewhere fits into the memory that is free, or would be once
+        what runs here is stopped; True where that is not known."""
+
     def memory_free_bytes(self) -> int | None:
         """The last reading, None where unknown."""

@@ -122,7 +122,7 @@ class Lane(Generic[E]):
                 self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
         elif ticket in self._waiting:
             self._waiting.remove(ticket)
-            self._loads.one_left(ticket.model_id, self._wanted())
+            self._loads.one_left(ticket.model_id, self.wanted)
         ticket.state = TicketState.CLOSED
         ticket.lease = None
         self.nudge()
@@ -148,7 +148,7 @@ class Lane(Generic[E]):
         to._admitted += ticket.counted
         ticket.lane = to
         to._queue(ticket)
-        self._loads.one_left(ticket.model_id, self._wanted())
+        self._loads.one_left(ticket.model_id, self.wanted)
         self.nudge()
         to.nudge()
 
@@ -201,6 +201,11 @@ class Lane(Generic[E]):
     def loading(self) -> str | None:
         """The model that is being made ready now."""
         return self._loads.current.model_id if self._loads.current else None
+
+    @property
+    def wanted(self) -> set[str]:
+        """The models that somebody waits for."""
+        return {ticket.model_id for ticket in self._queued()}
 
     @property
     def is_at_rest(self) -> bool:
@@ -257,15 +262,11 @@ class Lane(Generic[E]):
 
     def _rest(self, nursery: trio.Nursery) -> float:
         """Nothing is to be granted or loaded for anybody now: see to what else there is to do."""
-        busy = {*self._wanted(), *(ticket.model_id for ticket in self._in_flight)}
+        busy = {*self.wanted, *(ticket.model_id for ticket in self._in_flight)}
         if not busy:
             self._loads.begin_preload(nursery)
         idle_at = self._loads.unload_idle(nursery, busy, self.rules.abandoned_load_grace_s)
         return min(idle_at, self.on_rest() if self.is_at_rest else math.inf)
-
-    def _wanted(self) -> set[str]:
-        """The models that somebody waits for."""
-        return {ticket.model_id for ticket in self._waiting}
 
     def _take_in(self, mail: Ticket[E] | _Nudge) -> None:
         if isinstance(mail, _Nudge):

@@ -2,8 +2,8 @@
 
 A request goes to the device where it is expected to start first, by the measured times: mostly where its model is
 loaded, or loads; elsewhere once the queue there is so long that another copy pays for its load. What that would evict
-counts too, since somebody will want it back. A device where the model has just failed comes last; one on which it is
-known not to fit, or which cools down after failing, is not tried.
+counts too, since somebody will want it back, and another copy is only made where it fits. A device where the model has
+just failed comes last; one on which it is known not to fit, or which cools down after failing, is not tried.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ _MOVE_GAIN_S = 0.2
 
 
 class Residency(IntEnum):
-    """How near a device is to serving the model; the smaller, the nearer."""
+    """How near a device is to serving the model; the smaller, the nearer. LOADING is it too where somebody waits for
+    the model to be loaded next."""
 
     READY = 0
     LOADING = 1
@@ -33,10 +34,11 @@ class Candidate:
 
     `admitted` counts the lane's requests in flight and queued, of `limit`. `start_s` is how long a request that came
     now would wait there, the load of its model included, and `evicts_s` what it takes to load again what it would
-    evict, 0 where it would evict nothing. `memory_free_bytes` is None where unknown. `knows` says that the device
-    served the request's conversation last; `failing`, that the model's last end here was a failure. `obstacle` says why
-    the device can't take the model, None where it can; `retry_at` is when that may change (`trio.current_time()`),
-    None where it is not known to.
+    evict, 0 where it would evict nothing. `memory_free_bytes` is None where unknown; `has_room` says whether another
+    copy of a model that is loaded elsewhere fits into it, once what it would evict is gone. `knows` says that the
+    device served the request's conversation last; `failing`, that the model's last end here was a failure. `obstacle`
+    says why the device can't take the model, None where it can; `retry_at` is when that may change
+    (`trio.current_time()`), None where it is not known to.
     """
 
     device_id: str
@@ -46,6 +48,7 @@ class Candidate:
     start_s: float = 0.0
     evicts_s: float = 0.0
     memory_free_bytes: int | None = None
+    has_room: bool = True
     knows: bool = False
     failing: bool = False
     obstacle: str | None = None
@@ -81,6 +84,8 @@ def choose(candidates: Sequence[Candidate]) -> Placement:
     able = [candidate for candidate in candidates if candidate.obstacle is None]
     if not able:
         return _none_eligible(candidates)
+    if any(candidate.residency <= Residency.LOADING for candidate in able):
+        able = [candidate for candidate in able if candidate.residency <= Residency.LOADING or candidate.has_room]
     with_room = [candidate for candidate in able if candidate.admitted < candidate.limit]
     if not with_room:
         return AllFull(tuple(candidate.device_id for candidate in able))

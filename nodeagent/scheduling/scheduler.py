@@ -134,7 +134,8 @@ class Scheduler(Generic[E]):
 
     def _movable(self, idle: Lane[E], ticket: Ticket[E], starts_in_s: float | None) -> Movable | None:
         candidate = self._candidate(idle.device_id, ticket.model_id)
-        if starts_in_s is None or candidate.failing or candidate.obstacle is not None or not ticket.counted:
+        able = candidate.obstacle is None and candidate.has_room and not candidate.failing
+        if starts_in_s is None or not able or not ticket.counted:
             return None
         return Movable(starts_in_s, candidate.start_s + candidate.evicts_s)
 
@@ -150,6 +151,7 @@ class Scheduler(Generic[E]):
             lane.start_in_s(model_id),
             lane.times.load_s(evicted) if evicted is not None else 0.0,
             host.memory_free_bytes(),
+            host.has_room(model_id),
             device_id == knows,
             _state(host, model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
             obstacle.reason if obstacle else None,
@@ -171,7 +173,7 @@ def _residency(host: Host[E], lane: Lane[E], model_id: str) -> Residency:
     states = {view.model_id: view.state for view in host.views()}
     if states.get(model_id) is ServerState.READY:
         return Residency.READY
-    if lane.loading == model_id or states.get(model_id) is ServerState.STARTING:
+    if model_id in lane.wanted or lane.loading == model_id or states.get(model_id) is ServerState.STARTING:
         return Residency.LOADING
     if any(state is not ServerState.FAILED for state in states.values()):
         return Residency.OTHER_MODEL

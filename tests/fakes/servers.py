@@ -25,6 +25,7 @@ class FakeServers:
     broken: set[str] = field(default_factory=set)
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
     free_bytes: int | None = None
+    room: bool = True
     idle_unload_s: float | None = None
     history: list[str] = field(default_factory=list)
     prepared: list[str] = field(default_factory=list)
@@ -37,6 +38,9 @@ class FakeServers:
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         return self.obstacles.get(model_id)
+
+    def has_room(self, model_id: str) -> bool:
+        return self.room
 
     def memory_free_bytes(self) -> int | None:
         return self.free_bytes

@@ -39,6 +39,13 @@ def test_what_would_be_evicted_counts_as_a_load_more() -> None:
     assert chosen(device("a", Residency.READY, 1, start_s=9), other) == "b"
 
 
+def test_another_copy_is_only_made_where_it_fits() -> None:
+    tight = device("b", start_s=5, has_room=False)
+    assert chosen(device("a", Residency.READY, 1, start_s=60), tight) == "a"
+    assert choose([device("a", Residency.READY, 2), tight]) == AllFull(("a",))
+    assert chosen(device("a", Residency.OTHER_MODEL, start_s=60), tight) == "b", "where none is loaded yet, it is tried"
+
+
 def test_estimates_that_hardly_differ_say_the_same() -> None:
     assert chosen(device("a", start_s=0.001), device("b", Residency.READY, 1, start_s=0.004)) == "b"
 

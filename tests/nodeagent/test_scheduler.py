@@ -93,6 +93,17 @@ async def test_nothing_moves_to_a_device_that_can_not_take_it(
     assert waiting.lane.device_id == "gpu:0"
 
 
+async def test_nothing_moves_to_where_another_copy_does_not_fit(
+    scheduler: Scheduler[str], hosts: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    hosts["gpu:1"].room = False
+    running, waiting = scheduler.admit("r", "a"), scheduler.admit("r", "a")
+    await running.granted()
+    await trio.sleep(100)
+    assert waiting.state is TicketState.WAITING
+    assert hosts["gpu:1"].history == []
+
+
 async def test_a_request_whose_server_died_is_tried_again_on_a_device_that_is_free(
     scheduler: Scheduler[str], hosts: dict[str, FakeServers], autojump_clock: MockClock
 ) -> None:
