@@ -210,11 +210,19 @@ def check_server_args(server_args: Mapping[str, object], model: Mapping[str, obj
             yield name, f"is the same flag as `{seen[flag]}` above; keep one"
         elif flag.takes_value and value is True:
             yield name, f"needs a value, found true{_value_hint(flag)}"
+        elif not flag.takes_value and _would_follow(value):
+            # Most of all `mlock: on`, which is a word here: a server that is told `--mlock on` ends at that.
+            yield name, f"takes no value, found {value!r}; write true to give the flag, false to leave it out"
         elif flag.name == "verbosity" and isinstance(value, int) and value < _VERBOSITY_INFO:
             yield name, f"must be at least {_VERBOSITY_INFO}, found {value}: the agent reads the address from the log"
         elif flag.key and flag.key != "parallel" and model.get(flag.key) is not None:
             yield name, f"repeats the key `{flag.key}` of this model; keep one"
         seen.setdefault(flag, name)
+
+
+def _would_follow(value: object) -> bool:
+    """Whether this stands behind its flag on a command line; what can't stand there at all has its own complaint."""
+    return value is not True and isinstance(value, str | int | float | list) and value != []
 
 
 def _value_hint(flag: Flag) -> str:

@@ -329,6 +329,10 @@ def test_a_wrong_key_of_a_model_is_refused(key: str, value: str, said: str) -> N
         ("log_verbosity", "2", "must be at least 3, found 2"),
         *((name, "true", "needs a value, found true") for name in ("fa", "ctk", "cache_type_k", "temp", "fit", "np")),
         ("flash-attn", "true", "needs a value, found true (on, off or auto)"),
+        *((name, "on", "takes no value, found 'on'; write true") for name in ("mlock", "no_mmap", "kvu", "embeddings")),
+        ("mlock", "'true'", "takes no value, found 'true'"),
+        ("no-warmup", "1", "takes no value, found 1"),
+        ("jinja", "[a, b]", "takes no value, found ['a', 'b']"),
         ("main_gpu", "1", "must be 0, found 1"),
         ("mg", "'1'", "must be 0, found '1'"),
         ("ts", "'3,1'", "must give all to one device like [1], found '3,1'"),
@@ -351,6 +355,11 @@ def test_a_flag_that_the_agent_can_not_pass_on_is_refused(flag: str, value: str,
 
     assert complaint.startswith(f"{FILE}:1: models[0].server_args.{flag}: ")
     assert said in complaint
+
+
+@pytest.mark.parametrize("value", ["true", "false", "null", "[]"])
+def test_a_flag_without_a_value_is_given_or_left_out(value: str) -> None:
+    assert parse_config(model(server_args=f"{{mlock: {value}}}"), FILE).models[0].model_id
 
 
 @pytest.mark.parametrize("value", ["false", "null"])
