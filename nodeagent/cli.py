@@ -9,13 +9,14 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from nodeagent import demo, launch, logs, operating
 from nodeagent.backends import select
-from nodeagent.config import check_config, find_llama_server, json_schema, load_config
+from nodeagent.config import check_config, find_llama_server, json_schema, load_config, located
 from nodeagent.errors import ConfigError, StartupError
 
 logger = logging.getLogger(__name__)
@@ -92,14 +93,20 @@ def _demo(args: argparse.Namespace) -> int:
 def _check_config(args: argparse.Namespace) -> int:
     """Print every problem, or the command lines that would be run."""
     config, problems = check_config(_config_path(args))
-    if config is None or problems:
+    if config is None:
         raise ConfigError(problems)
-    backend = select(config.backend, config.devices)
-    try:
-        devices = backend.devices(config.devices)
+    with ExitStack() as stack:
+        try:
+            backend = stack.enter_context(closing(select(config.backend, config.devices)))
+            devices = backend.devices(config.devices)
+        except ConfigError as error:
+            problems += error.problems
+        except StartupError as error:
+            # The daemon takes it for something that may pass, a driver that is not up yet say; here it is asked about.
+            problems.append(config.problem(("devices" if config.backend == "auto" else "backend",), str(error)))
+        if problems:
+            raise ConfigError(located(config, problems))
         print(launch.describe(config, devices, backend, find_llama_server(config)))
-    finally:
-        backend.close()
     return EXIT_OK
 
 
@@ -118,7 +125,9 @@ def _run_daemon(args: argparse.Namespace, path: Path, on_ready: Callable[[str], 
     sink = logs.configure(args.log_format, args.log_level)
     try:
         trio.run(partial(agent.run, config, on_ready=on_ready))
-    except (ConfigError, StartupError):
+    except ConfigError as error:
+        raise ConfigError(located(config, error.problems)) from error
+    except StartupError:
         raise
     except Exception:
         logger.critical("the agent failed", exc_info=True)

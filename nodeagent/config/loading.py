@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nodeagent.config.checks import Document, check_document, is_slot_count, ser
 from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
 from nodeagent.config.problems import explain, shown
 from nodeagent.config.values import AbsolutePath
-from nodeagent.config.yaml_source import KeyPath, Source, read_yaml
+from nodeagent.config.yaml_source import KeyPath, Source, read_yaml, where
 from nodeagent.errors import ConfigError, Problem
 from nodeagent.gguf import GgufError, read_header
 
@@ -185,6 +186,19 @@ def host_problems(config: NodeConfig) -> list[Problem]:
         except ConfigError as error:
             problems += error.problems
     return _in_order(problems)
+
+
+def located(config: NodeConfig, problems: Iterable[Problem]) -> list[Problem]:
+    """The same problems in the order of the file, each with the line of its key.
+
+    For what was found by those who know the keys and not the file: the devices, say.
+    """
+    lines = {where(path): line for path, line in config.source.lines.items()}
+    placed = (
+        problem if problem.file else replace(problem, file=config.source.file, line=lines.get(problem.where))
+        for problem in problems
+    )
+    return _in_order(placed)
 
 
 def _missing(source: Source, named: Iterable[tuple[KeyPath, Path]]) -> Iterator[Problem]:

@@ -1,0 +1,82 @@
+"""The command line as a process of its own: what `check-config` prints, and with which exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMI = "#!/bin/sh\necho '0, GPU-6f1c2d3e, NVIDIA L4, 23034, 22000, 1034, 0, 40, 20.00'\n"
+
+
+def run(*argv: str, **env: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the agent's command line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nodeagent", *argv],
+        env={**os.environ, **env},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def check(folder: Path, text: str, **env: str) -> tuple[int, str, str]:
+    config = folder / "node.yaml"
+    config.write_text(text)
+    return run("check-config", "--config", str(config), **env)
+
+
+def test_check_config_prints_the_command_of_each_model_on_each_device(tiny_model: Path, tmp_path: Path) -> None:
+    models = f"models: [{{model_id: tiny, path: {tiny_model}, server_args: {{cache_type_k: q8_0}}}}]\n"
+    code, out, err = check(tmp_path, models + "devices: [{device_id: 'cpu:0'}, {device_id: 'cpu:1', threads: 3}]\n")
+    assert (code, err) == (0, "")
+    first, second = out.split("\n\n")
+    assert first.startswith("# tiny on cpu:0 ")
+    assert "LLAMA_API_KEY=*** " in first
+    assert f" -m {tiny_model} -a tiny --host 127.0.0.1 --port 0 " in first
+    assert "-t 3" not in first
+    assert second.startswith("# tiny on cpu:1 ")
+    assert " -t 3 " in second
+    assert " --cache-type-k q8_0" in second
+
+
+def test_check_config_says_all_that_is_wrong_with_the_file_and_with_the_host(tmp_path: Path) -> None:
+    text = "llama_server_bin: /none\nmodels:\n- {model_id: a, path: /none.gguf}\nbackend: cuda\n"
+    code, out, err = check(tmp_path, text, CUDA_VISIBLE_DEVICES="")
+    file = tmp_path / "node.yaml"
+    assert (code, out) == (78, "")
+    binary, model, backend = err.splitlines()
+    assert binary.startswith(f"{file}:1: llama_server_bin: must be a program")
+    assert model.startswith(f"{file}:3: models[0].path: can't be used")
+    assert backend.startswith(f"{file}:4: backend: ")
+
+
+def test_a_gpu_on_a_host_without_any_is_a_fault_of_the_devices(tiny_model: Path, tmp_path: Path) -> None:
+    text = f"devices: [{{device_id: 'gpu:0'}}]\nmodels: [{{model_id: a, path: {tiny_model}}}]\n"
+    code, out, err = check(tmp_path, text, CUDA_VISIBLE_DEVICES="")
+    assert (code, out) == (78, "")
+    [line] = err.splitlines()
+    assert line.startswith(f"{tmp_path / 'node.yaml'}:1: devices: ")
+
+
+@pytest.mark.parametrize("command", [["check-config"], []], ids=["check", "daemon"])
+def test_a_gpu_that_is_not_among_those_of_the_host_is_named_with_its_line(
+    command: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(SMI)
+    smi.chmod(0o755)
+    config = tmp_path / "node.yaml"
+    config.write_text(
+        f"listen_port: 0\nstate_dir: {tmp_path / 'state'}\nmodels: [{{model_id: a, path: {tiny_model}}}]\n"
+        "devices:\n- device_id: gpu:0\n- device_id: gpu:99\n"
+    )
+    # Where there is a real driver, it has no such GPU either.
+    code, out, err = run(*command, "--config", str(config), PATH=f"{smi.parent}:{os.environ['PATH']}")
+    assert (code, out) == (78, "")
+    line = err.splitlines()[-1]  # what comes before it is of the driver: that there is no NVML
+    assert line.startswith(f"{config}:6: devices[1].device_id: the backend cuda has no 'gpu:99' here; it has gpu:0")
