@@ -85,8 +85,8 @@ class Source:
 
 
 def where(path: KeyPath) -> str:
-    """A key path as people write it: `models[0].ctx_size`."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    """A key path as people write it, on one line whatever the keys hold: `models[0].ctx_size`."""
+    text = "".join(f".{step}" if isinstance(step, str) and step.isprintable() else f"[{step!r}]" for step in path)
     return text.removeprefix(".")
 
 

@@ -85,6 +85,7 @@ def test_every_key_and_item_knows_its_line() -> None:
 
 def test_a_key_path_is_written_as_people_do() -> None:
     assert where(("models", 0, "server_args", "no-mmap")) == "models[0].server_args.no-mmap"
+    assert where(("server_args", "two\nlines", "x")) == "server_args['two\\nlines'].x"
     assert where(()) == ""
 
 
