@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def demo_main(args: argparse.Namespace, serve: Serve) -> int:
     """The whole of `demo`: returns the exit code; raises StartupError or ConfigError where this host can't run it."""
+    check_port(args.port)
     # A folder per port: two demos side by side don't share one.
     folder = platformdirs.user_state_path(DEMO_APP, appauthor=False) / str(args.port)
     try:
@@ -172,6 +174,19 @@ models:
 def _quoted(path: Path) -> str:
     """As a YAML string: JSON's are, but for characters that it would escape in halves."""
     return json.dumps(str(path), ensure_ascii=False)
+
+
+def check_port(port: int) -> None:
+    """Raise StartupError where the port is not to be had: before the fetch, and with the demo's own way out."""
+    with socket.socket() as sock:
+        # As the daemon listens: what only waits to be forgotten, from an earlier demo, is no obstacle.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StartupError(
+                f"can't listen on 127.0.0.1:{port}: {error.strerror}; give another port by `demo --port N`"
+            ) from error
 
 
 def check_server(binary: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import zipfile
@@ -307,6 +308,22 @@ def test_demo_serves_the_real_model_and_says_how_to_use_it_when_it_is_ready(
     [path] = served
     assert load_config(path).models[0].path == smollm2
     assert banner("http://127.0.0.1:8123", path) in capsys.readouterr().out
+
+
+def test_a_port_that_is_taken_is_one_line_with_the_way_out_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def serve(config: Path, on_ready: Callable[[str], None]) -> int:
+        raise AssertionError("it is not to be served")
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=rf"^can't listen on 127.0.0.1:{port}: .* `demo --port N`$"):
+            demo_main(arguments(f"--port={port}"), serve)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- The server -------------------------------------------------------------------------------------------------
