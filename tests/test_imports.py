@@ -295,3 +295,24 @@ def test_nothing_that_restarts_or_schedules_asks_the_wall_clock() -> None:
     ]
     assert len(paths) > 15
     assert asked == []
+
+
+def asks_for_the_autojumping_clock(source: str) -> Iterator[tuple[str, int]]:
+    """Each fixture, by name and line, that does."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            fixture = any("fixture" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if fixture and "autojump_clock" in {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}:
+                yield node.name, node.lineno
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=str)
+def test_only_tests_themselves_ask_for_the_autojumping_clock(path: Path) -> None:
+    """Asked for by a fixture alone it does not jump, and the test waits in real time without a word."""
+    assert list(asks_for_the_autojumping_clock(path.read_text(encoding="utf-8"))) == []
+
+
+def test_a_fixture_that_asks_for_the_autojumping_clock_is_found() -> None:
+    fixture = "@pytest.fixture\nasync def lane(autojump_clock): ...\n"
+    assert list(asks_for_the_autojumping_clock(fixture)) == [("lane", 2)]
+    assert list(asks_for_the_autojumping_clock("async def test_x(autojump_clock): ...\n")) == []

@@ -91,3 +91,34 @@ async def test_the_name_is_asked_for_once_in_each_generation(nursery: trio.Nurse
         await check(probe, Printed(line, generation=generation))
     assert server.asked == ["/health", "/v1/models", "/health", "/health", "/v1/models"]
     nursery.cancel_scope.cancel()
+
+
+class Unhurried(Server):
+    """Takes a millisecond for each answer, and is used to clients that leave."""
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        await trio.sleep(0.001)
+        try:
+            await super()._handle(stream)
+        except (trio.BrokenResourceError, IndexError):  # left before or after it had asked
+            return
+
+
+async def test_looks_that_are_cancelled_at_any_moment_do_not_hinder_the_next_ones(nursery: trio.Nursery) -> None:
+    """A pool of httpx's that is cancelled while it is at its limit never lends a connection again (httpcore#1093)."""
+    process = Printed(await Unhurried().start(nursery))
+    probe = LlamaServerProbe("mine", "key")
+
+    async def cancelled(after_s: float) -> None:
+        with trio.move_on_after(after_s):
+            await check(probe, process)
+
+    with trio.fail_after(30):
+        for round_ in range(25):
+            async with trio.open_nursery() as looks:
+                for look in range(60):
+                    looks.start_soon(cancelled, ((7 * round_ + look) % 60) * 0.0005)
+        async with trio.open_nursery() as looks:
+            for _ in range(20):
+                looks.start_soon(check, probe, process)
+    nursery.cancel_scope.cancel()
