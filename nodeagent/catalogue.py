@@ -9,10 +9,15 @@ from collections.abc import Iterable
 import trio
 
 from nodeagent.config import ModelConfig
+from nodeagent.config.server_flags import sets_flag
 from nodeagent.devices import DeviceRef
 from nodeagent.gguf import GgufError, GgufHeader, read_header
 
 logger = logging.getLogger(__name__)
+
+# By these a part of the model lies elsewhere than on its device (the experts of a large one in the host's memory, say),
+# or takes less room there than is estimated.
+_SPARING = ("cpu-moe", "n-cpu-moe", "override-tensor", "kv-offload", "cache-type-k", "cache-type-v")
 
 
 class Catalogue:
@@ -57,14 +62,15 @@ def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | N
     """Why this model is known not to fit on this device, None where it may.
 
     On a GPU llama-server by itself offloads only as many layers as fit, so only a model whose layers are all asked
-    for there (`gpu_layers`) is known not to.
+    for there (`gpu_layers`) is known not to. On a CPU the weights are mapped, and need not all be in memory at once.
     """
     total = device.memory_total_bytes
-    if total is None:
+    if total is None or any(sets_flag(model.server_args, flag) for flag in _SPARING):
         return None
-    if device.backend != "cpu" and (model.gpu_layers is None or model.gpu_layers < header.layers):
+    on_cpu = device.backend == "cpu"
+    if not on_cpu and (model.gpu_layers is None or model.gpu_layers < header.layers):
         return None
-    needed = header.estimate_bytes(ctx_size=model.ctx_size)
+    needed = header.estimate_bytes(ctx_size=model.ctx_size) - (header.size_bytes if on_cpu else 0)
     if needed <= total:
         return None
     return f"needs about {needed / 2**30:.1f} GiB, and the device has {total / 2**30:.1f} GiB"
