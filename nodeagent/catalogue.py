@@ -4,7 +4,9 @@ A file is looked at when the agent starts and again each time its model is loade
 """
 
 import logging
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import trio
 
@@ -15,6 +17,10 @@ from nodeagent.gguf import GgufError, GgufHeader, read_header
 
 logger = logging.getLogger(__name__)
 
+# A header takes a tenth of a second, a disk that has to spin up some more; what takes longer is a mount that hangs, and
+# neither the node's start nor a lane may hang with it.
+PATIENCE_S = 10.0
+
 # By these a part of the model lies elsewhere than on its device (the experts of a large one in the host's memory, say),
 # or takes less room there than is estimated.
 _SPARING = ("cpu-moe", "n-cpu-moe", "override-tensor", "kv-offload", "cache-type-k", "cache-type-v")
@@ -23,7 +29,11 @@ _SPARING = ("cpu-moe", "n-cpu-moe", "override-tensor", "kv-offload", "cache-type
 class Catalogue:
     """Headers and problems by model id. Only `inspect` writes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, read: Callable[[Path], GgufHeader] = read_header, patience_s: float = PATIENCE_S) -> None:
+        self._read = read
+        self._patience_s = patience_s
+        # One thread for each model: a mount that hangs must not take those of other models, or of the devices.
+        self._threads = defaultdict[str, trio.CapacityLimiter](lambda: trio.CapacityLimiter(1))
         self._headers: dict[str, GgufHeader] = {}
         self._problems: dict[str, str] = {}
 
@@ -36,22 +46,28 @@ class Catalogue:
         return self._problems.get(model_id)
 
     async def inspect(self, model: ModelConfig) -> str | None:
-        """Look at the model's file now; return what is wrong with it, None if nothing is."""
+        """Look at the model's file now, for so long as is fit; return what is wrong with it, None if nothing is."""
         try:
-            # In a thread: the file may lie on a slow or hanging mount.
-            self._headers[model.model_id] = await trio.to_thread.run_sync(
-                read_header, model.path, abandon_on_cancel=True
-            )
+            with trio.fail_after(self._patience_s):
+                # In a thread: the file may lie on a slow or hanging mount.
+                self._headers[model.model_id] = await trio.to_thread.run_sync(
+                    self._read, model.path, abandon_on_cancel=True, limiter=self._threads[model.model_id]
+                )
         except GgufError as error:
             self._problems[model.model_id] = str(error)
+        except trio.TooSlowError:
+            self._problems[model.model_id] = f"{model.path}: could not be read within {self._patience_s:g} s"
         else:
             self._problems.pop(model.model_id, None)
         return self._problems.get(model.model_id)
 
-    async def inspect_all(self, models: Iterable[ModelConfig]) -> None:
-        """Look at every file, and log a warning for each that can't be used."""
+    async def inspect_all(self, models: Sequence[ModelConfig]) -> None:
+        """Look at every file, all at once, and log a warning for each that can't be used."""
+        async with trio.open_nursery() as looks:
+            for model in models:
+                looks.start_soon(self.inspect, model)
         for model in models:
-            problem = await self.inspect(model)
+            problem = self.problem(model.model_id)
             if problem is not None:
                 logger.warning(
                     "model %s can't be loaded: %s; it is looked at again when asked for", model.model_id, problem

@@ -1,11 +1,16 @@
-"""Which models are known not to fit on a device: only those that no setting could make fit."""
+"""What is known of the models' files: that they can be read, and which can't fit on a device.
 
+Only those that no setting could make fit are known not to.
+"""
+
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from nodeagent.catalogue import misfit
+from nodeagent.catalogue import Catalogue, misfit
 from nodeagent.config import ModelConfig
 from nodeagent.devices import DeviceRef
 from nodeagent.gguf import GgufHeader
@@ -76,3 +81,30 @@ def test_a_context_that_is_larger_than_the_hosts_memory_does_not_fit() -> None:
 def test_nothing_is_known_of_a_device_that_does_not_say_its_memory() -> None:
     unknown = DeviceRef(device_id="gpu:0", backend="cuda", index=0, name="GPU", memory_total_bytes=None)
     assert misfit(header(40 * GIB), model(gpu_layers=99), unknown) is None
+
+
+async def test_a_mount_that_hangs_is_a_problem_of_its_models_alone(caplog: pytest.LogCaptureFixture) -> None:
+    hangs = threading.Event()
+
+    def read(path: Path) -> GgufHeader:
+        if path.is_relative_to("/mnt"):
+            hangs.wait()
+        return header(1 * GIB)
+
+    catalogue = Catalogue(read=read, patience_s=0.2)
+    lost = [ModelConfig(model_id=f"lost-{number}", path=Path(f"/mnt/{number}.gguf")) for number in range(12)]
+    try:
+        with trio.fail_after(5):
+            began = trio.current_time()
+            await catalogue.inspect_all([model(), *lost])
+            assert trio.current_time() - began < 2  # not one after the other
+            assert catalogue.problem("large") is None
+            assert catalogue.problem("lost-11") == "/mnt/11.gguf: could not be read within 0.2 s"
+            assert caplog.text.count("could not be read within") == 12
+            for _ in range(4):  # nor do those that are stuck take all the threads there are
+                await catalogue.inspect_all(lost)
+            assert await trio.to_thread.run_sync(lambda: "free") == "free"
+    finally:
+        hangs.set()
+    with trio.fail_after(5):
+        assert await catalogue.inspect(lost[0]) is None
