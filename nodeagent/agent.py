@@ -354,7 +354,7 @@ class AgentNode:
     # Running.
 
     async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
-        front = Front(create_app(self), max_request_bytes=self._config.max_request_bytes)
+        front = Front(create_app(self), max_request_bytes=self._config.max_request_bytes, node_id=self.node_id)
         try:
             await serve(
                 front,

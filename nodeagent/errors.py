@@ -49,8 +49,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = "" if self.file is None else f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
-        text = f"{place}{self.where}: {self.message}" if self.where else f"{place}{self.message}"
-        return " ".join(text.splitlines())  # a key or a value may have any character in it
+        return f"{place}{self.where}: {self.message}" if self.where else f"{place}{self.message}"
 
 
 class ConfigError(NodeAgentError):

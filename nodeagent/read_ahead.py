@@ -22,9 +22,9 @@ async def read_ahead(path: Path, *, free_bytes: int | None = None) -> int:
     """
     if not hasattr(os, "posix_fadvise"):
         return 0
-    return await trio.to_thread.run_sync(
-        _advise, path, psutil.virtual_memory().available if free_bytes is None else free_bytes
-    )
+    most_bytes = psutil.virtual_memory().available if free_bytes is None else free_bytes
+    # Abandoned on cancel: it may lie on a mount that hangs.
+    return await trio.to_thread.run_sync(_advise, path, most_bytes, abandon_on_cancel=True)
 
 
 def _advise(path: Path, free_bytes: int) -> int:

@@ -19,7 +19,7 @@ from nodeagent.read_ahead import read_ahead
 from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
 from nodeagent.stall import Worker
 from nodeagent.upstream import Upstream
-from supervisor.lifecycle import Event, Exited, Ready
+from supervisor.lifecycle import Event, Exited, Ready, Stopping
 from supervisor.spec import ChildSpec
 from supervisor.supervisor import ChildSnapshot, ChildState, GivenUp, StartFailed, Supervisor
 
@@ -125,10 +125,7 @@ class DeviceServers:
 
     async def ensure(self, model_id: str) -> None:
         """Return when this device runs a ready server of the model and no other. See `scheduling.host.Servers`."""
-        obstacle = self.obstacle(model_id)
-        if obstacle is not None:
-            raise self._unavailable(model_id, obstacle.reason, obstacle.retry_at)
-        problem = await self._catalogue.inspect(self._models[model_id])
+        problem = await self._catalogue.inspect(self._usable(model_id))
         if problem is not None:
             raise BackendUnavailable(model_id, problem)
         spec = self._specs[model_id]
@@ -150,10 +147,21 @@ class DeviceServers:
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
 
+    def _usable(self, model_id: str) -> ModelConfig:
+        """The model, if nothing is known to keep this device from serving it."""
+        obstacle = self.obstacle(model_id)
+        if obstacle is not None:
+            raise self._unavailable(model_id, obstacle.reason, obstacle.retry_at)
+        return self._models[model_id]
+
     async def prepare(self, model_id: str) -> None:
-        if model_id in self._models:
-            size = await read_ahead(self._models[model_id].path)
-            logger.debug("%s: %d bytes of %s are read ahead", self.device.device_id, size, model_id)
+        """Look at the model's file, and have it in the page cache. See `scheduling.host.Servers`."""
+        model = self._usable(model_id)
+        problem = await self._catalogue.inspect(model)
+        if problem is not None:
+            raise BackendUnavailable(model_id, problem)
+        size = await read_ahead(model.path)
+        logger.debug("%s: %d bytes of %s are read ahead", self.device.device_id, size, model_id)
 
     async def stop(self, model_id: str) -> None:
         await self._end(model_id)
@@ -210,6 +218,8 @@ class DeviceServers:
         match event:
             case Ready(address=address):
                 self._upstreams[model_id] = Upstream(address, self._api_key)
+            case Stopping() if model_id in self._upstreams:
+                self._upstreams[model_id].ends_as_asked = True
             case Exited():
                 upstream = self._upstreams.pop(model_id, None)
                 if upstream is not None:

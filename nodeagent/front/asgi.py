@@ -54,11 +54,15 @@ class Front:
     """The ASGI application that is served: `app`, with the requests that it can't be asked to handle kept away.
 
     `body_budget_bytes` bounds the request bodies held at once, for all requests together; a body counts, with its
-    Content-Length, from before it is read until its request is over. By default four of the longest fit.
+    Content-Length, from before it is read until its request is over. By default four of the longest fit. `node_id` goes
+    on every answer, as `X-Node-Id`.
     """
 
-    def __init__(self, app: ASGIApp, *, max_request_bytes: int, body_budget_bytes: int | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_request_bytes: int, body_budget_bytes: int | None = None, node_id: str = ""
+    ) -> None:
         self._app = app
+        self._node_id = [(b"x-node-id", node_id.encode("ascii"))] if node_id else []
         self._max_request_bytes = max_request_bytes
         self._budget = _Budget(_BODIES_HELD * max_request_bytes if body_budget_bytes is None else body_budget_bytes)
 
@@ -80,7 +84,7 @@ class Front:
         identity = _identity(headers)
         request_id_var.set(identity)
         body = _Body(headers, receive, self._budget, self._max_request_bytes)
-        answer = _Answer(send, identity)
+        answer = _Answer(send, [*self._node_id, (b"x-request-id", identity.encode("ascii"))])
         error: tuple[int, Headers, bytes] | None = None
         try:
             with ExitStack() as stack:
@@ -109,24 +113,25 @@ class Front:
 
 
 class _Answer:
-    """The way out: puts the request's id on the answer, and knows whether it has begun.
+    """The way out: puts `marks`, headers of ours, on the answer, and knows whether it has begun.
 
     `before_last` is called before the client can have the whole answer.
     """
 
-    def __init__(self, send: Send, identity: str) -> None:
+    def __init__(self, send: Send, marks: list[tuple[bytes, bytes]]) -> None:
         self.started = False
         self.before_last: Callable[[], None] | None = None
         self._send = send
-        self._identity = identity.encode("ascii")
+        self._marks = marks
         self._left_bytes: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            others = [header for header in message.get("headers", []) if header[0].lower() != b"x-request-id"]
+            names = {name for name, _value in self._marks}
+            others = [header for header in message.get("headers", []) if header[0].lower() not in names]
             self._left_bytes = _declared_bytes(others)
-            message = {**message, "headers": [*others, (b"x-request-id", self._identity)]}
+            message = {**message, "headers": [*others, *self._marks]}
         elif message["type"] == "http.response.body":
             if self._left_bytes is not None:
                 self._left_bytes -= len(message.get("body", b""))

@@ -82,7 +82,7 @@ async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
     return Response(
         _Relay(answer, lease, body, poison),
         status=answer.status,
-        headers=Headers([*answer.headers, *_headers(node, lease, answer)]),
+        headers=Headers([*answer.headers, *_headers(lease, answer)]),
     )
 
 
@@ -190,7 +190,8 @@ async def _note_fall(poison: PoisonGuard, body: bytes, lease: Lease[Upstream]) -
     """Wait until the end of the lease's server shows, so that the next grant is not of the same dead server."""
     with trio.move_on_after(_EXIT_NOTICE_S):
         await lease.endpoint.closed.wait()
-        poison.felled(body, trio.current_time())
+        if not lease.endpoint.ends_as_asked:
+            poison.felled(body, trio.current_time())
 
 
 class _Relay:
@@ -238,11 +239,10 @@ def _card_json(card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _headers(node: Node, lease: Lease[Upstream], answer: Answer) -> list[tuple[str, str]]:
+def _headers(lease: Lease[Upstream], answer: Answer) -> list[tuple[str, str]]:
     server_s = trio.current_time() - lease.granted_at
     phases = {"queue": lease.queued_s, "load": lease.load_s, "server": server_s}
     headers = [
-        ("X-Node-Id", node.node_id),
         ("X-Node-Device", lease.device_id),
         ("X-Node-Queue-Ms", f"{lease.queued_s * 1000:.0f}"),
         ("X-Node-Load-Ms", f"{lease.load_s * 1000:.0f}"),

@@ -38,6 +38,8 @@ from nodeagent.errors import (
 _RETRY_AFTER_MAX_S = 120.0
 # Bodies held are let go of within one request's time; nothing better is known.
 _BUSY_RETRY_S = 1.0
+# A model's file that can't be used may be mounted or mended; nobody knows when.
+_UNKNOWN_RETRY_S = 30.0
 # A field's value that is echoed, however long it came.
 _ECHO_CHARS = 100
 
@@ -121,6 +123,7 @@ _TABLE: dict[type[Refusal], _Row] = {
         "server_error",
         "backend_unavailable",
         lambda it: f"No device can serve {it.model_id!r} now: {it.reason}",
+        retry_after_s=_UNKNOWN_RETRY_S,
     ),
     BackendCrashed: _Row(
         502,
@@ -204,7 +207,8 @@ def _row(error: Refusal) -> _Row:
 
 def _headers(row: _Row, error: Refusal | None, request_id: str) -> Headers:
     headers = [("content-type", "application/json"), ("x-request-id", request_id)]
-    retry_after_s = getattr(error, "retry_after_s", row.retry_after_s)
+    known_s = getattr(error, "retry_after_s", None)
+    retry_after_s = known_s if known_s is not None else row.retry_after_s
     if retry_after_s is not None:
         # Below a second only the milliseconds can say it.
         retry_after_s = min(max(retry_after_s, 0.001), _RETRY_AFTER_MAX_S)

@@ -52,7 +52,10 @@ class Servers(Protocol[E]):
         """
 
     async def prepare(self, model_id: str) -> None:
-        """Make ready what can be while another model is in use: it is loaded next. Never fails."""
+        """Make ready what can be while another model is in use: this one is loaded next.
+
+        Raises BackendUnavailable where it is plain already that it can't be.
+        """
 
     async def stop(self, model_id: str) -> None:
         """Return when no server of that model runs; one that has failed stays failed. Cancelling only stops waiting."""

@@ -72,7 +72,14 @@ class Lane(Generic[E]):
         self._mail_in, self._mail_out = trio.open_memory_channel[Ticket[E] | _Nudge](rules.max_pending + 1)
         self._mailed: list[Ticket[E]] = []
         self._nudged = False
-        self._loads = Loads(device_id, servers, self.times, on_end=self._load_is_over, look_again=self.nudge)
+        self._loads = Loads(
+            device_id,
+            servers,
+            self.times,
+            on_end=self._load_is_over,
+            on_refusal=self._refuse_model,
+            look_again=self.nudge,
+        )
 
     # What requests call: synchronous, so that nothing comes between.
 
@@ -98,7 +105,7 @@ class Lane(Generic[E]):
         return ticket
 
     def visit(self, model_id: str) -> Ticket[E]:
-        """Ask for a model as a request does, and wait in line as one, but without taking up a place.
+        """Ask for a model as a request does, and wait in line as one, but without taking up a place, or a slot.
 
         For operators: who is granted this has the model ready, and closes the ticket.
         """
@@ -118,8 +125,7 @@ class Lane(Generic[E]):
         if ticket in self._in_flight:
             self._back(ticket)
             assert ticket.granted_at is not None
-            if ticket.counted:
-                self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
+            self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
         elif ticket in self._waiting:
             self._waiting.remove(ticket)
             self._loads.one_left(ticket.model_id, self.wanted)
@@ -244,6 +250,7 @@ class Lane(Generic[E]):
     def _take_turn(self, nursery: trio.Nursery) -> float:
         """Act on everything that can be decided now; return when to look again at the latest."""
         self._collect()
+        self._end_visits()
         now = trio.current_time()
         wake_at = min(self._refuse_overdue(now), self._loads.end_abandoned(nursery, self.rules.abandoned_load_grace_s))
         while True:
@@ -259,6 +266,13 @@ class Lane(Generic[E]):
                     if then is not None:
                         self._loads.prepare(nursery, then)
                     return min(wake_at, until, self._rest(nursery))
+
+    def _end_visits(self) -> None:
+        """Operators who wait for a model only want it to be ready: they need no slot."""
+        ready = {model_id for model_id, use in self._uses(trio.current_time()).items() if use.ready and not use.held}
+        for ticket in [it for it in self._waiting if not it.counted and it.model_id in ready]:
+            if self.loading in (None, ticket.model_id):
+                self._grant(self._waiting.index(ticket), "its model is ready")
 
     def _rest(self, nursery: trio.Nursery) -> float:
         """Nothing is to be granted or loaded for anybody now: see to what else there is to do."""
@@ -320,7 +334,7 @@ class Lane(Generic[E]):
         now = trio.current_time()
         ticket = self._waiting.pop(index)
         logger.debug("%s grants request %s, past %d others: %s", self.device_id, ticket.request_id, index, reason)
-        for passed in self._waiting[:index]:
+        for passed in self._waiting[:index] if ticket.counted else ():
             passed.passed_since = passed.passed_since if passed.passed_since is not None else now
         [server] = [view for view in self._servers.views() if view.model_id == ticket.model_id]
         assert server.endpoint is not None, f"{server.model_id} is ready without an endpoint"
@@ -330,7 +344,8 @@ class Lane(Generic[E]):
             self.device_id, ticket.model_id, server.generation, server.endpoint, queued_s, ticket.load_s, now
         )
         ticket.state, ticket.granted_at = TicketState.GRANTED, now
-        self._in_flight.append(ticket)
+        if ticket.counted:
+            self._in_flight.append(ticket)
         ticket.decided()
 
     def _back(self, ticket: Ticket[E]) -> None:
@@ -349,13 +364,10 @@ class Lane(Generic[E]):
 
     # Loads.
 
-    def _load_is_over(self, load: Loading, refusal: Refusal | None) -> None:
+    def _load_is_over(self, load: Loading) -> None:
         self._collect()
         for ticket in self._waiting:
             self._charge(ticket, load, trio.current_time())
-        if refusal is not None:
-            for ticket in [ticket for ticket in self._waiting if ticket.model_id == load.model_id]:
-                self._refuse(ticket, refusal)
 
     def _charge(self, ticket: Ticket[E], load: Loading | None, now: float) -> None:
         """Count what a request waited for this load, apart from its waiting for a turn."""
@@ -363,6 +375,11 @@ class Lane(Generic[E]):
             ticket.load_s += now - max(load.began_at, ticket.admitted_at)
 
     # Refusals.
+
+    def _refuse_model(self, model_id: str, refusal: Refusal) -> None:
+        self._collect()
+        for ticket in [ticket for ticket in self._waiting if ticket.model_id == model_id]:
+            self._refuse(ticket, refusal)
 
     def _refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
         self._waiting.remove(ticket)

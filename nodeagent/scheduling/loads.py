@@ -32,8 +32,8 @@ class Loading:
 class Loads(Generic[E]):
     """The loads and unloads of one device.
 
-    `on_end` is told each load that is over, with the refusal where it failed; `look_again` is called after whatever
-    changes what can be granted. `preload` is a model to be loaded as soon as nobody wants another.
+    `on_end` is told each load that is over; `on_refusal` each model that can't be loaded, and why; `look_again` is
+    called after whatever changes what can be granted. `preload` is a model to load as soon as nobody wants another.
 
     What changes: `current` in `begin` and in the load's own task, `preload` in `begin_preload`, `_prepared` (the model
     that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in who unloads, `used_at`
@@ -46,7 +46,8 @@ class Loads(Generic[E]):
         servers: Servers[E],
         times: LaneTimes,
         *,
-        on_end: Callable[[Loading, Refusal | None], None],
+        on_end: Callable[[Loading], None],
+        on_refusal: Callable[[str, Refusal], None],
         look_again: Callable[[], None],
     ) -> None:
         self.current: Loading | None = None
@@ -56,6 +57,7 @@ class Loads(Generic[E]):
         self._servers = servers
         self._times = times
         self._on_end = on_end
+        self._on_refusal = on_refusal
         self._look_again = look_again
         self._prepared: str | None = None
         self._held: Counter[str] = Counter()
@@ -139,7 +141,7 @@ class Loads(Generic[E]):
         """The model is loaded next; what can be done for that while another is in use, is done, once."""
         if self._prepared != model_id and self.current is None:
             self._prepared = model_id
-            nursery.start_soon(self._servers.prepare, model_id)
+            nursery.start_soon(self._prepare, model_id)
 
     def _unload_soon(self, nursery: trio.Nursery, model_id: str) -> None:
         """Unload a model that is not in use; from now on, before the task has begun too, nothing is granted on it."""
@@ -163,6 +165,13 @@ class Loads(Generic[E]):
             self._held[model_id] -= 1
             self._look_again()
 
+    async def _prepare(self, model_id: str) -> None:
+        try:
+            await self._servers.prepare(model_id)
+        except Refusal as refusal:
+            self._prepared = None  # the next request for it has it looked at again
+            self._refuse(model_id, refusal)
+
     async def _load(self, loading: Loading) -> None:
         refusal: Refusal | None = None
         try:
@@ -170,7 +179,6 @@ class Loads(Generic[E]):
                 await self._servers.ensure(loading.model_id)
                 self._times.loaded(loading.model_id, trio.current_time() - loading.began_at)
         except Refusal as why:
-            logger.warning("%s: %s can't be loaded: %s", self._device_id, loading.model_id, why)
             refusal = why
         except Exception as error:
             # A fault of ours in one load must not end the node: those who wait are told, the next one tries again.
@@ -178,5 +186,11 @@ class Loads(Generic[E]):
             refusal = BackendUnavailable(loading.model_id, f"internal error: {error!r}")
         finally:
             self.current = None
-            self._on_end(loading, refusal)
+            self._on_end(loading)
+            if refusal is not None:
+                self._refuse(loading.model_id, refusal)
             self._look_again()
+
+    def _refuse(self, model_id: str, refusal: Refusal) -> None:
+        logger.warning("%s: %s can't be loaded: %s", self._device_id, model_id, refusal)
+        self._on_refusal(model_id, refusal)

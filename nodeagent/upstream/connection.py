@@ -28,7 +28,8 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Upstream:
-    """One generation of a server, at one address. `closed` is set when that generation is gone.
+    """One generation of a server, at one address. `closed` is set when that generation is gone; `ends_as_asked` says
+    that it was told to end, so that no request is to blame for it.
 
     `in_flight` counts the requests sent and not let go of; `bytes_received` all that came back in answers.
     """
@@ -37,6 +38,7 @@ class Upstream:
         self.address = address
         self.api_key = api_key
         self.closed = trio.Event()
+        self.ends_as_asked = False
         self.in_flight = 0
         self.bytes_received = 0
         self._host, _, port = address.rpartition(":")

@@ -12,7 +12,8 @@ from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
 
 @dataclass
 class FakeServers:
-    """Loads take `load_s` of virtual time (`loads_s` by model); a model in `broken` fails its start at the end of that.
+    """Loads take `load_s` of virtual time (`loads_s` by model); a model in `broken` fails its start at the end of that,
+    one in `missing` has no file.
 
     At most one server at a time; `history` lists what was done, in order. Before a load stops another server,
     `hesitates_s` pass, as real ones take to look at the model's file.
@@ -23,6 +24,7 @@ class FakeServers:
     hesitates_s: float = 0.0
     slots: int = 1
     broken: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
     free_bytes: int | None = None
     room: bool = True
@@ -66,6 +68,8 @@ class FakeServers:
 
     async def prepare(self, model_id: str) -> None:
         self.prepared.append(model_id)
+        if model_id in self.missing:
+            raise BackendUnavailable(model_id, "no such file")
 
     async def stop(self, model_id: str) -> None:
         if self.current is not None and self.current.model_id == model_id:

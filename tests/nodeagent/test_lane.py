@@ -421,3 +421,28 @@ async def test_who_waits_for_a_load_that_an_operator_ends_has_it_loaded_again(
     await lane.unload("a")
     await ticket.granted()
     assert servers.history == ["start a", "stop a", "start a"]
+
+
+async def test_an_operator_who_wants_a_model_that_is_ready_waits_for_no_slot(
+    lane: Lane[str], autojump_clock: MockClock
+) -> None:
+    busy, waiting = lane.submit("r1", "a"), lane.submit("r2", "a")
+    await busy.granted()
+    visit = lane.visit("a")
+    await visit.granted()
+    visit.close()
+    assert trio.current_time() == pytest.approx(1)
+    assert (lane.view().in_flight, waiting.state, waiting.passed_since) == (1, TicketState.WAITING, None)
+
+
+async def test_a_model_that_can_not_be_loaded_is_refused_while_another_is_still_in_use(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.missing = {"b"}
+    busy = lane.submit("r1", "a")
+    await busy.granted()
+    for _try in range(2):
+        with pytest.raises(BackendUnavailable, match="no such file"):
+            await lane.submit("r2", "b").granted()
+    assert trio.current_time() == pytest.approx(1)
+    assert lane.admitted == 1

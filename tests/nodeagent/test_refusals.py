@@ -128,10 +128,10 @@ def test_the_wait_is_rounded_up_to_seconds_within_what_clients_accept(
     assert (headers["retry-after"], headers["retry-after-ms"]) == (seconds, milliseconds)
 
 
-def test_only_those_are_told_to_wait_whose_wait_is_known() -> None:
+def test_those_are_told_when_to_come_back_who_may_be_served_then() -> None:
     waits = {type(error).__name__ for error, *_ in CASES if "retry-after" in headers_of(error)}
     assert waits == {"ServerBusy", "QueueFull", "ModelLoadTimeout", "BackendUnavailable", "Draining"}
-    assert "retry-after" not in headers_of(BackendUnavailable("m", "too large", None))
+    assert headers_of(BackendUnavailable("m", "no such file", None))["retry-after"] == "30"
 
 
 def test_a_prompt_that_felled_two_servers_is_not_tried_again() -> None:
