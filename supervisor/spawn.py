@@ -30,11 +30,16 @@ _LAST_WORDS_S = 0.5
 # A killed process is gone at once, but for one that hangs inside a driver.
 _KILL_WAIT_S = 10.0
 
-# Where there is no setpriv: sets the parent-death signal (PR_SET_PDEATHSIG is 1) and becomes the program.
+# The signal is set a moment after the fork, and a parent that died before that moment sends none: so it is looked at
+# once more, before the program begins.
+_UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
+
+# Where there is no setpriv: the same in Python (PR_SET_PDEATHSIG is 1), which takes longer to start.
 _TIE_BY_PYTHON = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-os.execv(sys.argv[1], sys.argv[1:])
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -208,8 +213,8 @@ def _tie() -> list[str]:
     setpriv = shutil.which("setpriv")
     # busybox has a setpriv too, that does not know the signal.
     if setpriv is not None and "busybox" not in os.path.realpath(setpriv):
-        return [setpriv, "--pdeathsig", "KILL", "--"]
-    return [sys.executable, "-I", "-S", "-c", _TIE_BY_PYTHON]
+        return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _UNLESS_ORPHANED, str(os.getpid())]
+    return [sys.executable, "-I", "-S", "-c", _TIE_BY_PYTHON, str(os.getpid())]
 
 
 @contextmanager

@@ -377,3 +377,26 @@ def test_no_child_outlives_a_killed_supervisor() -> None:
         ours.kill()
         ours.wait()
     wait_gone(child)
+
+
+DIES_AT_ONCE = """
+import os, signal, sys, trio
+sys.path[:0] = {path!r}
+from supervisor.spawn import spawn
+
+async def main():
+    print(spawn("child", 1, ["/bin/sleep", "60"], env=dict(os.environ)).pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("programs", [os.environ["PATH"], "/nowhere"], ids=["setpriv", "without setpriv"])
+def test_no_child_outlives_a_supervisor_that_is_killed_at_the_very_moment_of_the_spawn(programs: str) -> None:
+    path = [str(Path(__file__).parent.parent.parent)]
+    for _ in range(5):
+        argv = [sys.executable, "-c", DIES_AT_ONCE.format(path=path)]
+        ended = subprocess.run(argv, stdout=subprocess.PIPE, env={**os.environ, "PATH": programs}, check=False)
+        assert ended.returncode == -signal.SIGKILL
+        wait_gone(int(ended.stdout))
