@@ -9,6 +9,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+# Doubled that often, any delay is at its longest; much more often, and it would be more than a float can hold.
+_DOUBLINGS_MAX = 64
+
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
@@ -99,7 +102,7 @@ class RestartTracker:
         if was_ready and len(self._ends) == 1:
             self._delays_given = 0
             return 0.0
-        longest = min(policy.backoff_max_s, policy.backoff_initial_s * 2.0**self._delays_given)
+        longest = min(policy.backoff_max_s, policy.backoff_initial_s * 2.0 ** min(self._delays_given, _DOUBLINGS_MAX))
         self._delays_given += 1
         # Half of it is jitter, so that the children of a host that fell together don't come back together.
         return longest * self._random.uniform(0.5, 1.0)

@@ -32,6 +32,13 @@ def test_a_start_that_failed_is_never_repeated_at_once() -> None:
     assert delay_s(tracker().decide(FAILED_START, 0)) >= 0.5
 
 
+def test_a_child_that_fails_too_seldom_to_be_given_up_on_is_tried_for_ever_at_the_longest_pause() -> None:
+    it = tracker()
+    for number in range(3000):
+        delay = delay_s(it.decide(FAILED_START, number * 300.0))
+    assert 30 <= delay <= 60
+
+
 def test_more_ends_than_allowed_in_the_period_give_up_and_say_when_to_try_again() -> None:
     it = tracker(max_restarts=3, period_s=60, cooldown_s=60)
     for at in range(3):
