@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _LINES_KEPT = 1000
 _LINE_BYTES = 4096
 _READ_BYTES = 65536
+# So many lines are taken in before others get their turn: each costs a call of whoever logs it.
+_LINES_A_TURN = 32
 # After its end a child's last words are still in the pipe; reading them takes no time, unless somebody outside its
 # group holds the pipe open.
 _LAST_WORDS_S = 0.5
@@ -163,10 +165,18 @@ class Process:
     async def _read(self, read_all: trio.Event) -> None:
         try:
             while data := await self._pipe.receive_some(_READ_BYTES):
-                self.output.feed(data)
+                for piece in _in_turns(data):
+                    self.output.feed(piece)
+                    await trio.lowlevel.checkpoint()
         except OSError as error:
             logger.warning("%s: its output can't be read any more: %s", self, error)
         read_all.set()
+
+
+def _in_turns(data: bytes) -> Iterator[bytes]:
+    """The data in pieces of equal length, on average with as many lines as may be taken in at once."""
+    size = max(1, len(data) * _LINES_A_TURN // max(_LINES_A_TURN, data.count(b"\n")))
+    return (data[at : at + size] for at in range(0, len(data), size))
 
 
 def spawn(

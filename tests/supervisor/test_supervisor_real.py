@@ -301,6 +301,19 @@ async def test_output_without_end_or_newline_harms_nothing(watched: Watched) -> 
     assert [len(line) for line in watched.lines] == [4096 + len(" [cut]"), len("at home")]
 
 
+async def test_a_flood_of_short_lines_leaves_others_their_turn(watched: Watched) -> None:
+    flood = "import os\nos.write(1, b'\\n' * 32768)\nprint()\n" + READY_THEN_SLEEP
+    most_at_once = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watched.supervisor.start, spec(flood))
+        while watched.lines[-1:] != ["at home"]:
+            before = len(watched.lines)
+            await trio.lowlevel.checkpoint()
+            most_at_once = max(most_at_once, len(watched.lines) - before)
+    assert len(watched.lines) == 32768 + 2
+    assert most_at_once < 200
+
+
 async def test_a_child_runs_on_its_cpus_and_we_on_ours(watched: Watched) -> None:
     ours = os.sched_getaffinity(0)
     await watched.supervisor.start(spec(READY_THEN_SLEEP, cpus=frozenset({min(ours)})))
