@@ -138,6 +138,6 @@ async def _counts(upstream: Upstream) -> Counts | None:
 def _cpu_s(pid: int) -> float | None:
     try:
         times = psutil.Process(pid).cpu_times()
-    except psutil.Error:
+    except (psutil.Error, OSError):  # gone, or no descriptor is left to look with
         return None
     return float(times.user + times.system)

@@ -42,8 +42,8 @@ class Records:
     def add(self, pid: int, argv: tuple[str, ...]) -> None:
         try:
             started_at = psutil.Process(pid).create_time()
-        except psutil.Error:
-            return  # it has ended already
+        except (psutil.Error, OSError):
+            return  # it has ended already, or no descriptor is left to look with
         self._running[pid] = Record(pid, started_at, argv)
         self._changed.set()
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,8 @@ _LINES_A_TURN = 32
 _LAST_WORDS_S = 0.5
 # A killed process is gone at once, but for one that hangs inside a driver.
 _KILL_WAIT_S = 10.0
+_REAP_S = 1.0
+_REAP_PAUSE_S = 0.002
 
 # The signal is set a moment after the fork, and a parent that died before that moment sends none: so it is looked at
 # once more, before the program begins.
@@ -113,7 +115,7 @@ class Process:
         """Whether a signal (SIGSTOP, a debugger) holds it: it can't answer, and won't obey SIGTERM either."""
         try:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
-        except psutil.Error:
+        except (psutil.Error, OSError):  # gone, or no descriptor is left to look with
             return False
 
     async def attend(self) -> None:
@@ -129,6 +131,7 @@ class Process:
                 with trio.move_on_after(_LAST_WORDS_S):
                     await read_all.wait()
                 nursery.cancel_scope.cancel()
+            await self._reap_group()
         self.output.feed(b"")
         self.ended.set()
 
@@ -152,6 +155,15 @@ class Process:
         self._attending.cancel()
         await self.ended.wait()
 
+    async def _reap_group(self) -> None:
+        """What the leader left in its group is ours to reap where we are its subreaper; it has been killed already.
+
+        While one of them is there, even as a zombie, the number can't mean another group.
+        """
+        with trio.move_on_after(_REAP_S):
+            while _any_left(self.pid):  # noqa: ASYNC110  (there is no event for their end)
+                await trio.sleep(_REAP_PAUSE_S)
+
     def _signal_group(self, signum: signal.Signals) -> None:
         if self._popen.returncode is not None:
             return  # reaped: the number may be another's by now
@@ -171,6 +183,16 @@ class Process:
         except OSError as error:
             logger.warning("%s: its output can't be read any more: %s", self, error)
         read_all.set()
+
+
+def _any_left(group: int) -> bool:
+    """Reap those of our children in that group that have ended; whether others are still to come."""
+    try:
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _in_turns(data: bytes) -> Iterator[bytes]:
@@ -244,13 +266,17 @@ def _on_cpus(cpus: frozenset[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _wait_exit(popen: "subprocess.Popen[bytes]") -> Awaitable[None]:
+async def _wait_exit(popen: "subprocess.Popen[bytes]") -> None:
     """Wait until the process has ended, without reaping it."""
-    return _wait_pidfd(popen.pid) if hasattr(os, "pidfd_open") else _wait_in_thread(popen.pid)
+    try:
+        pidfd = os.pidfd_open(popen.pid)
+    except (AttributeError, OSError):  # not in this Python, in this kernel, or no descriptor is left
+        await _wait_in_thread(popen.pid)
+    else:
+        await _wait_pidfd(pidfd)
 
 
-async def _wait_pidfd(pid: int) -> None:
-    pidfd = os.pidfd_open(pid)
+async def _wait_pidfd(pidfd: int) -> None:
     try:
         await trio.lowlevel.wait_readable(pidfd)
     finally:

@@ -37,7 +37,7 @@ def end_strays(mark: str) -> list[int]:
 
     Blocks for as long as the kernel takes to end them, a second at most, and only if there are any.
     """
-    strays = [process for process in psutil.Process().children(recursive=True) if _mark_of(process) == mark]
+    strays = [process for process in _descendants() if _mark_of(process) == mark]
     for process in strays:
         logger.warning("ending %s, which a child left behind outside of its group", process)
         try:
@@ -48,8 +48,16 @@ def end_strays(mark: str) -> list[int]:
     return [process.pid for process in strays]
 
 
+def _descendants() -> list[psutil.Process]:
+    try:
+        return psutil.Process().children(recursive=True)
+    except OSError as error:  # no descriptor is left to look with
+        logger.warning("what children leave behind can't be looked for: %s", error)
+        return []
+
+
 def _mark_of(process: psutil.Process) -> str | None:
     try:
         return process.environ().get(MARK_VARIABLE)
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None

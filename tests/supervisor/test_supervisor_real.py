@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -185,6 +186,7 @@ async def test_stop_ends_the_whole_group(watched: Watched) -> None:
     await watched.supervisor.stop("child")
     assert gone(child)
     assert gone(grandchild)
+    assert not psutil.pid_exists(grandchild)  # it is reaped, not left as a zombie
     assert watched.state() is ChildState.STOPPED
     await watched.supervisor.stop("child")  # once more does no harm
 
@@ -194,7 +196,7 @@ async def test_what_a_dead_child_leaves_in_its_group_is_ended(watched: Watched) 
     grandchild = int((await watched.supervisor.start(spec(family))).address)
     os.kill((await watched.until(Started)).pid, signal.SIGKILL)
     await watched.until(Exited)
-    wait_gone(grandchild)
+    assert not psutil.pid_exists(grandchild)
 
 
 async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(watched: Watched) -> None:
@@ -312,6 +314,34 @@ async def test_a_flood_of_short_lines_leaves_others_their_turn(watched: Watched)
             most_at_once = max(most_at_once, len(watched.lines) - before)
     assert len(watched.lines) == 32768 + 2
     assert most_at_once < 200
+
+
+async def test_no_descriptor_left_costs_a_failed_start_and_nothing_else(watched: Watched) -> None:
+    class Heard(SaysSo):
+        async def check(self, process: Process) -> str:
+            if "at home" not in process.output.lines():
+                raise NotReady("it has not said where")
+            return "home"
+
+    child = dataclasses.replace(
+        spec(READY_THEN_SLEEP, liveness=LivenessPolicy(interval_s=0.01)),
+        probe=Heard(),
+        restart=RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.05, max_restarts=1000),
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watched.supervisor.start, child)
+        try:
+            started = await watched.until(Started)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            await watched.until(Ready)
+            await trio.sleep(0.1)
+            assert watched.state() is ChildState.READY
+            os.kill(started.pid, signal.SIGKILL)
+            assert "Too many open files" in (await watched.until(Exited, 2)).exit.reason
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await watched.until(Ready, 2)
 
 
 async def test_a_child_runs_on_its_cpus_and_we_on_ours(watched: Watched) -> None:
