@@ -31,7 +31,8 @@ class Record:
 class Records:
     """The records of one supervisor, in one file that is its alone.
 
-    What changes: `_running` in `add` and `remove`, the file in `run`. A disk that is full or gone costs a warning.
+    What changes: `_running` in `add` and `remove`, the file in `run` and `write`. A disk that is full or gone costs a
+    warning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,21 +53,19 @@ class Records:
             self._changed.set()
 
     async def run(self) -> None:
-        """Keep the file in step until cancelled; then once more."""
+        """Keep the file in step until cancelled."""
         troubled = False
-        try:
-            while True:
-                await self._changed.wait()
-                self._changed = trio.Event()
-                # In a thread: a disk can hang.
-                fault = await trio.to_thread.run_sync(self._write, abandon_on_cancel=True)
-                if fault is not None and not troubled:
-                    logger.warning("the children can't be recorded in %s: %s; going on without", self._path, fault)
-                troubled = fault is not None
-        finally:
-            self._write()
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            # In a thread: a disk can hang.
+            fault = await trio.to_thread.run_sync(self.write, abandon_on_cancel=True)
+            if fault is not None and not troubled:
+                logger.warning("the children can't be recorded in %s: %s; going on without", self._path, fault)
+            troubled = fault is not None
 
-    def _write(self) -> str | None:
+    def write(self) -> str | None:
+        """Write down those that run now; return what went wrong, None if nothing did."""
         scratch = self._path.with_suffix(".new")
         try:
             scratch.write_text(json.dumps([asdict(record) for record in list(self._running.values())]))
@@ -83,13 +82,20 @@ def sweep(path: Path) -> list[int]:
     for record in _read(path):
         if _still_runs(record):
             logger.warning("ending process %d, left behind by an earlier life: %s", record.pid, record.argv[0])
-            try:
-                # Its group, which it leads; what does not any more is ended alone.
-                os.killpg(record.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                os.kill(record.pid, signal.SIGKILL)
+            _end(record.pid)
             ended.append(record.pid)
     return ended
+
+
+def _end(pid: int) -> None:
+    """Its group, which it leads; what does not any more is ended alone. It may end by itself at any moment."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError) as error:
+            logger.debug("process %d can't be ended by %s: %s", pid, kill.__name__, error)
+        else:
+            return
 
 
 def _read(path: Path) -> list[Record]:

@@ -46,12 +46,16 @@ class Supervisor:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the children until cancelled; then every one is terminated before this returns."""
         become_subreaper()
-        async with trio.open_nursery() as recording:
+        try:
+            async with trio.open_nursery() as recording:
+                if self._records is not None:
+                    recording.start_soon(self._records.run)
+                async with trio.open_nursery() as self._nursery:
+                    task_status.started()
+                    await trio.sleep_forever()
+        finally:
             if self._records is not None:
-                recording.start_soon(self._records.run)
-            async with trio.open_nursery() as self._nursery:
-                task_status.started()
-                await trio.sleep_forever()
+                self._records.write()  # the children's ends came after that of `recording`'s task
 
     async def start(self, spec: ChildSpec) -> Ready:
         """Return when the child is ready; join its start or restart if one is under way.

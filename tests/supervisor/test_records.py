@@ -12,7 +12,19 @@ import psutil
 import pytest
 import trio
 
+from supervisor import records
 from supervisor.records import Records, sweep
+from supervisor.spawn import Process
+from supervisor.spec import ChildSpec
+from supervisor.supervisor import Supervisor
+
+
+class AtOnce:
+    """Ready as soon as it is spawned."""
+
+    async def check(self, _process: Process) -> str:
+        return "here"
+
 
 SLEEP = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
 
@@ -28,13 +40,13 @@ def end(process: "subprocess.Popen[bytes]") -> int:
 
 
 async def recorded(path: Path, process: "subprocess.Popen[bytes]") -> None:
-    records = Records(path)
+    recording = Records(path)
     with trio.move_on_after(0.2):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(records.run)
+            nursery.start_soon(recording.run)
             while psutil.Process(process.pid).cmdline()[1:] != list(SLEEP[1:]):  # noqa: ASYNC110  (its exec)
                 await trio.sleep(0.01)
-            records.add(process.pid, SLEEP)
+            recording.add(process.pid, SLEEP)
             await trio.sleep_forever()
 
 
@@ -62,15 +74,33 @@ async def test_what_only_looks_like_a_record_is_left_alone(
     assert end(sleeper) == -signal.SIGKILL
 
 
+async def test_a_supervisor_that_ended_leaves_no_child_on_record(tmp_path: Path) -> None:
+    path = tmp_path / "children.json"
+    supervisor = Supervisor(records=Records(path))
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(supervisor.run)
+            await supervisor.start(ChildSpec("child", "group", SLEEP, dict(os.environ), AtOnce(), start_timeout_s=10))
+            while not path.exists() or not json.loads(path.read_text()):  # noqa: ASYNC110  (its thread)
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert json.loads(path.read_text()) == []
+
+
+def test_a_process_that_ends_before_it_can_be_ended_is_no_trouble(sleeper: "subprocess.Popen[bytes]") -> None:
+    end(sleeper)
+    records._end(sleeper.pid)
+
+
 async def test_a_child_that_ended_is_no_longer_recorded(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
     path = tmp_path / "children.json"
-    records = Records(path)
+    recording = Records(path)
     with trio.move_on_after(0.2):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(records.run)
-            records.add(sleeper.pid, SLEEP)
+            nursery.start_soon(recording.run)
+            recording.add(sleeper.pid, SLEEP)
             await trio.sleep(0.05)
-            records.remove(sleeper.pid)
+            recording.remove(sleeper.pid)
             await trio.sleep_forever()
     assert json.loads(path.read_text()) == []
     end(sleeper)
@@ -88,11 +118,11 @@ def test_a_spoilt_file_is_a_warning_and_nothing_is_swept(
 
 async def test_a_disk_that_is_full_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    records = Records(Path("/dev/full/children.json"))
+    recording = Records(Path("/dev/full/children.json"))
     with trio.move_on_after(0.2):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(records.run)
+            nursery.start_soon(recording.run)
             for _ in range(3):
-                records.add(os.getpid(), SLEEP)
+                recording.add(os.getpid(), SLEEP)
                 await trio.sleep(0.03)
     assert caplog.text.count("can't be recorded") == 1
