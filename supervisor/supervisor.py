@@ -61,8 +61,8 @@ class Supervisor:
         """Return when the child is ready; join its start or restart if one is under way.
 
         Raises StartFailed as soon as this try failed, with the exit and the last lines (the child is then started
-        again as its policy says), GivenUp while it has failed too often and cools down, ValueError if it runs with
-        another spec. Cancelling only stops the waiting: `stop` ends the child.
+        again as its policy says), GivenUp while it cools down, having failed too often with this very spec, ValueError
+        if it runs with another one. Cancelling only stops the waiting: `stop` ends the child.
         """
         # Again after each wait: another start may have been first.
         while (child := self._children.get(spec.child_id)) and child.snapshot.state is ChildState.STOPPING:
@@ -100,9 +100,8 @@ class Supervisor:
     def _begin(self, spec: ChildSpec, before: Child | None) -> Child:
         assert self._nursery is not None, "Supervisor.run is not running"
         child = Child(spec, self._generations[spec.group], self._emit, self._on_line, self._spawner)
-        if before is not None:
-            if before.spec.restart == spec.restart:
-                child.tracker = before.tracker
+        if before is not None and before.spec == spec:  # another spec has no past
+            child.tracker = before.tracker
             self._half_open(before)
         self._children[spec.child_id] = child
         child.begin()

@@ -171,6 +171,16 @@ async def test_the_try_after_the_cool_down_gives_up_again_at_once_if_it_fails(wa
     assert sum(isinstance(event, Started) for event in watched.events) == 2
 
 
+async def test_a_child_that_has_failed_starts_afresh_with_another_spec(watched: Watched) -> None:
+    once = RestartPolicy(max_restarts=0, cooldown_s=60)
+    with pytest.raises(StartFailed):
+        await watched.supervisor.start(spec("raise SystemExit(7)", restart=once))
+    with pytest.raises(GivenUp):
+        await watched.supervisor.start(spec("raise SystemExit(7)", restart=once))
+    mended = spec(READY_THEN_SLEEP, restart=once)
+    assert (await watched.supervisor.start(mended)).generation == 2
+
+
 async def test_a_killed_child_is_started_again_without_being_asked_for(watched: Watched) -> None:
     await watched.supervisor.start(spec(READY_THEN_SLEEP))
     os.kill((await watched.until(Started)).pid, signal.SIGKILL)
