@@ -2,11 +2,13 @@
 
 Signs of life while requests are in flight, each enough by itself: a byte of an answer; the counts of `/slots` (tokens
 of prompts processed, tokens decoded) move; on a CPU device the process uses CPU time. A server that shows none of them
-for `stall_timeout_s` is replaced.
+for `stall_timeout_s` is replaced. Clients that lose their patience and come back are no sign of life, and the time
+between them is none of silence: it does not count.
 
 So a long prompt evaluation is told apart: on a CPU it uses CPU time all along, and on a GPU its counts move with each
-batch. What can't be told apart is one single batch on a GPU that takes longer than the time-out: the server answers no
-look meanwhile. (A GPU server's CPU time says nothing: it spins while it waits for the device.)
+batch. What can't be told apart is one single batch on a GPU that takes longer than the time-out, or several that each
+outlast their clients: the server answers no look meanwhile. (A GPU server's CPU time says nothing: it spins while it
+waits for the device.)
 """
 
 import logging
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 LOOK_INTERVAL_S = 5.0
 _SLOTS_TIMEOUT_S = 2.0
 _CPU_MOVES_S = 0.05
+# Looks further apart than this were held up, together with the reading of answers (the agent was stopped, or its host
+# was suspended): what was not seen is no evidence.
+_LOOKS_APART_MAX_S = 60.0
 
 Counts = tuple[tuple[int, int, int], ...]
 
@@ -46,21 +51,23 @@ class StallJudge:
     """How long a server has shown no sign of life while it was at work. Pure; what changes, changes in `observe`."""
 
     def __init__(self) -> None:
-        self._alive_at: float | None = None
+        self._silent_s = 0.0
         self._before: Signs | None = None
         self._counts: Counts | None = None
 
     def observe(self, now: Signs) -> float:
-        """Take in a look; return for how many seconds there has been no sign of life."""
+        """Take in a look; return for how many seconds of work there has been no sign of life, 0 for an idle server."""
         before, self._before = self._before, now
-        if before is None or self._alive_at is None or not now.in_flight or self._lives(before, now):
-            self._alive_at = now.at
+        if before is None or self._lives(before, now):
+            self._silent_s = 0.0
+        elif before.in_flight and now.in_flight and now.at - before.at <= _LOOKS_APART_MAX_S:
+            self._silent_s += now.at - before.at
         if now.counts is not None:  # a look that timed out is no evidence, for or against
             self._counts = now.counts
-        return now.at - self._alive_at
+        return self._silent_s if now.in_flight else 0.0
 
     def _lives(self, before: Signs, now: Signs) -> bool:
-        if now.bytes_received != before.bytes_received or now.in_flight != before.in_flight:
+        if now.bytes_received != before.bytes_received:
             return True
         if now.cpu_s is not None and before.cpu_s is not None and now.cpu_s - before.cpu_s > _CPU_MOVES_S:
             return True

@@ -34,8 +34,6 @@ def test_a_server_at_work_that_shows_nothing_is_silent_ever_longer() -> None:
         {"counts": ((1, 612, 5),)},
         {"counts": ((1, 100, 6),)},
         {"cpu_s": 7.5},
-        {"in_flight": 0},
-        {"in_flight": 2},
     ],
 )
 def test_any_sign_of_life_ends_the_silence(sign: dict[str, object]) -> None:
@@ -46,6 +44,21 @@ def test_a_look_that_timed_out_is_no_evidence_for_or_against() -> None:
     assert silence({}, {"counts": None}, {"counts": None}) == 10
     assert silence({}, {"counts": None}, {"counts": ((1, 612, 5),)}) == 0
     assert silence({}, {"counts": None}, {}) == 10
+
+
+def test_clients_that_lose_patience_and_come_back_are_no_sign_of_life() -> None:
+    gone: dict[str, object] = {"in_flight": 0}
+    assert silence({}, {}, {"in_flight": 2}, {"in_flight": 3}, {}) == 20
+    assert silence({}, {}, {}, gone) == 0
+    assert silence({}, {}, {}, gone, gone, gone, {}, {}) == 15
+    assert silence({}, {}, {}, gone, {"bytes_received": 11}, {"bytes_received": 11}) == 5
+
+
+def test_what_was_not_looked_at_is_no_evidence() -> None:
+    judge = StallJudge()
+    for at in (0.0, 5.0, 905.0, 910.0):
+        silent_s = judge.observe(dataclasses.replace(STILL, at=at))
+    assert silent_s == 10
 
 
 def test_a_server_without_requests_is_never_silent() -> None:
