@@ -37,8 +37,8 @@ class DeviceMonitor:
         if device.backend == "cpu":
             return
         began = trio.current_time()
-        before = await self._free_bytes(device)
         with trio.move_on_after(self._settle_max_s) as cap:
+            before = await self._free_bytes(device)
             while before is not None:
                 await trio.sleep(_SETTLE_PAUSE_S)
                 now = await self._free_bytes(device)
