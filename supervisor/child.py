@@ -19,7 +19,7 @@ from typing import Protocol
 import trio
 
 from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Stopped, Stopping, Unhealthy
-from supervisor.probe import wait_ready, watch_liveness
+from supervisor.probe import LOOKS_STOPPED, NotReady, wait_ready, watch_liveness
 from supervisor.restart import Exit, GiveUp, Restart, RestartTracker
 from supervisor.spawn import Process, spawn
 from supervisor.spec import ChildSpec
@@ -254,8 +254,14 @@ class Child:
     async def _judge(self, process: Process) -> str:
         """See the child through its start and its life; return what is wrong with it."""
         assert self._spawned_at is not None
+        stopped_max_s = self.spec.liveness.interval_s * LOOKS_STOPPED
         with trio.move_on_at(self._spawned_at + self.spec.start_timeout_s) as starting:
-            address = await wait_ready(process, self.spec.probe, self.spec.probe_interval_s)
+            try:
+                address = await wait_ready(
+                    process, self.spec.probe, self.spec.probe_interval_s, stopped_max_s=stopped_max_s
+                )
+            except NotReady as fault:
+                return f"not ready: {fault}"
         if starting.cancelled_caught:
             return f"not ready {self.spec.start_timeout_s:g} s after its spawn"
         self._ready_at = trio.current_time()

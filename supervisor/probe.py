@@ -17,7 +17,8 @@ _FIRST_PAUSE_S = 0.01
 # One look may take this long while the child starts; a server that is busy loading can be slow to answer.
 _LOOK_TIMEOUT_S = 5.0
 # One look could fall between a SIGSTOP and its SIGCONT.
-_LOOKS_STOPPED = 2
+LOOKS_STOPPED = 2
+_STOPPED = "it is stopped by a signal"
 
 
 class NotReady(Exception):
@@ -34,14 +35,20 @@ class Probe(Protocol):
         """
 
 
-async def wait_ready(process: "Process", probe: Probe, interval_s: float) -> str:
-    """Return the child's address as soon as the probe passes.
+async def wait_ready(process: "Process", probe: Probe, interval_s: float, *, stopped_max_s: float = math.inf) -> str:
+    """Return the child's address as soon as the probe passes; raise NotReady once a signal has stopped the child for
+    `stopped_max_s`.
 
     Quick looks at first, then `interval_s` apart, and at once when the child prints something: what it prints last
-    before it is ready is often just that. Never gives up by itself: cancel it.
+    before it is ready is often just that. Never gives up by itself on a child that runs: cancel it.
     """
     pause_s = _FIRST_PAUSE_S
+    ran_at = trio.current_time()
     while True:
+        if not process.is_stopped():
+            ran_at = trio.current_time()
+        elif trio.current_time() - ran_at >= stopped_max_s:
+            raise NotReady(_STOPPED)
         seen = process.output.count
         try:
             with trio.fail_after(_LOOK_TIMEOUT_S):
@@ -66,8 +73,8 @@ async def watch_liveness(process: "Process", probe: Probe, policy: "LivenessPoli
     while True:
         await trio.sleep(policy.interval_s)
         stopped = stopped + 1 if process.is_stopped() else 0
-        if stopped >= _LOOKS_STOPPED:
-            return "it is stopped by a signal"
+        if stopped >= LOOKS_STOPPED:
+            return _STOPPED
         if stopped:
             continue
         reason = await _fault(process, probe, policy.timeout_s)

@@ -256,6 +256,19 @@ async def test_a_child_that_is_stopped_by_a_signal_fails_its_liveness_and_is_rep
     assert (await watched.until(Ready, 2)).generation == 2
 
 
+async def test_a_child_that_is_stopped_by_a_signal_while_it_starts_is_a_failed_start(watched: Watched) -> None:
+    quick = LivenessPolicy(interval_s=0.05)
+    async with trio.open_nursery() as nursery:
+
+        async def start() -> None:
+            with pytest.raises(StartFailed, match="stopped by a signal"):
+                await watched.supervisor.start(spec("import time; time.sleep(60)", liveness=quick, start_timeout_s=60))
+
+        nursery.start_soon(start)
+        os.kill((await watched.until(Started)).pid, signal.SIGSTOP)
+    assert (await watched.until(Exited)).exit.code == -signal.SIGKILL
+
+
 async def test_a_child_that_no_longer_passes_its_probe_is_replaced(watched: Watched) -> None:
     class Fickle(SaysSo):
         ill = False
