@@ -182,6 +182,7 @@ class Child:
         """The story."""
         while True:
             end = await self._one_generation()
+            await trio.lowlevel.checkpoint_if_cancelled()  # the end of a child that is being stopped counts for nothing
             match self.tracker.decide(end, trio.current_time()):
                 case Restart(delay_s, reason):
                     self._become(ChildState.BACKING_OFF, reason=reason, retry_at=trio.current_time() + delay_s)
@@ -264,12 +265,14 @@ class Child:
                 return f"not ready: {fault}"
         if starting.cancelled_caught:
             return f"not ready {self.spec.start_timeout_s:g} s after its spawn"
+        await trio.lowlevel.checkpoint_if_cancelled()  # a stop of this very moment has been told already
         self._ready_at = trio.current_time()
         self._become(ChildState.READY, address=address)
         ready = Ready(self.spec.child_id, self._generation, self._ready_at, address)
         self._end_try(ready=ready)
         self._emit(ready)
         reason = await self._unwell(process)
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._become(ChildState.UNHEALTHY, reason=reason)
         self._try = _Try()
         self._tell(Unhealthy, reason)

@@ -7,8 +7,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from fakes import tiny_models
+
+# `--hypothesis-profile=full`: properties that follow the profile are tried ten times as often.
+settings.register_profile("full", max_examples=1000)
 
 
 @pytest.fixture(scope="session")

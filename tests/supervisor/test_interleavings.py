@@ -5,6 +5,7 @@ The real state machine in virtual time, over processes that are a table.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import trio
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from supervisor.lifecycle import Event, Exited, Started
+from supervisor.lifecycle import Event, Exited, Started, Stopped, Stopping
 from supervisor.probe import NotReady
 from supervisor.restart import RestartPolicy
 from supervisor.spawn import Output, Process
@@ -84,7 +85,7 @@ ORDERS = st.tuples(TIMES, st.sampled_from(["start", "start and leave", "stop", "
 
 
 @given(st.lists(FATES, max_size=10), st.lists(ORDERS, max_size=12), TIMES)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=5 * settings().max_examples, deadline=None)
 def test_it_comes_to_rest(fates: list[Fate], orders: list[tuple[float, str, str]], end_after_s: float) -> None:
     trio.run(_scenario, fates, orders, end_after_s, clock=MockClock(autojump_threshold=0))
 
@@ -153,10 +154,14 @@ async def _scenario(fates: list[Fate], orders: list[tuple[float, str, str]], end
     started = [event.generation for event in events if isinstance(event, Started)]
     assert started == sorted(set(started)), "generations rise"
     assert started == sorted(event.generation for event in events if isinstance(event, Exited))
+    for name in ("a", "b"):
+        own = [event for event in events if event.child_id == name]
+        for event, following in pairwise(own):
+            assert not isinstance(event, Stopping) or isinstance(following, Exited | Stopped), "not the last word"
 
 
 @given(st.lists(FATES, max_size=6), st.lists(ORDERS, max_size=8), st.floats(0, 10))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 def test_cancelling_it_at_any_moment_leaves_nothing(
     fates: list[Fate], orders: list[tuple[float, str, str]], cancel_after_s: float
 ) -> None:
