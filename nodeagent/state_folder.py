@@ -1,13 +1,16 @@
 """The agent's folder on disk: the lock that keeps it to one agent, the admin token, where the agent answers."""
 
 import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nodeagent.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -30,8 +33,9 @@ def locked(state_dir: Path) -> Iterator[None]:
             raise StartupError(
                 f"state_dir {state_dir} is in use by another agent (pid {holder}); give each agent its own"
             ) from None
-        os.ftruncate(file, 0)
-        os.write(file, f"{os.getpid()}\n".encode())
+        with suppress(OSError):  # a full disk: the number is only for what the next one is told
+            os.ftruncate(file, 0)
+            os.write(file, f"{os.getpid()}\n".encode())
         yield
     finally:
         os.close(file)
@@ -70,8 +74,14 @@ def admin_token(state_dir: Path) -> str:
 
 
 def say_address(state_dir: Path, base_url: str) -> None:
-    """Leave word of where the agent answers, for the command line."""
-    (state_dir / "address").write_text(base_url + "\n", encoding="ascii")
+    """Leave word of where the agent answers, for the command line; where that can't be (a full disk), warn."""
+    path = state_dir / "address"
+    scratch = path.with_suffix(".new")
+    try:
+        scratch.write_text(base_url + "\n", encoding="ascii")
+        scratch.replace(path)
+    except OSError as error:
+        logger.warning("%s can't be written, so commands may not find this agent: %s", path, error.strerror)
 
 
 def read_address(state_dir: Path) -> str:
