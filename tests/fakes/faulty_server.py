@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A llama-server with a fault: speaks its protocol up to the point where the fault shows.
 
-faulty_server.py exit | never-ready | crash-on-chat | hang-on-chat | flood  [llama-server's flags]
+faulty_server.py exit | never-ready | crash-on-chat | hang-on-chat | flood | flood-lines  [llama-server's flags]
 """
 
 import http.server
@@ -40,6 +40,9 @@ def handler(behaviour: str, alias: str) -> type[http.server.BaseHTTPRequestHandl
             if behaviour == "flood":
                 for _ in range(1024):
                     os.write(2, b"x" * 2**20)
+            if behaviour == "flood-lines":
+                for _ in range(64):
+                    os.write(2, b"a\n" * 2**13)
             self._answer({"choices": [], "model": alias})
 
         def _answer(self, said: object) -> None:

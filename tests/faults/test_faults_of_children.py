@@ -52,7 +52,11 @@ def ask_and_forget(agent: AgentProcess, content: dict[str, Any]) -> threading.Th
 @pytest.fixture
 def slow_config(llama_server: Path, slow_model: Path, tmp_path: Path) -> Path:
     return write_config(
-        tmp_path, llama_server, [{"model_id": "slow", "path": str(slow_model)}], restart=ANSWERS_AT_ONCE
+        tmp_path,
+        llama_server,
+        # One thread: with as many as CPUs, which wait for each other busily, a load takes many seconds on a busy host.
+        [{"model_id": "slow", "path": str(slow_model), "threads": 1}],
+        restart=ANSWERS_AT_ONCE,
     )
 
 
@@ -120,7 +124,8 @@ def test_a_stopped_server_is_unready_within_15_s_and_replaced_within_30_s(slow_c
         os.kill(child.pid, signal.SIGSTOP)
         agent.wait_for_line(lambda line: "is unhealthy" in line["message"], 15)
         unready_s = time.monotonic() - stopped_at
-        agent.wait_for_line(lambda line: "is ready at" in line["message"] and line["generation"] == 2, 15)
+        left_s = 30 - unready_s
+        agent.wait_for_line(lambda line: "is ready at" in line["message"] and line["generation"] == 2, left_s)
         show(f"stopped server: unready after {unready_s:.1f} s, replaced after {time.monotonic() - stopped_at:.1f} s")
         assert post(agent, body()).status_code == 200
 
@@ -151,6 +156,7 @@ def test_a_server_that_exits_at_once_is_told_at_once_started_four_times_and_then
         told_s = time.monotonic() - began
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_unavailable")
         assert "the last words" in answer.json()["error"]["message"]
+        assert told_s < 5
         agent.wait_for_line(lambda line: "cpu:0/bad has failed" in line["message"], 30)
         assert spawns(agent, "cpu:0/bad") == 4
         assert post(agent, body(model="good")).status_code == 200
@@ -175,7 +181,7 @@ def test_a_server_that_is_never_ready_is_a_typed_error_at_the_timeout(
         llama_server,
         "never-ready",
         llama_server_startup_timeout_s=1,
-        llama_server_startup_limit_s=3,
+        llama_server_startup_limit_s=2,
     )
     with running_agent(config) as agent:
         began = time.monotonic()
@@ -184,9 +190,10 @@ def test_a_server_that_is_never_ready_is_a_typed_error_at_the_timeout(
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")
         assert 0.9 < told_s < 3
         assert post(agent, body(model="good")).status_code == 200
-        line = agent.wait_for_line(lambda line: "not ready 3 s after its spawn" in line["message"], 20)
-        assert "bad" in line["message"]
-        show(f"never ready: typed error after {told_s:.1f} s of a 1 s time-out; other devices serve")
+        line = agent.wait_for_line(lambda line: "/bad has failed" in line["message"], 60)
+        assert "not ready 2 s after its spawn" in line["message"]
+        assert spawns(agent) == 4
+        show(f"never ready: typed error after {told_s:.1f} s of a 1 s time-out, 4 spawns, then failed; others serve")
 
 
 def test_one_body_that_crashes_its_server_fells_two_and_no_more(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,13 @@ def test_no_child_outlives_an_agent_that_is_killed(
                 time.sleep(0.1)
             else:
                 agent.wait_for_line(lambda line: "smollm2 is starting" in line["message"])
-            children = [agent.wait_child()]
-            agent.signal(signal.SIGKILL)
-            agent.wait_exit()
+            agent.wait_child()
+            children = agent.children()
             killed_at = time.monotonic()
+            agent.signal(signal.SIGKILL)
             assert_gone(children, 1.0)
             longest_s = max(longest_s, time.monotonic() - killed_at)
+            agent.wait_exit()
             asking.join()
     show(f"agent killed while {moment}, {times(20)} times: no child left after {longest_s * 1000:.0f} ms at most")
 
@@ -85,9 +87,14 @@ def test_two_agents_side_by_side_leave_each_other_alone(
                 assert_gone(children)
         with running_agent(config_a) as agent:
             assert post(agent, "tiny").status_code == 200
+        argv = [sys.executable, "-m", "nodeagent", "--config", str(config_b)]
+        second = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+        assert second.returncode == 1
+        assert len(second.stderr.splitlines()) == 1
+        assert f"is in use by another agent (pid {other.process.pid})" in second.stderr
         assert other.wait_child().pid == child.pid
         assert post(other, "tiny").status_code == 200
-    show("two agents, one killed twice and started again: the other's child untouched")
+    show("two agents, one killed twice and started again, a second on the other's folder: the other's child untouched")
 
 
 def test_a_child_of_a_killed_agent_that_got_away_is_ended_by_the_next_start(
@@ -114,11 +121,12 @@ def test_a_child_of_a_killed_agent_that_got_away_is_ended_by_the_next_start(
     show("a recorded process of a dead agent: ended by the next start")
 
 
-def test_a_gigabyte_of_output_and_a_log_that_nobody_reads_harm_nothing(
-    llama_server: Path, tiny_model: Path, tmp_path: Path, times: Times, show: Show
+@pytest.mark.parametrize(("behaviour", "output"), [("flood", "GiB without a newline"), ("flood-lines", "MiB of lines")])
+def test_much_output_and_a_log_that_nobody_reads_harm_nothing(
+    behaviour: str, output: str, tiny_model: Path, tmp_path: Path, times: Times, show: Show
 ) -> None:
     wrapper = tmp_path / "server"
-    wrapper.write_text(f'#!/bin/sh\nexec {FAKE} flood "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {FAKE} {behaviour} "$@"\n')
     wrapper.chmod(0o755)
     config = write_config(tmp_path, wrapper, [{"model_id": "tiny", "path": str(tiny_model)}])
     argv = [sys.executable, "-m", "nodeagent", "--config", str(config), "--log-format", "json"]
@@ -140,7 +148,7 @@ def test_a_gigabyte_of_output_and_a_log_that_nobody_reads_harm_nothing(
             p99_s = sorted(latencies_s)[int(len(latencies_s) * 0.99)]
             grown = memory.memory_info().rss - before
             show(
-                f"{times(10)} GiB of output, log blocked: p99 of /livez {p99_s * 1000:.0f} ms over {len(latencies_s)}, "
+                f"{times(10)} {output}, log blocked: p99 of /livez {p99_s * 1000:.0f} ms over {len(latencies_s)}, "
                 f"memory grew by {grown / 2**20:.0f} MiB"
             )
             assert p99_s < 0.1
@@ -168,6 +176,41 @@ def flood(base_url: str) -> None:
     httpx.post(f"{base_url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
 
 
+FAKE_WALL_CLOCK = """
+import os, pathlib, time
+
+real, offset = time.time, pathlib.Path(os.environ["WALL_CLOCK_OFFSET"])
+time.time = lambda: real() + float(offset.read_text())
+time.time_ns = lambda: int(time.time() * 1e9)
+"""
+
+
+def test_a_wall_clock_that_is_set_back_and_forth_restarts_nothing(
+    llama_server: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, show: Show
+) -> None:
+    offset = tmp_path / "offset"
+    offset.write_text("0")
+    (tmp_path / "sitecustomize.py").write_text(FAKE_WALL_CLOCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("WALL_CLOCK_OFFSET", str(offset))
+    models = [{"model_id": "tiny", "path": str(tiny_model)}]
+    with running_agent(write_config(tmp_path, llama_server, models, stall_timeout_s=6)) as agent:
+        post(agent, "tiny")
+        child = agent.wait_child()
+        for days in (400, -400, 0, 4000):
+            # In one go, as far as a reader can see: the agent looks at it all the time.
+            (tmp_path / "new").write_text(str(days * 86400))
+            (tmp_path / "new").replace(offset)
+            assert post(agent, "tiny").status_code == 200
+            time.sleep(3)  # so that between the first and the last each watch has looked more than once
+        years = {line["time"][:4] for line in agent.lines if "time" in line}
+        assert len(years) >= 3, "the agent saw no other clock"
+        assert agent.wait_child().pid == child.pid
+        assert httpx.get(f"{agent.base_url}/readyz", timeout=30, trust_env=False).json()["status"] == "ready"
+        assert sum("is starting, pid" in line["message"] for line in agent.lines) == 1
+    show("wall clock set forth and back by years, four times: nothing restarted")
+
+
 def fill(path: Path) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     try:
@@ -175,6 +218,12 @@ def fill(path: Path) -> None:
             os.write(file, b"x" * 1024)
     finally:
         os.close(file)
+
+
+def fill_again(folder: Path) -> None:
+    """Take what became free since it was filled."""
+    with suppress(OSError):
+        fill(folder / "more ballast")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="hardware: mounting a small disk takes root")
@@ -194,7 +243,10 @@ def test_a_full_disk_costs_a_warning_and_serving_goes_on(
             assert post(agent, "tiny").status_code == 200
             agent.wait_for_line(lambda line: "can't be recorded" in line["message"])
             assert post(agent, "tiny").status_code == 200
-            show("disk full for the state file: a warning, and requests are served")
+        fill_again(state)
+        with running_agent(config) as agent:
+            assert post(agent, "tiny").status_code == 200
+            show("disk full for the state file: a warning, and requests are served, after a start too")
             (state / "ballast").unlink()
     finally:
         subprocess.run(["umount", "-l", str(state)], check=True)
