@@ -181,6 +181,7 @@ class Child:
     async def _live(self) -> None:
         """The story."""
         while True:
+            await trio.lowlevel.checkpoint_if_cancelled()  # it may have been stopped before this task began
             end = await self._one_generation()
             await trio.lowlevel.checkpoint_if_cancelled()  # the end of a child that is being stopped counts for nothing
             match self.tracker.decide(end, trio.current_time()):
