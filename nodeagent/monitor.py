@@ -67,5 +67,10 @@ class DeviceMonitor:
             self._latest[device.device_id] = await self._read(device)
 
     async def _read(self, device: DeviceRef) -> DeviceMetrics:
-        # In a thread: a driver that hangs must not stall the event loop.
-        return await trio.to_thread.run_sync(self._backend.read, device, trio.current_time(), abandon_on_cancel=True)
+        now = trio.current_time()
+        try:
+            # In a thread: a driver that hangs must not stall the event loop.
+            return await trio.to_thread.run_sync(self._backend.read, device, now, abandon_on_cancel=True)
+        except OSError as error:  # no descriptor is left to look with, say: nothing is known for now
+            logger.warning("%s can't be read: %s", device.device_id, error)
+            return DeviceMetrics(now)

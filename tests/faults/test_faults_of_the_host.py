@@ -2,13 +2,15 @@
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,31 @@ def test_a_wall_clock_that_is_set_back_and_forth_restarts_nothing(
     show("wall clock set forth and back by years, four times: nothing restarted")
 
 
+def test_clients_that_take_every_descriptor_end_nothing(
+    llama_server: Path, tiny_model: Path, tmp_path: Path, show: Show
+) -> None:
+    config = write_config(tmp_path, llama_server, [{"model_id": "tiny", "path": str(tiny_model)}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))  # which the agent inherits
+        try:
+            agent = stack.enter_context(running_agent(config))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        post(agent, "tiny")
+        child = agent.wait_child()
+        address = ("127.0.0.1", int(agent.base_url.rpartition(":")[2]))
+        with ExitStack() as idle:
+            for _ in range(80):
+                idle.enter_context(socket.create_connection(address, timeout=10))
+            agent.wait_for_line(lambda line: "Too many open files" in line["message"])
+            agent.wait_for_line(lambda line: "cpu:0 can't be read" in line["message"])
+            child.kill()
+            assert_gone([child])
+        assert post(agent, "tiny").status_code == 200
+    show("80 idle clients under a limit of 64 descriptors: nothing ended but the server that was killed meanwhile")
+
+
 def fill(path: Path) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     try:
@@ -243,6 +270,7 @@ def test_a_full_disk_costs_a_warning_and_serving_goes_on(
             assert post(agent, "tiny").status_code == 200
             agent.wait_for_line(lambda line: "can't be recorded" in line["message"])
             assert post(agent, "tiny").status_code == 200
+        (state / "address").unlink()
         fill_again(state)
         with running_agent(config) as agent:
             assert post(agent, "tiny").status_code == 200

@@ -67,6 +67,22 @@ async def test_a_driver_that_hangs_is_waited_for_no_longer_than_the_cap() -> Non
     answer.set()
 
 
+async def test_a_reading_that_fails_is_one_of_which_nothing_is_known(nursery: trio.Nursery) -> None:
+    class Failing(Memory):
+        def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
+            raise OSError(24, "Too many open files")
+
+    device = DeviceRef("gpu:0", "cuda", 0, "device")
+    monitor = DeviceMonitor(cast(Backend, Failing([GIB])), [device], settle_max_s=30.0)
+    with trio.fail_after(10):
+        await nursery.start(monitor.run)
+        await monitor.settled("gpu:0")
+    reading = monitor.latest("gpu:0")
+    assert reading is not None
+    assert reading.memory_free_bytes is None
+    nursery.cancel_scope.cancel()
+
+
 async def test_a_processors_memory_and_one_that_is_not_known_are_not_waited_for() -> None:
     assert (await settle("cpu", 8 * GIB))[1] == 0
     took_s, count = await settle("cuda", None)
