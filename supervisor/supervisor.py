@@ -88,8 +88,15 @@ class Supervisor:
         if child is not None and child.snapshot.state is ChildState.READY and child.snapshot.generation == generation:
             child.fail(reason)
 
+    def forget(self, child_id: str) -> None:
+        """Drop a child that was given up on or stopped, with its past: it can be started at once, and afresh. Nothing
+        if it runs."""
+        child = self._children.get(child_id)
+        if child is not None and not child.runs:
+            del self._children[child_id]
+
     def snapshot(self) -> dict[str, ChildSnapshot]:
-        """Every child that was ever started, as it is now."""
+        """Every child that was ever started and is not forgotten, as it is now."""
         return {child_id: child.snapshot for child_id, child in self._children.items()}
 
     def lines(self, child_id: str, last: int = 1000) -> list[str]:

@@ -181,6 +181,24 @@ async def test_a_child_that_has_failed_starts_afresh_with_another_spec(watched: 
     assert (await watched.supervisor.start(mended)).generation == 2
 
 
+async def test_a_child_that_has_failed_and_is_forgotten_can_be_started_at_once(watched: Watched) -> None:
+    child = spec("raise SystemExit(7)", restart=RestartPolicy(max_restarts=0, cooldown_s=60))
+    with pytest.raises(StartFailed):
+        await watched.supervisor.start(child)
+    watched.supervisor.forget("child")
+    assert watched.supervisor.snapshot() == {}
+    with pytest.raises(StartFailed) as failed:
+        await watched.supervisor.start(child)
+    assert failed.value.generation == 2
+
+
+async def test_a_child_that_runs_is_not_forgotten(watched: Watched) -> None:
+    await watched.supervisor.start(spec(READY_THEN_SLEEP))
+    watched.supervisor.forget("child")
+    watched.supervisor.forget("nobody")
+    assert watched.state() is ChildState.READY
+
+
 async def test_a_killed_child_is_started_again_without_being_asked_for(watched: Watched) -> None:
     await watched.supervisor.start(spec(READY_THEN_SLEEP))
     os.kill((await watched.until(Started)).pid, signal.SIGKILL)
