@@ -137,7 +137,7 @@ def test_a_server_that_exits_while_starting_is_told_at_once_with_its_last_words(
     models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"grammar": "root ::= nonsense ::"}}]
     models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"no-such-flag": True}}]
     with running_agent(write_config(tmp_path, llama_server, models)) as agent:
-        answer = post(agent, "tiny", timeout_s=5)
+        answer = post(agent, "tiny", timeout_s=15)
         assert answer.status_code == 503
         assert "no-such-flag" in answer.json()["error"]["message"]
         assert int(answer.headers["retry-after"]) >= 1

@@ -234,9 +234,9 @@ def test_a_client_that_leaves_a_stream_stops_the_generation(agent: AgentProcess,
     with http.stream("POST", "/v1/chat/completions", json=chat("slow", 100_000, stream=True)) as answer:
         next(answer.iter_bytes())
         child = agent.wait_child()
-    took_s = seconds_to_idle(child, 0.5)
-    assert took_s is not None, "still generating after 0.5 s"
-    wait_until(lambda: lane_of(agent)["in_flight"] == 0, 0.5)
+    took_s = seconds_to_idle(child, 1.5)
+    assert took_s is not None, "still generating after 1.5 s"
+    wait_until(lambda: lane_of(agent)["in_flight"] == 0, 1.5)
 
 
 def test_a_client_that_leaves_before_its_answer_stops_the_generation(agent: AgentProcess, http: httpx.Client) -> None:
@@ -244,8 +244,8 @@ def test_a_client_that_leaves_before_its_answer_stops_the_generation(agent: Agen
     child = agent.wait_child()
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/chat/completions", json=chat("slow", 100_000), timeout=0.5)
-    took_s = seconds_to_idle(child, 1.5)
-    assert took_s is not None, "still generating after 1.5 s"
+    took_s = seconds_to_idle(child, 3.0)
+    assert took_s is not None, "still generating after 3 s"
     assert lane_of(agent)["in_flight"] == 0
     assert http.post("/v1/chat/completions", json=chat("slow", 1)).status_code == 200
     assert agent.wait_child().pid == child.pid

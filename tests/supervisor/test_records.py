@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -39,15 +40,25 @@ def end(process: "subprocess.Popen[bytes]") -> int:
     return process.wait(5)
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for what a thread or another process does."""
+    with trio.fail_after(20):
+        while not holds():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+def on_record(path: Path) -> list[int]:
+    return [record["pid"] for record in json.loads(path.read_text())] if path.exists() else []
+
+
 async def recorded(path: Path, process: "subprocess.Popen[bytes]") -> None:
     recording = Records(path)
-    with trio.move_on_after(0.2):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(recording.run)
-            while psutil.Process(process.pid).cmdline()[1:] != list(SLEEP[1:]):  # noqa: ASYNC110  (its exec)
-                await trio.sleep(0.01)
-            recording.add(process.pid, SLEEP)
-            await trio.sleep_forever()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(recording.run)
+        await until(lambda: psutil.Process(process.pid).cmdline()[1:] == list(SLEEP[1:]))  # its exec
+        recording.add(process.pid, SLEEP)
+        await until(lambda: on_record(path) == [process.pid])
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_a_dead_life_left_running_is_ended(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
@@ -81,8 +92,7 @@ async def test_a_supervisor_that_ended_leaves_no_child_on_record(tmp_path: Path)
         async with trio.open_nursery() as nursery:
             await nursery.start(supervisor.run)
             await supervisor.start(ChildSpec("child", "group", SLEEP, dict(os.environ), AtOnce(), start_timeout_s=10))
-            while not path.exists() or not json.loads(path.read_text()):  # noqa: ASYNC110  (its thread)
-                await trio.sleep(0.01)
+            await until(lambda: on_record(path) != [])
             nursery.cancel_scope.cancel()
     assert json.loads(path.read_text()) == []
 
@@ -95,14 +105,13 @@ def test_a_process_that_ends_before_it_can_be_ended_is_no_trouble(sleeper: "subp
 async def test_a_child_that_ended_is_no_longer_recorded(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
     path = tmp_path / "children.json"
     recording = Records(path)
-    with trio.move_on_after(0.2):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(recording.run)
-            recording.add(sleeper.pid, SLEEP)
-            await trio.sleep(0.05)
-            recording.remove(sleeper.pid)
-            await trio.sleep_forever()
-    assert json.loads(path.read_text()) == []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(recording.run)
+        recording.add(sleeper.pid, SLEEP)
+        await until(lambda: on_record(path) == [sleeper.pid])
+        recording.remove(sleeper.pid)
+        await until(lambda: on_record(path) == [])
+        nursery.cancel_scope.cancel()
     end(sleeper)
 
 
@@ -119,10 +128,12 @@ def test_a_spoilt_file_is_a_warning_and_nothing_is_swept(
 async def test_a_disk_that_is_full_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     recording = Records(Path("/dev/full/children.json"))
-    with trio.move_on_after(0.2):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(recording.run)
-            for _ in range(3):
-                recording.add(os.getpid(), SLEEP)
-                await trio.sleep(0.03)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(recording.run)
+        recording.add(os.getpid(), SLEEP)
+        await until(lambda: "can't be recorded" in caplog.text)
+        for _ in range(3):
+            recording.add(os.getpid(), SLEEP)
+            await trio.sleep(0.03)
+        nursery.cancel_scope.cancel()
     assert caplog.text.count("can't be recorded") == 1

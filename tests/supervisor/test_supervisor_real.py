@@ -30,7 +30,7 @@ class SaysSo:
     """Ready is: it printed `at <address>`. Well is: it is not stopped."""
 
     async def check(self, process: Process) -> str:
-        if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+        if process.is_stopped():
             raise NotReady("stopped")
         for line in process.output.lines():
             if line.startswith("at "):
@@ -81,9 +81,9 @@ def gone(pid: int) -> bool:
 
 def wait_gone(pid: int) -> None:
     """For a process that is not our child: nobody tells us of its end."""
-    until = time.monotonic() + 1
+    until = time.monotonic() + 5
     while not gone(pid):
-        assert time.monotonic() < until, f"process {pid} is still there after 1 s"
+        assert time.monotonic() < until, f"process {pid} is still there after 5 s"
         time.sleep(0.01)
 
 
@@ -123,7 +123,7 @@ async def test_a_child_that_exits_while_starting_is_told_at_once_with_its_last_w
     before = trio.current_time()
     with pytest.raises(StartFailed) as failed:
         await watched.supervisor.start(spec("print('no such file')\nraise SystemExit(3)"))
-    assert trio.current_time() - before < 2
+    assert trio.current_time() - before < 5
     assert failed.value.exit.code == 3
     assert failed.value.exit.last_lines == ("no such file",)
     assert "exited with code 3" in failed.value.exit.reason
@@ -143,7 +143,7 @@ async def test_a_child_that_is_never_ready_is_ended_at_the_start_timeout(watched
 
 
 async def test_a_crash_is_followed_by_one_restart_at_once_then_back_off_then_giving_up(watched: Watched) -> None:
-    child = spec("print('at home', flush=True)\nimport time\ntime.sleep(0.2)\nraise SystemExit(7)")
+    child = spec("print('at home', flush=True)\nimport time\ntime.sleep(0.7)\nraise SystemExit(7)")
     await watched.supervisor.start(child)
     gave_up = await watched.until(GaveUp)
     assert "3 ends in 60 s" in gave_up.reason
@@ -232,7 +232,7 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(watched: W
     await watched.supervisor.start(spec(deaf, stop=StopPolicy(grace_s=0.2)))
     before = trio.current_time()
     await watched.supervisor.stop("child")
-    assert 0.2 <= trio.current_time() - before < 2
+    assert 0.2 <= trio.current_time() - before < 5
     assert (await watched.until(Exited)).exit.code == -signal.SIGKILL
 
 
