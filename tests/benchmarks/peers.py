@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ def canned(folder: Path, alias: str) -> Iterator[str]:
 
 
 @contextmanager
-def agent(folder: Path, server: Path, models: list[dict[str, Any]], *, cpus: bool) -> Iterator[str]:
-    """The agent with one CPU device; `cpus` keeps its server to the load's CPU."""
+def agent(folder: Path, server: Path, models: list[dict[str, Any]], *, cpus: bool, **keys: Any) -> Iterator[str]:
+    """The agent with one CPU device; `cpus` keeps its server to the load's CPU. `keys` are of its configuration."""
     port = free_port()
     device: dict[str, Any] = {"device_id": "cpu:0"} | ({"cpus": sorted(_LOAD_CPU)} if cpus else {})
     config = {
@@ -84,6 +84,7 @@ def agent(folder: Path, server: Path, models: list[dict[str, Any]], *, cpus: boo
         "drain_grace_s": 0,
         "max_pending_requests_per_device": 64,
         "models": models,
+        **keys,
     }
     path = folder / "agent.yaml"
     path.write_text(json.dumps(config))
@@ -93,15 +94,16 @@ def agent(folder: Path, server: Path, models: list[dict[str, Any]], *, cpus: boo
 
 
 @contextmanager
-def router(folder: Path, server: Path, models: Mapping[str, Path]) -> Iterator[str]:
-    """llama-server's own router mode with room for one model; it names models by their files."""
+def router(folder: Path, server: Path, models: Mapping[str, Path], flags: Sequence[str] = ()) -> Iterator[str]:
+    """llama-server's own router mode with room for one model; it names models by their files, and hands `flags` on."""
     files = folder / "router-models"
     files.mkdir()
     for name, path in models.items():
         (files / f"{name}.gguf").symlink_to(path)
     port = free_port()
     argv = [str(server), "--models-dir", str(files), "--models-max", "1", "--host", "127.0.0.1", "--port", str(port)]
-    with process([*argv, "-np", "1", "--device", "none"], f"http://127.0.0.1:{port}/health", folder / "router.log"):
+    argv += ["-np", "1", "--device", "none", *flags]
+    with process(argv, f"http://127.0.0.1:{port}/health", folder / "router.log"):
         yield f"http://127.0.0.1:{port}"
 
 

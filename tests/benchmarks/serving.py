@@ -11,10 +11,9 @@ machine may be shared: read the ratios, not the milliseconds.
 import argparse
 import json
 import shutil
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import peers
+from benchmarks.figures import Figures, medians, print_ratios
 from benchmarks.load import Outcome, first_byte_s, load
 from fakes import tiny_models
 from nodeagent.config import find_llama_server, parse_config
@@ -32,8 +32,6 @@ CANNED_ALIAS = "canned"
 CHAT: dict[str, object] = {"model": CANNED_ALIAS, "messages": QUESTION}
 STREAM = CHAT | {"stream": True}
 SWITCHES = 6
-
-Figures = dict[str, dict[str, float]]
 
 
 def main() -> int:
@@ -84,7 +82,7 @@ def measure_canned(folder: Path, args: argparse.Namespace) -> Figures:
             for name, base_url in targets.items():
                 for figure, value in _round_of_load(base_url, args.seconds).items():
                     samples[name].setdefault(figure, []).append(value)
-    return _medians(samples)
+    return medians(samples)
 
 
 def _round_of_load(base_url: str, seconds: float) -> dict[str, float]:
@@ -135,22 +133,7 @@ def measure_switches(folder: Path, args: argparse.Namespace) -> Figures:
                     body = {"model": model, "messages": QUESTION, "max_tokens": 1, "stream": True}
                     took_ms = first_byte_s(base_url, body) * 1000
                     samples[name].setdefault(f"ms to {model}", []).append(took_ms)
-    return _medians(samples)
-
-
-def _medians(samples: Mapping[str, Mapping[str, list[float]]]) -> Figures:
-    return {
-        name: {figure: statistics.median(values) for figure, values in figures.items()}
-        for name, figures in samples.items()
-    }
-
-
-def print_ratios(title: str, figures: Figures, base: str) -> None:
-    """A table: a row for each figure, a column for each target, as value and ratio to the base."""
-    print(f"\n{title}\n{'':24}" + "".join(f"{name:>22}" for name in figures))
-    for figure, reference in figures[base].items():
-        cells = (f"{values[figure]:.2f} ({values[figure] / reference:.2f}x)" for values in figures.values())
-        print(f"{figure:24}" + "".join(f"{cell:>22}" for cell in cells))
+    return medians(samples)
 
 
 if __name__ == "__main__":

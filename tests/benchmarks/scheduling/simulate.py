@@ -13,11 +13,11 @@ import argparse
 import json
 import logging
 import math
-import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import trio
@@ -25,6 +25,7 @@ from trio.testing import MockClock
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+from benchmarks.figures import by_figure, medians, print_ratios, print_row, quantile
 from benchmarks.scheduling.workloads import Ask, Workload, workloads
 from fakes.servers import FakeServers
 from nodeagent.errors import QueueFull
@@ -71,11 +72,6 @@ class Run:
         if self.urgent_waits_s:
             figures["interactive p95 s"] = quantile(self.urgent_waits_s, 0.95)
         return figures
-
-
-def quantile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
 
 
 def simulate(workload: Workload, policy: Policy, *, max_pending: int = MAX_PENDING) -> Run:
@@ -129,44 +125,42 @@ async def _client(scheduler: Scheduler[str], asks: Iterator[Ask], think_s: float
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--only", metavar="WORDS", default="", help="the loads whose name has these words")
-    args = parser.parse_args()
+    args = _arguments()
     logging.disable(logging.ERROR)
     results = {}
-    for number in range(len(workloads(0))):
-        runs = (
-            {
-                name: [simulate(workloads(seed)[number], policy) for seed in range(args.seeds)]
-                for name, policy in POLICIES.items()
-            }
-            if args.only in workloads(0)[number].name
-            else {}
-        )
-        if runs:
-            results[workloads(0)[number].name] = {name: [it.figures() for it in ran] for name, ran in runs.items()}
-            _print(workloads(0)[number].name, results[workloads(0)[number].name])
+    for name, seeded in _by_name(args.seeds, args.only).items():
+        ran = {policy: [simulate(workload, how).figures() for workload in seeded] for policy, how in POLICIES.items()}
+        _print(name, ran)
+        results[name] = ran
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1))
     return 0
 
 
-def _print(name: str, results: dict[str, list[dict[str, float]]]) -> None:
-    print(f"\n{name}\n{'':20}" + "".join(f"{policy:>22}" for policy in results))
-    for figure in results["fifo"][0]:
-        base = statistics.median(it[figure] for it in results["fifo"])
-        cells = []
-        for figures in results.values():
-            value = statistics.median(it[figure] for it in figures)
-            cells.append(f"{value:.2f} ({value / base:.2f}x)" if base else f"{value:.2f}")
-        print(f"{figure:20}" + "".join(f"{cell:>22}" for cell in cells))
-    worst = [
-        max(mine["makespan s"] / base["makespan s"] for mine, base in zip(ran, results["fifo"], strict=True))
-        for ran in results.values()
-    ]
-    print(f"{'worst makespan':20}" + "".join(f"{f'{ratio:.2f}x':>22}" for ratio in worst))
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--only", metavar="WORDS", default="", help="the loads whose name has these words")
+    return parser.parse_args()
+
+
+def _by_name(seeds: int, words: str) -> dict[str, list[Workload]]:
+    """The loads whose name has these words, each as made from every seed."""
+    by_name: dict[str, list[Workload]] = {}
+    for seed in range(seeds):
+        for workload in workloads(seed):
+            if words in workload.name:
+                by_name.setdefault(workload.name, []).append(workload)
+    return by_name
+
+
+def _print(name: str, ran: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    samples = {policy: by_figure(figures) for policy, figures in ran.items()}
+    print_ratios(name, medians(samples), "fifo")
+    first_come = samples["fifo"]["makespan s"]
+    worst = (max(map(truediv, figures["makespan s"], first_come)) for figures in samples.values())
+    print_row("worst makespan", (f"{ratio:.2f}x" for ratio in worst))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,23 @@ def _one_model(rng: random.Random) -> Workload:
     return Workload("one model, 2 devices", feeds=((16, asks),), devices=2)
 
 
+def _uneven(rng: random.Random) -> Workload:
+    """One model that is wanted eight times as often as the other, by clients who each keep to theirs."""
+    often = tuple(Ask("a", _service_s(rng, 2.0)) for _ask in range(120))
+    seldom = tuple(Ask("b", _service_s(rng, 2.0)) for _ask in range(15))
+    return Workload("uneven", feeds=((10, often), (4, seldom)), devices=2)
+
+
+def _open_loop(rng: random.Random) -> Workload:
+    """Requests that come whether or not those before them were answered."""
+    clients, at = [], 0.0
+    for _ask in range(150):
+        at += rng.expovariate(1 / 1.3)
+        model_id = rng.choices("ab", (0.7, 0.3))[0]
+        clients.append((Ask(model_id, _service_s(rng, 2.0), at),))
+    return Workload("open loop, 2 devices", clients=tuple(clients), devices=2)
+
+
 _MAKERS: list[Callable[[random.Random], Workload]] = [
     _alternating,
     _alternating_quick,
@@ -125,4 +142,6 @@ _MAKERS: list[Callable[[random.Random], Workload]] = [
     _two_clients,
     _slots,
     _one_model,
+    _uneven,
+    _open_loop,
 ]
