@@ -128,6 +128,7 @@ class AgentNode:
         self._incarnation = uuid.uuid4().hex
         self._started_at = datetime.now(UTC)
         self._base_url = config.advertise_url or _base_url(config.listen_host, port)
+        self._reloading = trio.Lock()
         self._front_shuts = trio.Event()
         self._front_ended = trio.Event()
         self._last_resort: threading.Timer | None = None
@@ -194,7 +195,10 @@ class AgentNode:
         return self._logs[device_id]
 
     async def load(self, model_id: str, device_id: str | None) -> str:
-        lane = self._lane(device_id or self.scheduler.place(model_id))
+        for name, host in self._hosts.items():
+            if device_id in (None, name) and host.forgive(model_id):
+                logger.info("%s: %s had failed, and is tried again: an operator asked for it", name, model_id)
+        lane = self._lane(device_id or self.scheduler.place_visit(model_id))
         ticket = lane.visit(model_id)
         try:
             return (await ticket.granted()).device_id
@@ -205,7 +209,8 @@ class AgentNode:
         self._nursery.start_soon(self._load_for_nobody, model_id, device_id)
 
     async def unload(self, model_id: str, *, force: bool) -> list[str]:
-        devices = [device_id for device_id, host in self._hosts.items() if host.runs(model_id)]
+        # Of one that has failed there is nothing to stop but its past.
+        devices = [name for name, host in self._hosts.items() if host.runs(model_id) or host.forgive(model_id)]
         async with trio.open_nursery() as nursery:
             for device_id in devices:
                 nursery.start_soon(partial(self._lanes[device_id].unload, model_id, force=force))
@@ -226,13 +231,14 @@ class AgentNode:
             self._enter(NodeStatus.READY)
 
     async def reload(self) -> Reloaded:
-        try:
-            config = await trio.to_thread.run_sync(_read_again, self._config)
-        except ConfigError as error:
-            problems = [str(problem) for problem in error.problems]
-            logger.error("the configuration is bad, the old one stays: %s", "; ".join(problems))
-            raise ReloadRefused(problems) from error
-        return await self._take_over(config)
+        async with self._reloading:  # in the order in which they were asked for
+            try:
+                config = await trio.to_thread.run_sync(_read_again, self._config)
+            except ConfigError as error:
+                problems = [str(problem) for problem in error.problems]
+                logger.error("the configuration is bad, the old one stays: %s", "; ".join(problems))
+                raise ReloadRefused(problems) from error
+            return await self._take_over(config)
 
     def register(self) -> bool:
         if self._dispatcher is None:
@@ -314,6 +320,8 @@ class AgentNode:
 
     async def _take_over(self, config: NodeConfig) -> Reloaded:
         """Make it the node's; what it does not change goes on as it is."""
+        await self._catalogue.inspect_all(config.models)
+        # From here on nothing is awaited: no request sees half of it.
         before = {model.model_id: model for model in self._config.models}
         after = {model.model_id: model for model in config.models}
         what = Reloaded(
@@ -324,7 +332,6 @@ class AgentNode:
         )
         fixed = {key: getattr(self._config, key) for key in _FIXED_KEYS}
         self._config = with_keys(config, fixed)
-        await self._catalogue.inspect_all(config.models)
         for device_id, host in self._hosts.items():
             self._lanes[device_id].rules = _rules(config)
             specs = self._specs(host.device, self._config)

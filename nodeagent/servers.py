@@ -76,10 +76,28 @@ class DeviceServers:
     ) -> list[str]:
         """Take another configuration; return the models with a server that it has no place for any more.
 
-        Those servers go on until they are stopped; a start from now on follows the new configuration.
+        Those servers go on until they are stopped; a start from now on follows the new configuration. A model that has
+        failed and that it changes may be started at once.
         """
         self._models, self._specs, self._patience_s = models, specs, patience_s
-        return [model_id for model_id in self._running() if self._started.get(model_id) != self._specs.get(model_id)]
+        for model_id, spec in self._started.items():
+            if specs.get(model_id) != spec:
+                self.forgive(model_id)
+        return [model_id for model_id in self._running() if not self._runs_as(model_id, specs.get(model_id))]
+
+    def forgive(self, model_id: str) -> bool:
+        """Let a model that has failed be started at once, as if it never had; whether it had failed."""
+        child = self._child(model_id)
+        if child is None or child.state is not ChildState.FAILED:
+            return False
+        self._supervisor.forget(child.child_id)
+        return True
+
+    def _runs_as(self, model_id: str, spec: ChildSpec | None) -> bool:
+        """Whether the model's child is the same process under that spec: how it is kept (its restarts, its pauses) may
+        differ, and follows with its next start."""
+        started = self._started[model_id]
+        return spec is not None and _process(started) == _process(spec)
 
     def views(self) -> list[ServerView[Upstream]]:
         """Every server that runs, is about to, or has failed (a model whose file can't be used has, too)."""
@@ -125,19 +143,22 @@ class DeviceServers:
 
     async def ensure(self, model_id: str) -> None:
         """Return when this device runs a ready server of the model and no other. See `scheduling.host.Servers`."""
-        problem = await self._catalogue.inspect(self._usable(model_id))
+        model = self._usable(model_id)
+        problem = await self._catalogue.inspect(model)
         if problem is not None:
             raise BackendUnavailable(model_id, problem)
         spec = self._specs[model_id]
-        others = [other for other in self._running() if other != model_id or self._started[other] != spec]
+        others = [other for other in self._running() if other != model_id or not self._runs_as(other, spec)]
         for other in others:
             await self._end(other)
         if others:
             await self._monitor.settled(self.device.device_id)
+        if model_id in self._running():
+            spec = self._started[model_id]
         self._started[model_id] = spec
         try:
-            if self._models[model_id].keep_kv:
-                await self._start_with_cache(model_id, spec)
+            if model.keep_kv:
+                await self._start_with_cache(model, spec)
             else:
                 await self._supervisor.start(spec)
         except StartFailed as failure:
@@ -174,7 +195,8 @@ class DeviceServers:
             await self._kept_kv.keep(spec, model.path, upstream, model.parallel)
         await self._supervisor.stop(self._child_id(model_id))
 
-    async def _start_with_cache(self, model_id: str, spec: ChildSpec) -> None:
+    async def _start_with_cache(self, model: ModelConfig, spec: ChildSpec) -> None:
+        model_id = model.model_id
         try:
             self._kept_kv.make_folder()  # the server will not start without
         except OSError as error:
@@ -183,7 +205,7 @@ class DeviceServers:
         try:
             await self._supervisor.start(spec)
             if model_id in self._upstreams:
-                await self._kept_kv.bring_back(spec, self._models[model_id].path, self._upstreams[model_id])
+                await self._kept_kv.bring_back(spec, model.path, self._upstreams[model_id])
         finally:
             self._bringing_back = None
             self._kept_kv.forget(spec.child_id)
@@ -270,6 +292,11 @@ class DeviceServers:
     def _unavailable(self, model_id: str, reason: str, retry_at: float | None) -> BackendUnavailable:
         retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
         return BackendUnavailable(model_id, f"{self.device.device_id}: {reason}", retry_after_s)
+
+
+def _process(spec: ChildSpec) -> tuple[object, ...]:
+    """What of a spec makes another process."""
+    return spec.argv, spec.env, spec.cpus, spec.cwd, spec.probe
 
 
 def _with_last_words(reason: str, lines: Sequence[str]) -> str:

@@ -14,9 +14,11 @@ from werkzeug.datastructures import Headers
 
 from nodeagent.errors import (
     BackendCrashed,
+    BackendUnavailable,
     InvalidRequest,
     ModelLoadTimeout,
     PoisonedRequest,
+    Refusal,
     UpstreamLost,
 )
 from nodeagent.front.asgi import exit_stack, request_id
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 # connection that broke while the server lives on (a fault of its own) is tried again after it.
 _EXIT_NOTICE_S = 1.0
 _LOADING_RETRY_S = 1.0
+_STOPPED_RETRY_S = 1.0
 
 ENDPOINTS = ("chat", "completions")
 """What of OpenAI's surface each model serves, in the wire's words."""
@@ -159,6 +162,7 @@ async def _first_answer(
     try:
         return lease, await _ask(lease, message)
     except UpstreamLost as lost:
+        _refuse_if_stopped(lease, lost)
         logger.warning("%s: lost %s before it answered (%s); trying once more", lease.device_id, lease.model_id, lost)
         await _note_fall(poison, message.body, lease)
     node.scheduler.retry(ticket)
@@ -167,8 +171,19 @@ async def _first_answer(
     try:
         return lease, await _ask(lease, message)
     except UpstreamLost as lost:
+        _refuse_if_stopped(lease, lost)
         await _note_fall(poison, message.body, lease)
         raise BackendCrashed(lease.model_id, lease.device_id, lost.reason) from lost
+
+
+def _refuse_if_stopped(lease: Lease[Upstream], lost: UpstreamLost) -> None:
+    """Where the server was told to end under its requests, to try again would undo that, and no request is to blame."""
+    if lease.endpoint.ends_as_asked:
+        raise _stopped(lease) from lost
+
+
+def _stopped(lease: Lease[Upstream]) -> BackendUnavailable:
+    return BackendUnavailable(lease.model_id, f"its server on {lease.device_id} was stopped", _STOPPED_RETRY_S)
 
 
 def _refuse_poison(poison: PoisonGuard, body: bytes, model_id: str) -> None:
@@ -190,8 +205,7 @@ async def _note_fall(poison: PoisonGuard, body: bytes, lease: Lease[Upstream]) -
     """Wait until the end of the lease's server shows, so that the next grant is not of the same dead server."""
     with trio.move_on_after(_EXIT_NOTICE_S):
         await lease.endpoint.closed.wait()
-        if not lease.endpoint.ends_as_asked:
-            poison.felled(body, trio.current_time())
+        poison.felled(body, trio.current_time())
 
 
 class _Relay:
@@ -219,14 +233,20 @@ class _Relay:
         except UpstreamLost as lost:
             logger.warning("%s: lost %s in mid-answer: %s", self._lease.device_id, self._lease.model_id, lost)
             self._broken = lost
-            await _note_fall(self._poison, self._body, self._lease)
+            if not self._lease.endpoint.ends_as_asked:
+                await _note_fall(self._poison, self._body, self._lease)
             if not self._answer.event_stream:
                 raise AbortResponse(str(lost)) from lost
-            return error_event(BackendCrashed(self._lease.model_id, self._lease.device_id, lost.reason), request_id())
+            return error_event(self._why(lost), request_id())
         if chunk is None:
             self._poison.survived(self._body)
             raise StopAsyncIteration
         return chunk
+
+    def _why(self, lost: UpstreamLost) -> Refusal:
+        if self._lease.endpoint.ends_as_asked:
+            return _stopped(self._lease)
+        return BackendCrashed(self._lease.model_id, self._lease.device_id, lost.reason)
 
 
 def _card_json(card: ModelCard) -> dict[str, Any]:

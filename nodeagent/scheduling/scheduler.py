@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -75,7 +76,15 @@ class Scheduler(Generic[E]):
     def place(self, model_id: str, conversation: str | None = None) -> str:
         """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
         knows = self.conversations.device_of(conversation)
-        match choose([self._candidate(device_id, model_id, knows) for device_id in self.lanes]):
+        return self._choose(model_id, [self._candidate(device_id, model_id, knows) for device_id in self.lanes])
+
+    def place_visit(self, model_id: str) -> str:
+        """The device that the model is best loaded on, however full its lane is; raises BackendUnavailable."""
+        candidates = [self._candidate(device_id, model_id) for device_id in self.lanes]
+        return self._choose(model_id, [replace(it, limit=it.admitted + 1) for it in candidates])
+
+    def _choose(self, model_id: str, candidates: list[Candidate]) -> str:
+        match choose(candidates):
             case Placed(device_id, reason):
                 logger.debug("%s goes to %s: %s", model_id, device_id, reason)
                 return device_id

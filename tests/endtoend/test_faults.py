@@ -26,7 +26,7 @@ def post(agent: AgentProcess, model: str, tokens: int = 4, timeout_s: float = 30
 
 @pytest.fixture
 def one_slow_model(llama_server: Path, slow_model: Path, tmp_path: Path) -> Path:
-    return write_config(tmp_path, llama_server, [{"model_id": "slow", "path": str(slow_model)}])
+    return write_config(tmp_path, llama_server, [{"model_id": "slow", "path": str(slow_model), "threads": 1}])
 
 
 def test_a_stream_whose_server_is_killed_ends_in_an_error_event_and_never_cleanly(one_slow_model: Path) -> None:

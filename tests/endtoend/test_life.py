@@ -22,7 +22,7 @@ ENDLESS = {**LONG, "max_tokens": 100_000}
 
 @pytest.fixture
 def slow(slow_model: Path) -> list[dict[str, Any]]:
-    return [{"model_id": "slow", "path": str(slow_model)}]
+    return [{"model_id": "slow", "path": str(slow_model), "threads": 1}]
 
 
 def stream(agent: AgentProcess, body: dict[str, Any], begun: threading.Event) -> str:

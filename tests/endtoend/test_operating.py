@@ -20,7 +20,10 @@ HELLO: Any = [{"role": "user", "content": "hello there"}]
 
 @pytest.fixture
 def config(llama_server: Path, tiny_model: Path, slow_model: Path, tmp_path: Path) -> Path:
-    models = [{"model_id": "tiny", "path": str(tiny_model)}, {"model_id": "slow", "path": str(slow_model)}]
+    models: list[dict[str, Any]] = [
+        {"model_id": "tiny", "path": str(tiny_model)},
+        {"model_id": "slow", "path": str(slow_model), "threads": 1},
+    ]
     return write_config(tmp_path, llama_server, models)
 
 
@@ -278,3 +281,80 @@ def test_an_idle_model_is_unloaded(llama_server: Path, tiny_model: Path, tmp_pat
         agent.wait_for_line(lambda line: "cpu:0/tiny has stopped" in line["message"], 5)
         assert agent.children() == []
         assert chat(agent, "tiny").status_code == 200
+
+
+def test_a_forced_unload_ends_a_request_for_good_and_blames_it_for_nothing(
+    agent: AgentProcess, operator: httpx.Client
+) -> None:
+    for _time in range(2):
+        assert operator.post("/v1/node/models/slow/load").status_code == 200
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(chat, agent, "slow", 200)
+            while not _in_flight(agent):
+                pass
+            assert operator.post("/v1/node/models/slow/unload", json={"force": True}).status_code == 200
+            answer = asked.result(20)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_unavailable")
+        assert answer.headers["retry-after"] == "1"
+        assert agent.children() == []
+    assert chat(agent, "slow", 200).status_code == 200
+
+
+def _in_flight(agent: AgentProcess) -> int:
+    [lane] = httpx.get(f"{agent.base_url}/v1/node/queue", timeout=30, trust_env=False).json()["lanes"]
+    return int(lane["in_flight"])
+
+
+def test_a_load_of_a_model_that_is_ready_does_not_wait_for_the_request_on_it(
+    agent: AgentProcess, operator: httpx.Client
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(chat, agent, "slow", 300)
+        while not _in_flight(agent):
+            pass
+        assert operator.post("/v1/node/models/slow/load").status_code == 200
+        assert not asked.done()
+        assert asked.result(30).status_code == 200
+
+
+@pytest.fixture
+def failing(llama_server: Path, tiny_model: Path, tmp_path: Path) -> Path:
+    """A model whose server ends at once, until its template is there; after one end it has failed, for long."""
+    template = {"chat_template_file": str(tmp_path / "template.jinja")}
+    models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": template}]
+    return write_config(tmp_path, llama_server, models, restart={"max_restarts": 0, "cooldown_s": 300})
+
+
+def _fail(agent: AgentProcess) -> None:
+    answer = chat(agent, "tiny")
+    assert answer.status_code == 503, answer.text
+    assert servers(agent)["tiny"]["state"] == "failed"
+    assert int(answer.headers["retry-after"]) > 100
+
+
+@pytest.mark.parametrize("order", [("load", "tiny"), ("load", "tiny", "--device", "cpu:0"), ("restart", "tiny")])
+def test_an_operator_has_a_model_tried_again_that_has_failed(failing: Path, order: tuple[str, ...]) -> None:
+    with running_agent(failing) as agent:
+        _fail(agent)
+        (failing.parent / "template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+        said(failing, *order)
+        assert chat(agent, "tiny").status_code == 200
+
+
+def test_a_reload_that_mends_a_model_has_it_tried_again(failing: Path) -> None:
+    with running_agent(failing) as agent:
+        _fail(agent)
+        config = json.loads(failing.read_text())
+        del config["models"][0]["server_args"]
+        failing.write_text(json.dumps(config))
+        assert said(failing, "reload")["changed"] == ["tiny"]
+        assert chat(agent, "tiny").status_code == 200
+
+
+def test_a_reload_of_how_servers_are_kept_restarts_none(agent: AgentProcess, config: Path) -> None:
+    assert chat(agent, "tiny").status_code == 200
+    keys = json.loads(config.read_text())
+    config.write_text(json.dumps(keys | {"restart": {"max_restarts": 7}, "llama_server_stop_grace_s": 2}))
+    said(config, "reload")
+    assert chat(agent, "tiny").status_code == 200
+    assert servers(agent)["tiny"]["generation"] == 1

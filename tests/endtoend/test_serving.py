@@ -25,7 +25,7 @@ def agent(
     models: list[dict[str, Any]] = [
         {"model_id": "tiny", "path": str(tiny_model), "alias": "small", "roles": ["planner"]},
         {"model_id": "tiny-b", "path": str(tiny_model_b)},
-        {"model_id": "slow", "path": str(slow_model)},
+        {"model_id": "slow", "path": str(slow_model), "threads": 1},
     ]
     folder = tmp_path_factory.mktemp("agent")
     with running_agent(write_config(folder, llama_server, models, max_pending_requests_per_device=4)) as agent:

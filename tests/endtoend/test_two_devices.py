@@ -17,7 +17,7 @@ def test_two_devices_serve_two_models_at_once(
     config = write_config(
         tmp_path,
         llama_server,
-        [{"model_id": "tiny", "path": str(tiny_model)}, {"model_id": "slow", "path": str(slow_model)}],
+        [{"model_id": "tiny", "path": str(tiny_model)}, {"model_id": "slow", "path": str(slow_model), "threads": 1}],
         devices=[{"device_id": "cpu:0", "threads": 1, "cpus": [0]}, {"device_id": "cpu:1", "threads": 1}],
     )
     with running_agent(config) as agent, httpx.Client(base_url=agent.base_url, timeout=60, trust_env=False) as http:

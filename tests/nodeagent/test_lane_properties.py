@@ -57,7 +57,7 @@ VISITS = st.builds(
     policy=POLICIES,
     grace_s=st.sampled_from([0.3, 30.0]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 def test_a_lane_always_comes_to_rest(
     visits: list[Visit],
     crashes: list[float],
@@ -188,7 +188,7 @@ async def _is_served_in_the_end(lane: Lane[str]) -> None:
     fairness_s=st.sampled_from([1.0, 10.0, 30.0]),
     urgent=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings().max_examples, deadline=None)
 def test_nobody_starves_however_busy_the_loaded_model_is_kept(
     rivals: int, service_s: float, think_s: float, load_s: float, slots: int, fairness_s: float, urgent: bool
 ) -> None:

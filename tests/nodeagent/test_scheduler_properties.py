@@ -55,7 +55,7 @@ VISITS = st.builds(
     too_small=st.lists(st.sets(st.sampled_from("abc"), max_size=1), min_size=3, max_size=3),
     policy=st.sampled_from([SwapAware(), SwapAware(1.0, 0.5, 0.2), FirstCome()]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings().max_examples, deadline=None)
 def test_everything_comes_to_rest(
     visits: list[Visit],
     devices: int,

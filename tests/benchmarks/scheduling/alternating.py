@@ -45,8 +45,8 @@ MAX_PENDING = 16
 CTX_SIZE = 2048
 THREADS = 1
 MAX_TOKENS = 8
-# A load and a cold prompt take about half a second, so this is several times what the slowest target needs.
-LIMIT_S_PER_REQUEST = 3.0
+# A load and a cold prompt take about half a second, so this is more than a target needs that loads for each request.
+LIMIT_S_PER_REQUEST = 1.0
 
 
 @dataclass(frozen=True, slots=True)
