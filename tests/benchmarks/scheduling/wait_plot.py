@@ -44,7 +44,7 @@ def _draw_panel(panel: "Axes", name: str, answers: Sequence[Answer]) -> None:
         panel.hlines(numbers, asked, first, colors=light, linewidth=_WAIT_POINTS, label=f"{model_id} waits")
         panel.hlines(numbers, first, last, colors=dark, linewidth=_ANSWER_POINTS, label=f"{model_id} is answered")
     end_s = max(answer.last_byte_s for answer in answers)
-    panel.set_title(f"{name}: all answered after {end_s:.0f} s", loc="left", fontsize=10)
+    panel.set_title(f"{name}: {len(answers)} answered, the last after {end_s:.0f} s", loc="left", fontsize=10)
     panel.set_ylabel("request")
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)
