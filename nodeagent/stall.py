@@ -20,7 +20,7 @@ import httpx
 import psutil
 import trio
 
-from nodeagent.upstream import Upstream
+from nodeagent.upstream import Upstream, control_client
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +125,8 @@ async def watch(
 
 async def _counts(upstream: Upstream) -> Counts | None:
     """Task, prompt tokens processed and tokens decoded of each slot; None where the server does not say in time."""
-    headers = {"Authorization": f"Bearer {upstream.api_key}"}
     try:
-        async with httpx.AsyncClient(timeout=_SLOTS_TIMEOUT_S, trust_env=False, verify=False, headers=headers) as http:
+        async with control_client(upstream.api_key, _SLOTS_TIMEOUT_S) as http:
             slots = (await http.get(f"http://{upstream.address}/slots")).json()
         return tuple(
             (

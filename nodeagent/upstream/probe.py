@@ -4,6 +4,7 @@ import re
 
 import httpx
 
+from nodeagent.upstream.control import control_client
 from supervisor.probe import NotReady
 from supervisor.spawn import Process
 
@@ -21,12 +22,12 @@ class LlamaServerProbe:
 
     def __init__(self, alias: str, api_key: str) -> None:
         self._alias = alias
-        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._api_key = api_key
         self._known: tuple[int, str] | None = None
 
     def __eq__(self, other: object) -> bool:
         """Probes that ask the same are the same: a child need not be restarted for one."""
-        return isinstance(other, LlamaServerProbe) and (self._alias, self._headers) == (other._alias, other._headers)
+        return isinstance(other, LlamaServerProbe) and (self._alias, self._api_key) == (other._alias, other._api_key)
 
     def __hash__(self) -> int:
         return hash(self._alias)
@@ -58,13 +59,8 @@ class LlamaServerProbe:
             raise NotReady(f"the server at {address} serves {names}, not {self._alias!r}")
 
     async def _get(self, address: str, path: str) -> httpx.Response:
-        # A client for each look: no pool that a cancelled look could wedge, and no connection left to time out.
-        # The environment's proxies are not asked for what is on this host.
         try:
-            # No `verify`: to load certificates that plain HTTP does not need takes 40 ms.
-            async with httpx.AsyncClient(
-                timeout=_TIMEOUT_S, trust_env=False, verify=False, headers=self._headers
-            ) as client:
+            async with control_client(self._api_key, _TIMEOUT_S) as client:
                 return await client.get(f"http://{address}{path}")
         except httpx.HTTPError as error:
             raise NotReady(f"{path} does not answer: {error!r}") from error

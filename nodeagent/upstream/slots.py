@@ -10,6 +10,7 @@ import httpx
 
 from nodeagent.errors import UpstreamLost
 from nodeagent.upstream.connection import Upstream
+from nodeagent.upstream.control import control_client
 
 # Writing takes 11 ms for 35 MB (1,500 tokens of a small model); this is for a disk that hangs.
 _TIMEOUT_S = 10.0
@@ -31,9 +32,8 @@ async def restore_slot(upstream: Upstream, slot: int, filename: str) -> int:
 
 
 async def _act(upstream: Upstream, slot: int, action: str, filename: str) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {upstream.api_key}"}
     try:
-        async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, verify=False, headers=headers) as http:
+        async with control_client(upstream.api_key, _TIMEOUT_S) as http:
             url = f"http://{upstream.address}/slots/{slot}"
             answer = await http.post(url, params={"action": action}, json={"filename": filename})
         said = answer.json()
