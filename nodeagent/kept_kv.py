@@ -72,7 +72,8 @@ class KeptKv:
             logger.info("%s: kept %d bytes of cache", spec.child_id, sum(size for _path, size in files.values()))
 
     async def bring_back(self, spec: ChildSpec, model: Path, upstream: Upstream) -> None:
-        """Read into a server that was just started what was kept of it, if that is still right for it."""
+        """Read into a server that was just started what was kept of it, if that is still right for it. The files stay
+        until `forget`."""
         kept = self._kept.get(spec.child_id)
         if kept is None:
             return
@@ -84,8 +85,6 @@ class KeptKv:
                         logger.info("%s: slot %d has its %d tokens back", spec.child_id, slot, tokens)
         except UpstreamLost as error:
             logger.warning("%s: its cache is not brought back: %s", spec.child_id, error)
-        finally:
-            self.forget(spec.child_id)
 
     def forget(self, child_id: str) -> None:
         """Delete what was kept of that child."""

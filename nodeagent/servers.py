@@ -143,14 +143,11 @@ class DeviceServers:
 
     async def ensure(self, model_id: str) -> None:
         """Return when this device runs a ready server of the model and no other. See `scheduling.host.Servers`."""
-        model = self._usable(model_id)
-        problem = await self._catalogue.inspect(model)
-        if problem is not None:
-            raise BackendUnavailable(model_id, problem)
+        model = await self._usable(model_id)
         spec = self._specs[model_id]
         others = [other for other in self._running() if other != model_id or not self._runs_as(other, spec)]
         for other in others:
-            await self._end(other)
+            await self.stop(other)
         if others:
             await self._monitor.settled(self.device.device_id)
         if model_id in self._running():
@@ -168,31 +165,31 @@ class DeviceServers:
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
 
-    def _usable(self, model_id: str) -> ModelConfig:
-        """The model, if nothing is known to keep this device from serving it."""
+    async def _usable(self, model_id: str) -> ModelConfig:
+        """The model, if nothing is known to keep this device from serving it and its file can be used."""
         obstacle = self.obstacle(model_id)
         if obstacle is not None:
             raise self._unavailable(model_id, obstacle.reason, obstacle.retry_at)
-        return self._models[model_id]
-
-    async def prepare(self, model_id: str) -> None:
-        """Look at the model's file, and have it in the page cache. See `scheduling.host.Servers`."""
-        model = self._usable(model_id)
+        model = self._models[model_id]
         problem = await self._catalogue.inspect(model)
         if problem is not None:
             raise BackendUnavailable(model_id, problem)
+        return model
+
+    async def prepare(self, model_id: str) -> None:
+        """Look at the model's file, and have it in the page cache. See `scheduling.host.Servers`."""
+        model = await self._usable(model_id)
         size = await read_ahead(model.path)
         logger.debug("%s: %d bytes of %s are read ahead", self.device.device_id, size, model_id)
 
     async def stop(self, model_id: str) -> None:
-        await self._end(model_id)
-
-    async def _end(self, model_id: str) -> None:
-        """Stop a server, and keep its cache if it is to be and nobody uses it."""
-        spec, model, upstream = self._started.get(model_id), self._models.get(model_id), self._upstreams.get(model_id)
-        wanted = model is not None and model.keep_kv and spec == self._specs.get(model_id)
-        if wanted and spec is not None and model is not None and upstream is not None and not upstream.in_flight:
-            await self._kept_kv.keep(spec, model.path, upstream, model.parallel)
+        """Stop the model's server, and keep its cache if it is to be and nobody uses it."""
+        spec, upstream = self._specs.get(model_id), self._upstreams.get(model_id)
+        as_configured = spec == self._started.get(model_id)
+        if spec is not None and as_configured and upstream is not None and not upstream.in_flight:
+            model = self._models[model_id]
+            if model.keep_kv:
+                await self._kept_kv.keep(spec, model.path, upstream, model.parallel)
         await self._supervisor.stop(self._child_id(model_id))
 
     async def _start_with_cache(self, model: ModelConfig, spec: ChildSpec) -> None:
@@ -269,17 +266,19 @@ class DeviceServers:
             return ServerView(model_id, ServerState.FAILED, 0, trio.current_time(), slots, reason=problem)
         if model is None and child.state is ChildState.FAILED:
             return None
-        ready = child.state is ChildState.READY and model_id != self._bringing_back
+        state = _STATES[child.state]
+        if state is ServerState.READY and model_id == self._bringing_back:
+            state = ServerState.STARTING
         return ServerView(
             model_id,
-            ServerState.STARTING if child.state is ChildState.READY and not ready else _STATES[child.state],
+            state,
             child.generation,
             child.since,
             slots,
             child.spawned_at,
             self._reason(child),
             child.retry_at,
-            self._upstreams.get(model_id) if ready else None,
+            self._upstreams.get(model_id) if state is ServerState.READY else None,
             model.idle_unload_s if model is not None else None,
         )
 

@@ -123,13 +123,13 @@ class _Answer:
         self.before_last: Callable[[], None] | None = None
         self._send = send
         self._marks = marks
+        self._mark_names = {name for name, _value in marks}
         self._left_bytes: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            names = {name for name, _value in self._marks}
-            others = [header for header in message.get("headers", []) if header[0].lower() not in names]
+            others = [header for header in message.get("headers", []) if header[0].lower() not in self._mark_names]
             self._left_bytes = _declared_bytes(others)
             message = {**message, "headers": [*others, *self._marks]}
         elif message["type"] == "http.response.body":

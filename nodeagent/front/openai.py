@@ -75,7 +75,9 @@ async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
     card = find_card(node, wanted.model)
     priority = read_priority(request.headers.get("X-Priority"))
     _refuse_poison(poison, body, card.model_id)
-    conversation = conversation_of(request.headers.get("X-Session-Id"), wanted.body)
+    conversation = None
+    if len(node.scheduler.lanes) > 1:  # else there is nothing to choose by it
+        conversation = conversation_of(request.headers.get("X-Session-Id"), wanted.body)
     ticket = node.scheduler.admit(request_id(), card.model_id, priority, conversation)
     exit_stack().callback(ticket.close)
     message = _Message(request.path, forwardable(request.headers), body)

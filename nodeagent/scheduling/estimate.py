@@ -3,7 +3,7 @@
 They feed `Retry-After`, placement and `estimated_wait_s`: honest guesses, not promises.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # One part new to three parts old: follows a change within a few requests, and one odd request does not own it.
@@ -16,14 +16,22 @@ _RETURN_MAX_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class Running:
+    """A request in flight for `so_far_s`."""
+
+    model_id: str
+    so_far_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Occupied:
     """What is before a request that came now: the model at hand (loaded, or loading for `load_left_s` more) with its
-    slots, the requests in flight as (model id, seconds so far), and the models that the queue wants, oldest first."""
+    slots, the requests in flight, and the models that the queue wants, oldest first."""
 
     resident: str | None
     slots: int
     load_left_s: float
-    running: Sequence[tuple[str, float]]
+    running: Sequence[Running]
     queued: Sequence[str]
 
 
@@ -61,10 +69,10 @@ class LaneTimes:
         measured = (times._load_s[model_id] for times in (self, *self.kin) if model_id in times._load_s)
         return next(measured, _UNMEASURED_LOAD_S)
 
-    def left_s(self, model_id: str, so_far_s: float) -> float:
+    def left_s(self, running: Running) -> float:
         """How much longer a request goes on that has taken so long. Lengths of answers have a long tail: one that has
         outlasted the average is likely to go on for a while."""
-        return max(self.service_s(model_id) - so_far_s, so_far_s / 2)
+        return max(self.service_s(running.model_id) - running.so_far_s, running.so_far_s / 2)
 
     def measured_load_s(self, model_id: str) -> float | None:
         """The average load, None before the first one."""
@@ -72,7 +80,7 @@ class LaneTimes:
 
     def drained_s(self, occupied: Occupied) -> float:
         """When a request that came now would start, were all served one by one in order."""
-        wait_s = max(self._left_s(occupied.running), default=0.0) + occupied.load_left_s
+        wait_s = max(map(self.left_s, occupied.running), default=0.0) + occupied.load_left_s
         loaded = occupied.resident
         for model_id in occupied.queued:
             wait_s += self.service_s(model_id) + (self.load_s(model_id) if model_id != loaded else 0.0)
@@ -85,7 +93,7 @@ class LaneTimes:
         Taken to be served before those that want a model that is not at hand; behind all others if it wants one
         itself, with each model loaded once.
         """
-        left_s = sorted(self._left_s(occupied.running))
+        left_s = sorted(map(self.left_s, occupied.running))
         if model_id != occupied.resident:
             loads = {*occupied.queued, model_id} - {occupied.resident}
             work_s = sum(map(self.service_s, occupied.queued)) + sum(map(self.load_s, loads))
@@ -96,9 +104,6 @@ class LaneTimes:
             return occupied.load_left_s
         first_s = left_s[0] if free <= 0 and left_s else 0.0
         return occupied.load_left_s + first_s + sum(before) / occupied.slots
-
-    def _left_s(self, running: Iterable[tuple[str, float]]) -> list[float]:
-        return [self.left_s(model_id, so_far_s) for model_id, so_far_s in running]
 
 
 def _blend(averages: dict[str, float], model_id: str, took_s: float) -> None:

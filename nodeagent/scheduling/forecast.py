@@ -2,21 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from nodeagent.scheduling.estimate import Running
 from nodeagent.scheduling.queueing import Grant, LaneNow, Load, Policy, ServerUse, Wait
 
 # Each step looks at everyone who waits, so that a long queue would take a while; what is further back is too uncertain
 # to be worth it.
 _AHEAD = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A request in flight for `so_far_s`."""
-
-    model_id: str
-    so_far_s: float
 
 
 def forecast(
@@ -50,7 +43,7 @@ class _Ahead:
         self._servers = dict(lane.servers)
         self._loading = lane.loading
         self._loaded_at = lane.now + load_left_s if lane.loading is not None else math.inf
-        self._ends = [(lane.now + lane.times.left_s(it.model_id, it.so_far_s), it.model_id) for it in running]
+        self._ends = [(lane.now + lane.times.left_s(it), it.model_id) for it in running]
 
     def lane(self) -> LaneNow:
         return LaneNow(self.now, [it for _place, it in self.waiting], self._servers, self._loading, self._times)

@@ -16,8 +16,8 @@ from typing import Final, Generic, TypeVar
 import trio
 
 from nodeagent.errors import ModelLoadTimeout, QueueFull, QueueTimeout, Refusal
-from nodeagent.scheduling.estimate import LaneTimes, Occupied
-from nodeagent.scheduling.forecast import Running, forecast
+from nodeagent.scheduling.estimate import LaneTimes, Occupied, Running
+from nodeagent.scheduling.forecast import forecast
 from nodeagent.scheduling.host import Servers, ServerState, ServerView
 from nodeagent.scheduling.lease import Lease, Ticket, TicketState
 from nodeagent.scheduling.loads import Loading, Loads
@@ -189,9 +189,8 @@ class Lane(Generic[E]):
         """Those who wait, in the order in which they are expected to start, with the seconds until then (None where
         nothing can be expected)."""
         self._collect()
-        now = trio.current_time()
-        running = [Running(ticket.model_id, now - (ticket.granted_at or now)) for ticket in self._in_flight]
-        starts = forecast(self.rules.policy, self._now(now), running, load_left_s=self._loads.left_s())
+        lane = self._now(trio.current_time())
+        starts = forecast(self.rules.policy, lane, self._running(), load_left_s=self._loads.left_s())
         return sorted(zip(self._waiting, starts, strict=True), key=lambda it: math.inf if it[1] is None else it[1])
 
     def queue(self) -> list[TicketView]:
@@ -226,10 +225,8 @@ class Lane(Generic[E]):
     def place_free_in_s(self) -> float:
         """An estimate, from measured times, of when the next place in this lane comes free."""
         self._collect()
-        now = trio.current_time()
-        left_s = [self.times.left_s(it.model_id, now - (it.granted_at or now)) for it in self._in_flight]
-        if left_s:
-            return min(left_s)
+        if running := self._running():
+            return min(map(self.times.left_s, running))
         if queued := self._queued():  # they wait for a load
             model_id = queued[0].model_id
             load_s = self._loads.left_s() if self.loading == model_id else self.times.load_s(model_id)
@@ -269,9 +266,11 @@ class Lane(Generic[E]):
 
     def _end_visits(self) -> None:
         """Operators who wait for a model only want it to be ready: they need no slot."""
-        ready = {model_id for model_id, use in self._uses(trio.current_time()).items() if use.ready and not use.held}
-        for ticket in [it for it in self._waiting if not it.counted and it.model_id in ready]:
-            if self.loading in (None, ticket.model_id):
+        visits = [ticket for ticket in self._waiting if not ticket.counted]
+        uses = self._uses(trio.current_time()) if visits else {}
+        for ticket in visits:
+            use = uses.get(ticket.model_id)
+            if use is not None and use.ready and not use.held and self.loading in (None, ticket.model_id):
                 self._grant(self._waiting.index(ticket), "its model is ready")
 
     def _rest(self, nursery: trio.Nursery) -> float:
@@ -420,15 +419,18 @@ class Lane(Generic[E]):
         still_s = self.times.load_s(server.model_id) - (now - (server.spawned_at or now))
         return ModelLoadTimeout(server.model_id, self.device_id, timeout_s, max(1.0, still_s))
 
-    def _occupied(self) -> Occupied:
+    def _running(self) -> list[Running]:
         now = trio.current_time()
+        return [Running(ticket.model_id, now - (ticket.granted_at or now)) for ticket in self._in_flight]
+
+    def _occupied(self) -> Occupied:
         at_hand = [view for view in self._servers.views() if view.state is ServerState.READY]
         slots = at_hand[0].slots if at_hand else 1
         return Occupied(
             self.loading or (at_hand[0].model_id if at_hand else None),
             slots,
             self._loads.left_s(),
-            [(ticket.model_id, now - (ticket.granted_at or now)) for ticket in self._in_flight],
+            self._running(),
             [ticket.model_id for ticket in self._queued()],
         )
 

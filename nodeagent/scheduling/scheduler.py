@@ -151,10 +151,11 @@ class Scheduler(Generic[E]):
     def _candidate(self, device_id: str, model_id: str, knows: str | None = None) -> Candidate:
         lane, host = self.lanes[device_id], self._hosts[device_id]
         obstacle = host.obstacle(model_id)
-        evicted = _evicted(host, model_id)
+        states = {view.model_id: view.state for view in host.views()}
+        evicted = _evicted(states, model_id)
         return Candidate(
             device_id,
-            _residency(host, lane, model_id),
+            _residency(states, lane, model_id),
             lane.admitted,
             lane.limit,
             lane.start_in_s(model_id),
@@ -162,24 +163,18 @@ class Scheduler(Generic[E]):
             host.memory_free_bytes(),
             host.has_room(model_id),
             device_id == knows,
-            _state(host, model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
+            states.get(model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
             obstacle.reason if obstacle else None,
             obstacle.retry_at if obstacle else None,
         )
 
 
-def _state(host: Host[E], model_id: str) -> ServerState | None:
-    return next((view.state for view in host.views() if view.model_id == model_id), None)
-
-
-def _evicted(host: Host[E], model_id: str) -> str | None:
+def _evicted(states: Mapping[str, ServerState], model_id: str) -> str | None:
     """The loaded model that would have to go."""
-    others = (view.model_id for view in host.views() if view.state is ServerState.READY)
-    return next((other for other in others if other != model_id), None)
+    return next((other for other, state in states.items() if state is ServerState.READY and other != model_id), None)
 
 
-def _residency(host: Host[E], lane: Lane[E], model_id: str) -> Residency:
-    states = {view.model_id: view.state for view in host.views()}
+def _residency(states: Mapping[str, ServerState], lane: Lane[E], model_id: str) -> Residency:
     if states.get(model_id) is ServerState.READY:
         return Residency.READY
     if model_id in lane.wanted or lane.loading == model_id or states.get(model_id) is ServerState.STARTING:

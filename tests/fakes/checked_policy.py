@@ -1,7 +1,7 @@
 """A policy that is watched: each of its decisions is held against what every policy promises."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nodeagent.scheduling.queueing import Decision, Grant, LaneNow, Load, Policy, Wait
 from nodeagent.scheduling.swap_aware import SwapAware
@@ -9,14 +9,12 @@ from nodeagent.scheduling.swap_aware import SwapAware
 
 @dataclass
 class CheckedPolicy:
-    """Passes on what `inner` decides, and fails the test where that breaks a promise; `decisions` counts them."""
+    """Passes on what `inner` decides, and fails the test where that breaks a promise."""
 
     inner: Policy
-    decisions: int = field(default=0)
 
     def decide(self, lane: LaneNow) -> Decision:
         decision = self.inner.decide(lane)
-        self.decisions += 1
         match decision:
             case Grant(index):
                 self._check_grant(lane, index)

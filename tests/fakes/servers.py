@@ -12,15 +12,13 @@ from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
 
 @dataclass
 class FakeServers:
-    """Loads take `load_s` of virtual time (`loads_s` by model); a model in `broken` fails its start at the end of that,
-    one in `missing` has no file.
+    """Loads take `load_s` of virtual time; a model in `broken` fails its start at the end of that time.
 
-    At most one server at a time; `history` lists what was done, in order. Before a load stops another server,
+    One in `missing` has no file. At most one server at a time; `history` lists what was done, in order. Before a load stops another server,
     `hesitates_s` pass, as real ones take to look at the model's file.
     """
 
     load_s: float = 1.0
-    loads_s: dict[str, float] = field(default_factory=dict)
     hesitates_s: float = 0.0
     slots: int = 1
     broken: set[str] = field(default_factory=set)
@@ -57,7 +55,7 @@ class FakeServers:
             self._become(self._server(model_id, ServerState.STARTING))
         assert self.current is not None
         assert self.current.spawned_at is not None
-        await trio.sleep_until(self.current.spawned_at + self.loads_s.get(model_id, self.load_s))
+        await trio.sleep_until(self.current.spawned_at + self.load_s)
         if self.current is None:
             raise BackendUnavailable(model_id, "was stopped")
         if model_id in self.broken:

@@ -1,6 +1,6 @@
 import pytest
 
-from nodeagent.scheduling.estimate import LaneTimes, Occupied
+from nodeagent.scheduling.estimate import LaneTimes, Occupied, Running
 
 
 @pytest.fixture
@@ -14,15 +14,15 @@ def times() -> LaneTimes:
 
 def test_a_free_slot_of_the_loaded_model_is_had_at_once(times: LaneTimes) -> None:
     assert times.start_s("a", Occupied("a", 1, 0.0, [], [])) == 0
-    assert times.start_s("a", Occupied("a", 2, 0.0, [("a", 0.2)], ["b"])) == 0
+    assert times.start_s("a", Occupied("a", 2, 0.0, [Running("a", 0.2)], ["b"])) == 0
 
 
 def test_those_for_another_model_are_passed(times: LaneTimes) -> None:
-    assert times.start_s("a", Occupied("a", 1, 0.0, [("a", 0.2)], ["b", "a"])) == pytest.approx(0.8 + 1)
+    assert times.start_s("a", Occupied("a", 1, 0.0, [Running("a", 0.2)], ["b", "a"])) == pytest.approx(0.8 + 1)
 
 
 def test_another_model_comes_after_everyone_with_each_model_loaded_once(times: LaneTimes) -> None:
-    assert times.start_s("b", Occupied("a", 1, 0.0, [("a", 0.2)], ["b", "a", "b"])) == pytest.approx(
+    assert times.start_s("b", Occupied("a", 1, 0.0, [Running("a", 0.2)], ["b", "a", "b"])) == pytest.approx(
         0.8 + 3 + 1 + 3 + 6
     )
     assert times.start_s("b", Occupied(None, 1, 0.0, [], [])) == pytest.approx(6)
@@ -33,7 +33,7 @@ def test_a_load_under_way_is_waited_for(times: LaneTimes) -> None:
 
 
 def test_an_answer_that_takes_longer_than_expected_is_likely_to_go_on(times: LaneTimes) -> None:
-    assert times.start_s("a", Occupied("a", 1, 0.0, [("a", 50.0)], [])) == pytest.approx(25)
+    assert times.start_s("a", Occupied("a", 1, 0.0, [Running("a", 50.0)], [])) == pytest.approx(25)
 
 
 def test_what_was_not_measured_here_is_taken_from_another_device(times: LaneTimes) -> None:
@@ -46,7 +46,7 @@ def test_what_was_not_measured_here_is_taken_from_another_device(times: LaneTime
 
 
 def test_the_whole_queue_one_by_one(times: LaneTimes) -> None:
-    assert times.drained_s(Occupied("a", 1, 0.0, [("a", 0.5)], ["a", "b", "a"])) == pytest.approx(
+    assert times.drained_s(Occupied("a", 1, 0.0, [Running("a", 0.5)], ["a", "b", "a"])) == pytest.approx(
         0.5 + 1 + (6 + 3) + (4 + 1)
     )
 

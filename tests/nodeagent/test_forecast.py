@@ -1,7 +1,7 @@
 import pytest
 
-from nodeagent.scheduling.estimate import LaneTimes
-from nodeagent.scheduling.forecast import Running, forecast
+from nodeagent.scheduling.estimate import LaneTimes, Running
+from nodeagent.scheduling.forecast import forecast
 from nodeagent.scheduling.queueing import FirstCome, LaneNow, ServerUse, Waiting
 from nodeagent.scheduling.swap_aware import SwapAware
 
