@@ -14,8 +14,8 @@ from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
 class FakeServers:
     """Loads take `load_s` of virtual time; a model in `broken` fails its start at the end of that time.
 
-    One in `missing` has no file. At most one server at a time; `history` lists what was done, in order. Before a load stops another server,
-    `hesitates_s` pass, as real ones take to look at the model's file.
+    One in `missing` has no file. At most one server at a time; `history` lists what was done, in order. Before a load
+    stops another server, `hesitates_s` pass, as real ones take to look at the model's file.
     """
 
     load_s: float = 1.0
