@@ -187,11 +187,12 @@ class BackendCrashed(Refusal):
 
 
 class Draining(Refusal):
-    """The node takes no new requests: it is about to stop."""
+    """The node accepts no new requests: an operator drained it (`by_operator`), or it is about to stop."""
 
-    def __init__(self, retry_after_s: float) -> None:
+    def __init__(self, retry_after_s: float, *, by_operator: bool = False) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__("the node is draining")
+        self.by_operator = by_operator
+        super().__init__("drained by an operator" if by_operator else "the node is shutting down")
 
 
 class PoisonedRequest(Refusal):

@@ -1,16 +1,63 @@
 """What happens on the node, as operators and programs are told: one kind of value for every transition."""
 
+from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from nodeagent.ring import Ring
+import trio
+
+from nodeagent.llama_server.server_id import ServerId
 from supervisor import lifecycle
 
 KEPT = 1000
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """What a reader gets: `items`, the number of the last one, and how many before them are lost to it."""
+
+    items: list[T]
+    last: int
+    missed: int
+
+
+class Ring(Generic[T]):
+    """Keeps the last `capacity` items, numbered from 1. A reader remembers a number and nothing is kept for it here,
+    so a slow one costs nothing, and learns what it missed.
+
+    What changes: everything, in `append` alone.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.last = 0
+        self._items: deque[T] = deque(maxlen=capacity)
+        self._more = trio.Event()
+
+    def append(self, item: T) -> None:
+        self._items.append(item)
+        self.last += 1
+        self._more.set()
+        self._more = trio.Event()
+
+    def after(self, number: int) -> Page[T]:
+        """What came after the item of that number. A number that was never given counts as 0: it is of another life."""
+        if not 0 <= number <= self.last:
+            number = 0
+        wanted = self.last - number
+        items = list(self._items)[-wanted:] if wanted else []
+        return Page(items, self.last, wanted - len(items))
+
+    async def more_than(self, number: int) -> None:
+        """Return once there is an item after the one of that number."""
+        while self.last <= number:
+            await self._more.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeEvent:
     """One transition. `kind` is a server's new state (`starting`, `ready`, ...), `exited`, or `node` for the node's
     own word of state; what does not apply is None."""
@@ -40,14 +87,22 @@ EventLog = Ring[NodeEvent]
 
 def of_node(status: str, reasons: tuple[str, ...]) -> NodeEvent:
     """The node came into another state, or has other reasons for it."""
-    return NodeEvent(datetime.now(UTC), "node", reason="; ".join((status, *reasons)))
+    return NodeEvent(at=datetime.now(UTC), kind="node", reason="; ".join((status, *reasons)))
 
 
 def of_child(event: lifecycle.Event) -> NodeEvent:
     """A supervisor's event in the node's words."""
-    device_id, _, model_id = event.child_id.partition("/")
+    server = ServerId.parse(event.child_id)
     kind, reason, last_lines = _facts(event)
-    return NodeEvent(datetime.now(UTC), kind, device_id, model_id, event.generation, reason, last_lines)
+    return NodeEvent(
+        at=datetime.now(UTC),
+        kind=kind,
+        device_id=server.device_id,
+        model_id=server.model_id,
+        generation=event.generation,
+        reason=reason,
+        last_lines=last_lines,
+    )
 
 
 def _facts(event: lifecycle.Event) -> tuple[str, str | None, tuple[str, ...]]:

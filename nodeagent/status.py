@@ -12,9 +12,11 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
-from nodeagent.devices import DeviceMetrics, DeviceRef
-from nodeagent.scheduling.host import ServerState, ServerView
-from nodeagent.scheduling.views import LaneView
+from nodeagent.devices.values import DeviceMetrics, DeviceRef
+from nodeagent.scheduling.seam import LaneView, ServerState, ServerView
+
+MODEL_ENDPOINTS = ("chat", "completions")
+"""The endpoints of OpenAI's API that each model serves, as the wire names them."""
 
 
 class NodeStatus(Enum):
@@ -89,7 +91,7 @@ class NodeSnapshot:
         ]
 
 
-def judge(phase: NodeStatus, devices: Sequence[tuple[str, Sequence[ServerView[Any]]]], models: int) -> NodeState:
+def node_state(phase: NodeStatus, devices: Sequence[tuple[str, Sequence[ServerView[Any]]]], models: int) -> NodeState:
     """The word for a node in this phase (STARTING, READY, DRAINING or STOPPING) with these servers on its devices.
 
     `models` is how many are configured. A READY node with a failed server is DEGRADED, and says which.

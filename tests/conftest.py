@@ -62,6 +62,6 @@ def reranker_model(models_dir: Path) -> Path:
 def smollm2() -> Path:
     """The real chat model that the demo runs (98 MB, fetched once into the user's cache)."""
     # Imported here, so that a test of something else runs although the demo's imports are broken.
-    from nodeagent.demo import fetch_model
+    from nodeagent.cli.demo import fetch_model
 
     return fetch_model(progress=False)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("nodeagent", "supervisor")
 
 # What the plain values are made of: nearly every room speaks of them.
-VALUES = {"nodeagent.devices", "nodeagent.errors"}
+VALUES = {"nodeagent.devices.values", "nodeagent.errors"}
 
 # A module or package -> what of ours it may import, besides itself. A package stands for all that is in it; the
 # longest name that fits a module counts.
@@ -21,64 +21,86 @@ MAY_IMPORT: dict[str, set[str]] = {
     "supervisor": set(),
     # Leaves.
     "nodeagent.errors": set(),
-    "nodeagent.devices": set(),
+    "nodeagent.devices.values": set(),
     "nodeagent.logs": set(),
-    "nodeagent.ring": set(),
-    "nodeagent.read_ahead": set(),
-    "nodeagent.events": {"nodeagent.ring", "supervisor.lifecycle"},
-    "nodeagent.gguf_file": {"nodeagent.errors"},
-    "nodeagent.gguf": {"nodeagent.errors", "nodeagent.gguf_file"},
-    "nodeagent.state_folder": {"nodeagent.errors"},
+    "nodeagent.llama_server.server_id": set(),
+    "nodeagent.events": {"nodeagent.llama_server.server_id", "supervisor.lifecycle"},
+    "nodeagent.state_dir": {"nodeagent.errors"},
+    "nodeagent.gguf": {"nodeagent.errors"},
     # The configuration knows no running thing.
     "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf"},
     # Vendors: no HTTP, no children.
-    "nodeagent.backends": VALUES,
-    "nodeagent.monitor": {"nodeagent.backends", *VALUES},
-    "nodeagent.catalogue": {"nodeagent.config", "nodeagent.gguf", *VALUES},
+    "nodeagent.devices": VALUES,
     # Policy: no vendor, no process, no HTTP.
     "nodeagent.scheduling": VALUES,
     "nodeagent.status": {"nodeagent.scheduling", *VALUES},
     # llama-server: how it is started, how it is spoken to, which one runs where.
-    "nodeagent.launch": {
-        "nodeagent.backends",
+    "nodeagent.llama_server": {
         "nodeagent.config",
-        "nodeagent.state_folder",
+        "nodeagent.devices",
+        "nodeagent.gguf",
+        "nodeagent.scheduling.seam",
+        "nodeagent.state_dir",
+        "supervisor",
+        *VALUES,
+    },
+    "nodeagent.llama_server.relay": {
+        "nodeagent.errors",
+        "nodeagent.llama_server.headers",
+        "nodeagent.llama_server.sse",
+    },
+    "nodeagent.llama_server.command_line": {
+        "nodeagent.config",
+        "nodeagent.devices.values",
+        "nodeagent.llama_server.server_id",
+        "nodeagent.state_dir",
         "supervisor.probe",
         "supervisor.restart",
         "supervisor.spec",
-        *VALUES,
-    },
-    "nodeagent.upstream": {"nodeagent.errors", "supervisor.probe", "supervisor.spawn"},
-    "nodeagent.stall": {"nodeagent.upstream"},
-    "nodeagent.kept_kv": {"nodeagent.errors", "nodeagent.upstream", "supervisor.spec"},
-    "nodeagent.servers": {
-        "nodeagent.kept_kv",
-        "nodeagent.read_ahead",
-        "nodeagent.stall",
-        "nodeagent.catalogue",
-        "nodeagent.config",
-        "nodeagent.monitor",
-        "nodeagent.scheduling.host",
-        "nodeagent.upstream",
-        "supervisor",
-        *VALUES,
     },
     # The two faces: no process, no GPU, no configuration file.
     "nodeagent.front": {
         "nodeagent.events",
+        "nodeagent.llama_server.headers",
+        "nodeagent.llama_server.relay",
         "nodeagent.logs",
-        "nodeagent.ring",
         "nodeagent.scheduling",
         "nodeagent.status",
-        "nodeagent.upstream",
         *VALUES,
     },
-    "nodeagent.dispatcher": {"nodeagent.scheduling.host", "nodeagent.status", *VALUES},
+    "nodeagent.dispatcher": {"nodeagent.scheduling.seam", "nodeagent.status", *VALUES},
+    # The node: what runs on each device, and what may be asked of it all.
+    "nodeagent.reload": {"nodeagent.config", "nodeagent.errors", "nodeagent.front.seam"},
+    "nodeagent.managed_device": {
+        "nodeagent.config",
+        "nodeagent.devices",
+        "nodeagent.events",
+        "nodeagent.llama_server",
+        "nodeagent.scheduling",
+        "nodeagent.status",
+        "supervisor.lifecycle",
+        "supervisor.spec",
+    },
+    "nodeagent.node": {
+        "nodeagent",
+        "nodeagent.config",
+        "nodeagent.devices.monitor",
+        "nodeagent.dispatcher",
+        "nodeagent.errors",
+        "nodeagent.events",
+        "nodeagent.front.seam",
+        "nodeagent.llama_server",
+        "nodeagent.managed_device",
+        "nodeagent.scheduling",
+        "nodeagent.status",
+        "supervisor.lifecycle",
+    },
+    "nodeagent.shutdown": {"nodeagent.config"},
     # The shell.
     "nodeagent.agent": {"nodeagent", "supervisor"},
-    "nodeagent.demo": {"nodeagent.config", "nodeagent.errors"},
-    "nodeagent.operating": {"nodeagent", "nodeagent.config", "nodeagent.errors", "nodeagent.state_folder"},
     "nodeagent.cli": {"nodeagent"},
+    "nodeagent.cli.demo": {"nodeagent.config", "nodeagent.errors"},
+    "nodeagent.cli.operations": {"nodeagent.config", "nodeagent.errors", "nodeagent.state_dir"},
     "nodeagent.__main__": {"nodeagent.cli"},
 }
 
@@ -87,25 +109,26 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "supervisor": {"psutil", "trio"},
     "nodeagent.scheduling": {"trio"},
     "nodeagent.errors": set(),
-    "nodeagent.devices": set(),
+    "nodeagent.devices.values": set(),
     "nodeagent.status": {"trio"},
     "nodeagent.logs": set(),
     "nodeagent.gguf": set(),
-    "nodeagent.gguf_file": set(),
 }
 
 HTTP = {"h11", "hypercorn", "http", "httptools", "httpx", "quart", "quart_trio", "urllib.request"}
 PROCESSES = {"multiprocessing", "psutil", "subprocess"}
 GPUS = {"pynvml"}
 NEVER: dict[str, set[str]] = {
-    "nodeagent.backends": HTTP,
+    "nodeagent.devices": HTTP,
     "nodeagent.scheduling": HTTP | PROCESSES | GPUS,
     "nodeagent.front": PROCESSES | GPUS | {"httpx"},
     "nodeagent.dispatcher": PROCESSES | GPUS,
     "nodeagent.config": HTTP | PROCESSES | GPUS,
-    "nodeagent.launch": HTTP | PROCESSES | GPUS,
-    "nodeagent.upstream": PROCESSES | GPUS,
-    "nodeagent.servers": HTTP | PROCESSES | GPUS,
+    "nodeagent.node": HTTP | PROCESSES | GPUS,
+    "nodeagent.managed_device": HTTP | PROCESSES | GPUS,
+    "nodeagent.llama_server.command_line": HTTP | PROCESSES | GPUS,
+    "nodeagent.llama_server.relay": PROCESSES | GPUS | {"httpx"},
+    "nodeagent.llama_server.device_servers": HTTP | PROCESSES | GPUS,
 }
 
 # supervisord installs its modules under the same import name: in one environment pip merges the two folders.
@@ -203,11 +226,11 @@ def test_a_module_imports_only_what_its_room_may_know(module: Module) -> None:
     [
         ("supervisor.child", "nodeagent.errors"),
         ("supervisor.child", "httpx"),
-        ("nodeagent.scheduling.lane", "nodeagent.backends.cuda"),
+        ("nodeagent.scheduling.lane", "nodeagent.devices.cuda"),
         ("nodeagent.scheduling.lane", "supervisor.supervisor"),
-        ("nodeagent.front.app", "nodeagent.launch"),
+        ("nodeagent.front.app", "nodeagent.llama_server.command_line"),
         ("nodeagent.front.app", "subprocess"),
-        ("nodeagent.backends.cpu", "http.client"),
+        ("nodeagent.devices.cpu", "http.client"),
         ("nodeagent.dispatcher.client", "nodeagent.config"),
         ("nodeagent.config", "nodeagent.agent"),
         ("nodeagent.config", ".errors"),
@@ -274,7 +297,7 @@ def test_code_in_a_package_itself_is_found() -> None:
 
 
 # Where durations are measured. `records` compares the start times of processes, which are wall clock.
-MONOTONIC = ("supervisor", "nodeagent/scheduling", "nodeagent/servers.py", "nodeagent/stall.py")
+MONOTONIC = ("supervisor", "nodeagent/scheduling", "nodeagent/llama_server")
 NOT_MONOTONIC = {"supervisor/records.py"}
 WALL_CLOCK = {"time.time", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
 

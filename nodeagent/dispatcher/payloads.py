@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from nodeagent.dispatcher import wire
-from nodeagent.scheduling.host import ServerState, ServerView
+from nodeagent.scheduling.seam import ServerState, ServerView
 from nodeagent.status import DeviceStatus, ModelStatus, NodeSnapshot
 
 

@@ -128,7 +128,7 @@ class Heartbeat(Payload):
     models: list[ModelState]
 
 
-class HeartbeatAnswer(Payload):
+class HeartbeatResponse(Payload):
     """What a dispatcher may answer to either."""
 
     heartbeat_interval_s: float | None = Field(default=None, allow_inf_nan=False)

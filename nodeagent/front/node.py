@@ -13,11 +13,10 @@ import trio
 from quart import Blueprint, Response, request
 
 from nodeagent.errors import InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
-from nodeagent.events import NodeEvent
+from nodeagent.events import NodeEvent, Ring
 from nodeagent.front.seam import Node, find_card
-from nodeagent.ring import Ring
+from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane
-from nodeagent.upstream import Upstream
 
 # So that a client, and what stands between, sees that the stream lives.
 _PING_S = 15.0

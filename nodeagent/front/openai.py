@@ -27,9 +27,10 @@ from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.refusals import error_event
 from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.front.server import AbortResponse
+from nodeagent.llama_server.headers import forwardable
+from nodeagent.llama_server.relay import Upstream, UpstreamResponse, is_loading_answer
 from nodeagent.scheduling.lease import Lease, Ticket
 from nodeagent.scheduling.queueing import Priority
-from nodeagent.upstream import Answer, Upstream, forwardable, is_loading_answer
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,6 @@ logger = logging.getLogger(__name__)
 _EXIT_NOTICE_S = 1.0
 _LOADING_RETRY_S = 1.0
 _STOPPED_RETRY_S = 1.0
-
-ENDPOINTS = ("chat", "completions")
-"""What of OpenAI's surface each model serves, in the wire's words."""
 
 
 def blueprint(node: Node) -> Blueprint:
@@ -157,7 +155,7 @@ class _Message:
 
 async def _first_answer(
     node: Node, ticket: Ticket[Upstream], message: _Message, poison: PoisonGuard
-) -> tuple[Lease[Upstream], Answer]:
+) -> tuple[Lease[Upstream], UpstreamResponse]:
     """Wait for the lease and the answer's first bytes; a server that dies before them is forgiven once."""
     lease = await ticket.granted()
     _refuse_poison(poison, message.body, lease.model_id)
@@ -167,7 +165,7 @@ async def _first_answer(
         _refuse_if_stopped(lease, lost)
         logger.warning("%s: lost %s before it answered (%s); trying once more", lease.device_id, lease.model_id, lost)
         await _note_fall(poison, message.body, lease)
-    node.scheduler.retry(ticket)
+    node.scheduler.requeue(ticket)
     lease = await ticket.granted()
     _refuse_poison(poison, message.body, lease.model_id)
     try:
@@ -195,7 +193,7 @@ def _refuse_poison(poison: PoisonGuard, body: bytes, model_id: str) -> None:
         raise PoisonedRequest(model_id, blocked_s)
 
 
-async def _ask(lease: Lease[Upstream], message: _Message) -> Answer:
+async def _ask(lease: Lease[Upstream], message: _Message) -> UpstreamResponse:
     answer = await lease.endpoint.open("POST", message.path, message.headers, message.body)
     if is_loading_answer(answer):
         answer.close()
@@ -217,7 +215,7 @@ class _Relay:
     end for success.
     """
 
-    def __init__(self, answer: Answer, lease: Lease[Upstream], body: bytes, poison: PoisonGuard) -> None:
+    def __init__(self, answer: UpstreamResponse, lease: Lease[Upstream], body: bytes, poison: PoisonGuard) -> None:
         self._answer = answer
         self._lease = lease
         self._body = body
@@ -261,7 +259,7 @@ def _card_json(card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _headers(lease: Lease[Upstream], answer: Answer) -> list[tuple[str, str]]:
+def _headers(lease: Lease[Upstream], answer: UpstreamResponse) -> list[tuple[str, str]]:
     server_s = trio.current_time() - lease.granted_at
     phases = {"queue": lease.queued_s, "load": lease.load_s, "server": server_s}
     headers = [

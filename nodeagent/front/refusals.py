@@ -172,7 +172,11 @@ _TABLE: dict[type[Refusal], _Row] = {
         503,
         "server_error",
         "draining",
-        lambda it: "This node is about to stop and takes no new requests. Try another node, or this one later.",
+        lambda it: (
+            "An operator has drained this node, so it accepts no new requests. Use another node, or retry later."
+            if it.by_operator
+            else "This node is shutting down and accepts no new requests. Use another node, or retry later."
+        ),
     ),
 }
 

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nodeagent.errors import ModelNotFound
-from nodeagent.events import NodeEvent
-from nodeagent.ring import Ring
+from nodeagent.events import NodeEvent, Ring
+from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.status import NodeState
-from nodeagent.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True)

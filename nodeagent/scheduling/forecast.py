@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nodeagent.scheduling.estimate import Running
+from nodeagent.scheduling.estimates import Running
 from nodeagent.scheduling.queueing import Grant, LaneNow, Load, Policy, ServerUse, Wait
 
 # Each step looks at everyone who waits, so that a long queue would take a while; what is further back is too uncertain

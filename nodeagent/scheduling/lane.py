@@ -16,14 +16,13 @@ from typing import Final, Generic, TypeVar
 import trio
 
 from nodeagent.errors import ModelLoadTimeout, QueueFull, QueueTimeout, Refusal
-from nodeagent.scheduling.estimate import LaneTimes, Occupied, Running
+from nodeagent.scheduling.estimates import LaneTimes, Occupied, Running
 from nodeagent.scheduling.forecast import forecast
-from nodeagent.scheduling.host import Servers, ServerState, ServerView
 from nodeagent.scheduling.lease import Lease, Ticket, TicketState
 from nodeagent.scheduling.loads import Loading, Loads
 from nodeagent.scheduling.queueing import Grant, LaneNow, Load, Policy, Priority, ServerUse, Wait, Waiting
+from nodeagent.scheduling.seam import LaneView, Servers, ServerState, ServerView, TicketView
 from nodeagent.scheduling.swap_aware import SwapAware
-from nodeagent.scheduling.views import LaneView, TicketView
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ _NUDGE: Final = _Nudge()
 class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
-    What changes: `_admitted`, `_waiting` and `_in_flight` (in `submit`, `close`, `retry`, `hand_over` and the lane's
+    What changes: `_admitted`, `_waiting` and `_in_flight` (in `submit`, `close`, `requeue`, `hand_over` and the lane's
     task, all synchronous), `_mailed` (the tickets in the channel or on their way out of it). `rules` may be replaced at
     any time. `on_rest` is called whenever the lane has nothing to do, and says when it wants to be called again.
     """
@@ -133,7 +132,7 @@ class Lane(Generic[E]):
         ticket.lease = None
         self.nudge()
 
-    def retry(self, ticket: Ticket[E]) -> None:
+    def requeue(self, ticket: Ticket[E]) -> None:
         """Put a request whose server died under it back, at the head: it had its turn already."""
         self._back(ticket)
         self._collect()

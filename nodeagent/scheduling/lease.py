@@ -96,9 +96,9 @@ class Ticket(Generic[E]):
         """Make the next `granted()` wait again; called by the lane when the request goes back into the queue."""
         self._decided = trio.Event()
 
-    def retry(self) -> None:
-        """Give the lease back and wait again, at the head of the lane. See `Lane.retry`."""
-        self.lane.retry(self)
+    def requeue(self) -> None:
+        """Give the lease back and wait again, at the head of the lane. See `Lane.requeue`."""
+        self.lane.requeue(self)
 
     def close(self) -> None:
         """Give up the place or the lease, whichever is held. Synchronous, at any point, as often as you like."""

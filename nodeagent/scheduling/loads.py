@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 import trio
 
 from nodeagent.errors import BackendUnavailable, Refusal
-from nodeagent.scheduling.estimate import LaneTimes
-from nodeagent.scheduling.host import Servers, ServerState
+from nodeagent.scheduling.estimates import LaneTimes
+from nodeagent.scheduling.seam import Servers, ServerState
 
 logger = logging.getLogger(__name__)
 

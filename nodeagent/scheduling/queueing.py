@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from nodeagent.scheduling.estimate import LaneTimes
+from nodeagent.scheduling.estimates import LaneTimes
 
 
 class Priority(IntEnum):

@@ -11,7 +11,6 @@ import trio
 
 from nodeagent.errors import BackendUnavailable, Draining, QueueFull
 from nodeagent.scheduling.affinity import Conversations
-from nodeagent.scheduling.host import Host, ServerState
 from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.lease import Ticket
 from nodeagent.scheduling.placement import (
@@ -25,6 +24,7 @@ from nodeagent.scheduling.placement import (
     choose_move,
 )
 from nodeagent.scheduling.queueing import Priority
+from nodeagent.scheduling.seam import Servers, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ _LOOK_AGAIN_S = 1.0
 
 
 class Scheduler(Generic[E]):
-    """Admits requests to lanes. `lanes` and `hosts` share their keys, the device ids, in the order of preference."""
+    """Admits requests to lanes. `lanes` and `servers` share their keys, the device ids, in the order of preference."""
 
-    def __init__(self, lanes: Mapping[str, Lane[E]], hosts: Mapping[str, Host[E]]) -> None:
+    def __init__(self, lanes: Mapping[str, Lane[E]], servers: Mapping[str, Servers[E]]) -> None:
         self.lanes = lanes
-        self._hosts = hosts
+        self._servers = servers
         self.conversations = Conversations()
         self._closed_for: Draining | None = None
         for lane in lanes.values():
@@ -62,9 +62,9 @@ class Scheduler(Generic[E]):
         self._wake_idle()
         return ticket
 
-    def retry(self, ticket: Ticket[E]) -> None:
+    def requeue(self, ticket: Ticket[E]) -> None:
         """Put a request whose server died under it back in line, at the head; a device that is idle may take it."""
-        ticket.retry()
+        ticket.requeue()
         self._wake_idle()
 
     def _wake_idle(self) -> None:
@@ -149,9 +149,9 @@ class Scheduler(Generic[E]):
         return Movable(starts_in_s, candidate.start_s + candidate.evicts_s)
 
     def _candidate(self, device_id: str, model_id: str, knows: str | None = None) -> Candidate:
-        lane, host = self.lanes[device_id], self._hosts[device_id]
-        obstacle = host.obstacle(model_id)
-        states = {view.model_id: view.state for view in host.views()}
+        lane, servers = self.lanes[device_id], self._servers[device_id]
+        obstacle = servers.obstacle(model_id)
+        states = {view.model_id: view.state for view in servers.views()}
         evicted = _evicted(states, model_id)
         return Candidate(
             device_id,
@@ -160,8 +160,8 @@ class Scheduler(Generic[E]):
             lane.limit,
             lane.start_in_s(model_id),
             lane.times.load_s(evicted) if evicted is not None else 0.0,
-            host.memory_free_bytes(),
-            host.has_room(model_id),
+            servers.memory_free_bytes(),
+            servers.has_room(model_id),
             device_id == knows,
             states.get(model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
             obstacle.reason if obstacle else None,

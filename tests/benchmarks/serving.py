@@ -24,8 +24,8 @@ from benchmarks import peers
 from benchmarks.figures import Figures, medians, print_ratios
 from benchmarks.load import Outcome, first_byte_s, load
 from fakes import tiny_models
+from nodeagent.cli.demo import fetch_model
 from nodeagent.config import find_llama_server, parse_config
-from nodeagent.demo import fetch_model
 
 QUESTION = [{"role": "user", "content": "What is the sun? Answer in one sentence."}]
 CANNED_ALIAS = "canned"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import trio
 
 from nodeagent.errors import BackendUnavailable
-from nodeagent.scheduling.host import Obstacle, ServerState, ServerView
+from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
 
 
 @dataclass

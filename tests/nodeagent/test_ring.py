@@ -1,7 +1,7 @@
 import pytest
 import trio
 
-from nodeagent.ring import Page, Ring
+from nodeagent.events import Page, Ring
 
 
 def test_a_reader_gets_what_came_after_its_number_and_learns_what_it_missed() -> None:

@@ -37,8 +37,8 @@ from benchmarks import peers
 from benchmarks.figures import by_figure, medians, print_ratios, quantile
 from benchmarks.scheduling.wait_plot import draw_waits
 from benchmarks.scheduling.workers import Outcome, ask_all
+from nodeagent.cli.demo import fetch_model
 from nodeagent.config import find_llama_server, parse_config
-from nodeagent.demo import fetch_model
 
 WORKERS = 16
 MAX_PENDING = 16

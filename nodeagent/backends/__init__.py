@@ -1,3 +1,0 @@
-from nodeagent.backends.selection import BACKENDS, select
-
-__all__ = ["BACKENDS", "select"]

@@ -1,0 +1,196 @@
+"""The command line of operators: the running agent's own paths, with its own token, found by its configuration."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from nodeagent.config import NodeConfig, load_config
+from nodeagent.errors import NodeAgentError, StartupError
+from nodeagent.state_dir import admin_token, read_address
+
+# A load may wait for requests in flight, and then for the model.
+_LOAD_TIMEOUT_S = 3600.0
+_TIMEOUT_S = 30.0
+
+
+class CommandFailed(NodeAgentError):
+    """The agent refused; the message is its own."""
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the operators' commands; each takes the configuration of the agent that it speaks to."""
+    show = _command(commands, "status", "show devices, servers and models", status)
+    show.add_argument("--json", action="store_true", help="the whole inventory, for programs")
+    load = _model_command(commands, "load", "load a model, and wait until it is ready", load_model)
+    load.add_argument("--device", metavar="ID", help="on this device (default: where a request would go)")
+    load.add_argument("--no-wait", action="store_true", help="begin to load it, and return")
+    for name, does in (("unload", "stop a model's servers"), ("restart", "stop a model's servers and load it again")):
+        one = _model_command(commands, name, f"{does}, after the requests in flight", change_model)
+        one.add_argument("--force", action="store_true", help="end the requests in flight")
+    for name, does in (
+        ("drain", "take no new requests"),
+        ("undrain", "take requests again"),
+        ("reload", "take over the configuration file as it is now"),
+    ):
+        _command(commands, name, does, change_node)
+    follow = _command(commands, "events", "print every transition as it happens, one JSON object a line", events)
+    follow.add_argument("--after", type=int, default=0, metavar="ID", help="those after this one (default: all kept)")
+    lines = _command(commands, "logs", "print what the servers of a device printed", logs)
+    lines.add_argument("device", metavar="DEVICE", help="like cpu:0")
+    lines.add_argument("--lines", type=int, default=100, metavar="N", help="the last so many (default: %(default)s)")
+    lines.add_argument("--follow", "-f", action="store_true", help="and those to come")
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str, run: Any
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=does)
+    # SUPPRESS: given before the command, the option must survive the command's own default.
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="the running agent's configuration"
+    )
+    parser.set_defaults(command=run, action=name)
+    return parser
+
+
+def _model_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str, run: Any
+) -> argparse.ArgumentParser:
+    parser = _command(commands, name, does, run)
+    parser.add_argument("model", metavar="MODEL", help="its id or alias")
+    return parser
+
+
+def status(args: argparse.Namespace) -> int:
+    with _agent(args) as http:
+        inventory = _answer(http.get("/v1/node/inventory"))
+    print(json.dumps(inventory, indent=2) if args.json else table(inventory))
+    return 0
+
+
+def load_model(args: argparse.Namespace) -> int:
+    fields = {"device_id": args.device, "wait": not args.no_wait}
+    with _agent(args) as http:
+        answer = http.post(f"/v1/node/models/{args.model}/load", json=fields, timeout=_LOAD_TIMEOUT_S)
+        print(json.dumps(_answer(answer)))
+    return 0
+
+
+def change_model(args: argparse.Namespace) -> int:
+    with _agent(args) as http:
+        path = f"/v1/node/models/{args.model}/{args.action}"
+        print(json.dumps(_answer(http.post(path, json={"force": args.force}, timeout=_LOAD_TIMEOUT_S))))
+    return 0
+
+
+def change_node(args: argparse.Namespace) -> int:
+    with _agent(args) as http:
+        print(json.dumps(_answer(http.post(f"/v1/node/{args.action}"))))
+    return 0
+
+
+def events(args: argparse.Namespace) -> int:
+    with _agent(args) as http, http.stream("GET", "/v1/node/events", params={"after": args.after}, timeout=None) as it:
+        _refused(it)
+        for line in it.iter_lines():
+            if line.startswith("data: "):
+                print(line.removeprefix("data: "), flush=True)
+    return 0
+
+
+def logs(args: argparse.Namespace) -> int:
+    params = {"lines": args.lines, "follow": "true" if args.follow else "false"}
+    path = f"/v1/node/devices/{args.device}/logs"
+    with _agent(args) as http, http.stream("GET", path, params=params, timeout=None) as it:
+        _refused(it)
+        for text in it.iter_text():
+            print(text, end="", flush=True)
+    return 0
+
+
+def table(inventory: dict[str, Any]) -> str:
+    """The inventory as a person reads it."""
+    reasons = "".join(f"\n  {reason}" for reason in inventory["reasons"])
+    rows = [("DEVICE", "MODEL", "STATE", "GEN", "IN FLIGHT", "WAITING", "MEMORY FREE", "REASON")]
+    for device in inventory["devices"]:
+        lane, free = device["lane"], device["metrics"]["memory_free_bytes"]
+        load = (f"{lane['in_flight']}", f"{lane['waiting']}/{lane['limit']}", _gib(free))
+        for server in device["servers"] or [None]:
+            facts = _server_facts(server)
+            rows.append((device["device_id"], *facts[:3], *load, facts[3]))
+    models = [("MODEL", "LOADED ON", "SIZE", "LOADS IN", "ROLES")]
+    for model in inventory["models"]:
+        load_s = model["load_time_s"]
+        models.append(
+            (
+                model["model_id"],
+                ", ".join(model["loaded_on"]) or "-",
+                _gib(model["size_bytes"]),
+                f"{load_s:.1f} s" if load_s is not None else "-",
+                ", ".join(model["roles"]) or "-",
+            )
+        )
+    head = f"{inventory['node_id']} at {inventory['base_url']}: {inventory['status']}{reasons}"
+    return "\n\n".join((head, _columns(rows), _columns(models)))
+
+
+def _server_facts(server: dict[str, Any] | None) -> tuple[str, str, str, str]:
+    if server is None:
+        return "-", "empty", "-", ""
+    ready_in = f"ready in {server['ready_in_s']:.0f} s: " if server["ready_in_s"] else ""
+    return server["model_id"], server["state"], str(server["generation"]), ready_in + (server["reason"] or "")
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+@contextmanager
+def _agent(args: argparse.Namespace) -> Iterator[httpx.Client]:
+    """A client of the agent that runs with this configuration (the default node's where none is given)."""
+    state_dir = _state_dir(args)
+    base_url = read_address(state_dir)
+    headers = {"Authorization": f"Bearer {admin_token(state_dir)}"}
+    try:
+        with httpx.Client(base_url=base_url, headers=headers, timeout=_TIMEOUT_S, trust_env=False) as http:
+            yield http
+    except httpx.HTTPError as error:
+        raise StartupError(f"no agent answers at {base_url}: {error!r}") from error
+
+
+def _state_dir(args: argparse.Namespace) -> Path:
+    if args.config is not None:
+        return load_config(args.config).state_dir
+    fields = NodeConfig.model_fields
+    return fields["state_dir"].get_default(  # type: ignore[no-any-return]
+        call_default_factory=True, validated_data={"node_id": fields["node_id"].get_default(call_default_factory=True)}
+    )
+
+
+def _refused(answer: httpx.Response) -> None:
+    if answer.is_error:
+        answer.read()
+        _answer(answer)
+
+
+def _answer(answer: httpx.Response) -> Any:
+    """The answer's JSON; CommandFailed with the agent's own message where it is an error."""
+    try:
+        said = answer.json()
+    except ValueError:
+        raise CommandFailed(f"the agent answers {answer.status_code}, and no JSON") from None
+    if answer.is_error:
+        raise CommandFailed(said["error"]["message"])
+    return said

@@ -1,0 +1,137 @@
+"""The host's processors as devices.
+
+Without a word in the configuration they are one device, `cpu:0`. Any `cpu:N` may be declared, to run several servers
+side by side, each with threads and CPUs of its own; they share the host's memory, and each counts all of it.
+"""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from nodeagent.devices.backend import DeclaredDevice, as_declared
+from nodeagent.devices.values import DeviceMetrics, DeviceRef
+
+_ID_PREFIX: Final = "cpu:"
+_CPUINFO: Final = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """Seconds since the host started: `busy` of `total`."""
+
+    busy: float
+    total: float
+
+    def __add__(self, other: "CpuTimes") -> "CpuTimes":
+        return CpuTimes(self.busy + other.busy, self.total + other.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The host's memory in bytes. `available` can be had without swapping, caches that would yield included."""
+
+    total: int
+    available: int
+
+
+def host_times() -> list[CpuTimes]:
+    """One entry for each CPU.
+
+    Not psutil.cpu_percent: it remembers its last reading by thread, and we are called in any of several.
+    """
+    found = []
+    for times in psutil.cpu_times(percpu=True):
+        # Guests' time is in user and nice already.
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        total = sum(times) - guests
+        found.append(CpuTimes(total - times.idle - getattr(times, "iowait", 0.0), total))
+    return found
+
+
+def host_memory() -> Memory:
+    memory = psutil.virtual_memory()
+    return Memory(memory.total, memory.available)
+
+
+class CpuBackend:
+    """`_last`, the CPU times at each device's last reading, is what changes, in `read`."""
+
+    name: Final = "cpu"
+
+    def __init__(
+        self, *, times: Callable[[], list[CpuTimes]] = host_times, memory: Callable[[], Memory] = host_memory
+    ) -> None:
+        self._times = times
+        self._memory = memory
+        self._last: dict[str, CpuTimes] = {}
+
+    def discover(self) -> list[DeviceRef]:
+        """`cpu:0`, the whole host."""
+        return [self._device(0)]
+
+    def devices(self, declared: Sequence[DeclaredDevice]) -> list[DeviceRef]:
+        """See Backend. Any number will do; anything but `cpu:N` is a ConfigError."""
+        numbers = {0} | {number for entry in declared if (number := _number(entry.device_id)) is not None}
+        found = [self._device(number) for number in sorted(numbers)]
+        return as_declared(found, declared, self.name) if declared else found
+
+    def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
+        """See Backend. The utilisation is the mean since the last reading, over the device's CPUs only."""
+        memory = self._memory()
+        return DeviceMetrics(
+            measured_at=now,
+            memory_total_bytes=memory.total,
+            memory_used_bytes=memory.total - memory.available,
+            memory_free_bytes=memory.available,
+            utilization_ratio=self._utilization(device),
+        )
+
+    def child_env(self, device: DeviceRef) -> dict[str, str]:
+        """Hides the GPUs: a build that knows them would open each, and take memory there, just to list them."""
+        return dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"), "")
+
+    def child_args(self, device: DeviceRef) -> list[str]:
+        return ["--device", "none"]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _device(self, number: int) -> DeviceRef:
+        return DeviceRef(
+            device_id=f"{_ID_PREFIX}{number}",
+            backend=self.name,
+            index=number,
+            name=cpu_name(),
+            memory_total_bytes=self._memory().total,
+        )
+
+    def _utilization(self, device: DeviceRef) -> float | None:
+        """None at the first reading, and while the clock of the CPUs has not moved since."""
+        times = self._times()
+        counted = [entry for cpu, entry in enumerate(times) if device.cpus is None or cpu in device.cpus]
+        now = sum(counted, start=CpuTimes(0.0, 0.0))
+        before = self._last.get(device.device_id)
+        self._last[device.device_id] = now
+        if before is None or now.total <= before.total:
+            return None
+        # The kernel's counters of idle and waiting time may step back a little.
+        return min(1.0, max(0.0, (now.busy - before.busy) / (now.total - before.total)))
+
+
+def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+    """What the processor calls itself, else the name of its architecture."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _number(device_id: str) -> int | None:
+    number = device_id.removeprefix(_ID_PREFIX)
+    return int(number) if device_id.startswith(_ID_PREFIX) and number.isdecimal() else None

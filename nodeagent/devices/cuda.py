@@ -1,0 +1,143 @@
+"""NVIDIA GPUs, as llama-server's CUDA build sees them.
+
+A device is called by its number in `nvidia-smi`: `gpu:1` is GPU 1, whatever mask the agent was started under. That
+mask (CUDA_VISIBLE_DEVICES) is honoured: what it hides is not there. Where it names slices of GPUs (MIG), these are
+the devices, numbered as they stand in it.
+
+A child is shown its one GPU, by its UUID: that holds too when a GPU before it falls off the bus and all numbers move.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from nodeagent.devices.backend import DeclaredDevice, DriverError, as_declared
+from nodeagent.devices.nvidia_driver import Driver, Gpu
+from nodeagent.devices.nvml_driver import NvmlDriver
+from nodeagent.devices.smi_driver import SmiDriver
+from nodeagent.devices.values import DeviceMetrics, DeviceRef
+from nodeagent.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+_MASK: Final = "CUDA_VISIBLE_DEVICES"
+
+
+def open_driver(library: Callable[[], Driver] = NvmlDriver, command: Callable[[], Driver] = SmiDriver) -> Driver:
+    """The library if it can be used, else the command. Raises DriverError with the reasons of both."""
+    try:
+        return library()
+    except DriverError as no_library:
+        try:
+            driver = command()
+        except DriverError as no_command:
+            absent = no_library.absent and no_command.absent
+            raise DriverError(f"{no_library}; {no_command}", absent=absent) from no_command
+        logger.warning("%s: using nvidia-smi instead", no_library)
+        return driver
+
+
+class CudaBackend:
+    """`_troubles`, why each device was not read at the last try, is what changes, in `read`."""
+
+    name: Final = "cuda"
+
+    def __init__(self, driver: Driver | None = None, environ: Mapping[str, str] = os.environ) -> None:
+        """Opens the driver, NVML or else nvidia-smi, unless one is given. Raises DriverError."""
+        self._driver = driver if driver is not None else open_driver()
+        self._mask = environ.get(_MASK)
+        self._troubles: dict[str, str] = {}
+
+    def discover(self) -> list[DeviceRef]:
+        """The GPUs that the mask leaves, in its order. Raises StartupError."""
+        try:
+            return [self._device(gpu) for gpu in visible(self._mask, self._driver)]
+        except DriverError as error:
+            raise StartupError(f"the GPUs can't be listed: {error}") from error
+
+    def devices(self, declared: Sequence[DeclaredDevice]) -> list[DeviceRef]:
+        """See Backend. Also raises StartupError where there is no GPU at all."""
+        found = self.discover()
+        if not found:
+            hidden = f" that {_MASK}={self._mask!r} leaves visible" if self._mask is not None else ""
+            raise StartupError(f"there is no NVIDIA GPU{hidden}")
+        return as_declared(found, declared, self.name) if declared else found
+
+    def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
+        """See Backend. A device that can't be read, and one that can be again, is logged once."""
+        try:
+            reading = self._driver.read(device.uuid, device.index, now)
+        except DriverError as error:
+            if self._troubles.get(device.device_id) != error.reason:
+                self._troubles[device.device_id] = error.reason
+                logger.warning("%s can't be measured: %s", device.device_id, error.reason)
+            return DeviceMetrics(measured_at=now)
+        if self._troubles.pop(device.device_id, None) is not None:
+            logger.warning("%s can be measured again", device.device_id)
+        return DeviceMetrics(
+            measured_at=now,
+            memory_total_bytes=reading.memory_total_bytes,
+            memory_used_bytes=reading.memory_used_bytes,
+            memory_free_bytes=reading.memory_free_bytes,
+            utilization_ratio=reading.utilization_ratio,
+            temperature_celsius=reading.temperature_celsius,
+            power_watts=reading.power_watts,
+        )
+
+    def child_env(self, device: DeviceRef) -> dict[str, str]:
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", _MASK: device.uuid or str(device.index)}
+
+    def child_args(self, device: DeviceRef) -> list[str]:
+        """None: of what the mask leaves, a server takes all. `--device CUDA0` would end every build without CUDA."""
+        return []
+
+    def close(self) -> None:
+        self._driver.close()
+
+    def _device(self, gpu: Gpu) -> DeviceRef:
+        return DeviceRef(
+            device_id=f"gpu:{gpu.index}",
+            backend=self.name,
+            index=gpu.index,
+            name=gpu.name,
+            uuid=gpu.uuid,
+            memory_total_bytes=gpu.memory_total_bytes,
+        )
+
+
+def visible(mask: str | None, driver: Driver) -> list[Gpu]:
+    """The devices that CUDA would show under this value of CUDA_VISIBLE_DEVICES. Raises DriverError.
+
+    As in "CUDA Environment Variables" of NVIDIA's programming guide: numbers, or UUIDs cut to any length that is
+    still unique; none at all for an empty mask; nothing from the first entry on that is not valid, as -1 is not.
+    An entry given twice makes all of them invalid. Numbers are read as those of nvidia-smi; for CUDA they are that
+    only with CUDA_DEVICE_ORDER=PCI_BUS_ID, or where all GPUs are alike.
+    """
+    gpus = driver.gpus()
+    if mask is None:
+        return gpus
+    chosen: list[Gpu] = []
+    for position, entry in enumerate(mask.split(",")):
+        gpu = _named(entry.strip(), position, gpus, driver)
+        if gpu is None:
+            break
+        if any(gpu == other or (gpu.uuid is not None and gpu.uuid == other.uuid) for other in chosen):
+            return []
+        chosen.append(gpu)
+    return chosen
+
+
+def _named(entry: str, position: int, gpus: Sequence[Gpu], driver: Driver) -> Gpu | None:
+    """The one device that an entry of a mask names, None where it names none or several."""
+    if entry.startswith("MIG-"):
+        try:
+            return driver.mig_device(entry, position)
+        except DriverError as error:
+            logger.warning("%s names %s, which can't be used: %s", _MASK, entry, error)
+            return None
+    if entry.startswith("GPU-"):
+        named = [gpu for gpu in gpus if gpu.uuid is not None and gpu.uuid.startswith(entry)]
+    else:
+        named = [gpu for gpu in gpus if entry.isdecimal() and gpu.index == int(entry)]
+    return named[0] if len(named) == 1 else None

@@ -1,0 +1,103 @@
+"""What a dispatcher's answer means for the node: the pure part of its client."""
+
+import email.utils
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from nodeagent.dispatcher.wire import INTERVAL_MAX_S, INTERVAL_MIN_S, HeartbeatResponse
+
+BACKOFF_FIRST_S = 1.0
+BACKOFF_LONGEST_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherResponse:
+    """What came back of a call: the answer, or why there was none (`fault`)."""
+
+    status: int = 0
+    headers: Mapping[str, str] | None = None
+    body: bytes = b""
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """All is well; `interval_s` is the heartbeat interval that the dispatcher asks for, None if it does not."""
+
+    interval_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The dispatcher does not know this node: register again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Try again later: after `wait_s` if the dispatcher said so, else by back-off.
+
+    `error` marks what a person has to mend: another incarnation is newer, or the token is wrong.
+    """
+
+    reason: str
+    wait_s: float | None = None
+    error: bool = False
+
+
+Verdict = Accepted | Unknown | Refused
+
+
+def interpret(response: DispatcherResponse) -> Verdict:
+    """What follows from a response to a registration or a heartbeat."""
+    if response.fault is not None:
+        return Refused(response.fault)
+    match response.status:
+        case status if 200 <= status < 300:
+            return _accepted(response)
+        case 404 | 410:
+            return Unknown(f"it answers {response.status}: the node is not known there")
+        case 409:
+            return Refused("it answers 409: a newer incarnation of this node_id is registered", error=True)
+        case 401 | 403:
+            return Refused(f"it answers {response.status}: the token is missing or wrong", error=True)
+        case 429 | 503:
+            return Refused(f"it answers {response.status}", _retry_after_s(response.headers or {}))
+        case _:
+            return Refused(f"it answers {response.status}")
+
+
+def backoff_s(failures: int, rng: random.Random) -> float:
+    """How long to wait after so many failures in a row: full jitter, over 1 s doubling to 60 s."""
+    longest = min(BACKOFF_LONGEST_S, BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10))
+    return rng.uniform(0, longest)
+
+
+def _accepted(response: DispatcherResponse) -> Verdict:
+    if not response.body.strip():
+        return Accepted()
+    try:
+        interval_s = HeartbeatResponse.model_validate_json(response.body).heartbeat_interval_s
+    except ValidationError as error:
+        return Refused(f"it answers {response.status} with no JSON object that we know: {error.errors()[0]['msg']}")
+    if interval_s is None:
+        return Accepted()
+    return Accepted(min(max(interval_s, INTERVAL_MIN_S), INTERVAL_MAX_S))
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """`Retry-After`, in seconds or as a date, within bounds; None where it says nothing."""
+    value = headers.get("retry-after", "")
+    try:
+        wait_s = float(value)
+    except ValueError:
+        parsed = email.utils.parsedate_tz(value)
+        if parsed is None:
+            return None
+        wait_s = email.utils.mktime_tz(parsed) - time.time()
+    return min(max(wait_s, BACKOFF_FIRST_S), INTERVAL_MAX_S) if wait_s == wait_s else None

@@ -1,0 +1,73 @@
+"""Readiness and liveness of one llama-server."""
+
+import re
+
+import httpx
+
+from nodeagent.llama_server.control import control_client
+from supervisor.probe import NotReady
+from supervisor.spawn import Process
+
+# What the server prints once it listens, and in this build once its model is loaded: `--port 0` picked the port.
+_LISTENING = re.compile(r"listening on (?:http://)?(127\.0\.0\.1:\d+)")
+_TIMEOUT_S = 5.0
+
+
+class LlamaServerProbe:
+    """Asks a child for its health, at the address that this very child printed; implements `supervisor.probe.Probe`.
+
+    Ready is: `/health` says 200, and `/v1/models` names the alias that the child was given. The port comes from the
+    child's own output, so a stranger's server is never asked. What changes: `_known`, in `check`.
+    """
+
+    def __init__(self, alias: str, api_key: str) -> None:
+        self._alias = alias
+        self._api_key = api_key
+        self._known: tuple[int, str] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Probes that ask the same are the same: a child need not be restarted for one."""
+        return isinstance(other, LlamaServerProbe) and (self._alias, self._api_key) == (other._alias, other._api_key)
+
+    def __hash__(self) -> int:
+        return hash(self._alias)
+
+    async def check(self, process: Process) -> str:
+        """Return the child's address, host:port; raise NotReady. Identity is asked for once per generation."""
+        if self._known is not None and self._known[0] == process.generation:
+            address = self._known[1]
+            await self._healthy(address)
+            return address
+        address = _printed_address(process)
+        await self._healthy(address)
+        await self._named(address)
+        self._known = (process.generation, address)
+        return address
+
+    async def _healthy(self, address: str) -> None:
+        answer = await self._get(address, "/health")
+        if answer.status_code != 200:
+            raise NotReady(f"/health says {answer.status_code}")
+
+    async def _named(self, address: str) -> None:
+        answer = await self._get(address, "/v1/models")
+        try:
+            names = [entry["id"] for entry in answer.json()["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise NotReady(f"/v1/models says {answer.status_code} and no list of models") from None
+        if self._alias not in names:
+            raise NotReady(f"the server at {address} serves {names}, not {self._alias!r}")
+
+    async def _get(self, address: str, path: str) -> httpx.Response:
+        try:
+            async with control_client(self._api_key, _TIMEOUT_S) as client:
+                return await client.get(f"http://{address}{path}")
+        except httpx.HTTPError as error:
+            raise NotReady(f"{path} does not answer: {error!r}") from error
+
+
+def _printed_address(process: Process) -> str:
+    for line in process.output.lines():
+        if (found := _LISTENING.search(line)) is not None:
+            return found[1]
+    raise NotReady("it has not said where it listens")

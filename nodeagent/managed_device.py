@@ -1,0 +1,63 @@
+"""A device at work: its servers, its lane, and what its servers printed."""
+
+from collections.abc import Callable, Mapping
+
+from nodeagent.config import NodeConfig
+from nodeagent.devices.monitor import DeviceMonitor
+from nodeagent.devices.values import DeviceRef
+from nodeagent.events import Ring
+from nodeagent.llama_server.device_servers import DeviceServers
+from nodeagent.llama_server.relay import Upstream
+from nodeagent.scheduling.lane import Lane, LaneRules
+from nodeagent.scheduling.queueing import FirstCome
+from nodeagent.scheduling.swap_aware import SwapAware
+from nodeagent.status import DeviceStatus
+from supervisor.lifecycle import Event
+from supervisor.spec import ChildSpec
+
+_LINES_KEPT = 2000
+
+BuildSpecs = Callable[[NodeConfig], Mapping[str, ChildSpec]]
+"""From a configuration to the child that serves each model on one device, by model id."""
+
+
+class ManagedDevice:
+    """One device with all that the node keeps for it. `specs` says which child serves a model there."""
+
+    def __init__(self, ref: DeviceRef, servers: DeviceServers, specs: BuildSpecs, config: NodeConfig) -> None:
+        self.ref = ref
+        self.servers = servers
+        self.lane: Lane[Upstream] = Lane(ref.device_id, servers, lane_rules(config))
+        self.lines: Ring[str] = Ring(_LINES_KEPT)
+        self._specs = specs
+
+    def __repr__(self) -> str:
+        return f"<ManagedDevice {self.ref.device_id}: {self.lane!r}>"
+
+    def handle(self, event: Event) -> None:
+        """Take in what the supervisor says of a server of this device."""
+        self.servers.handle(event)
+        self.lane.nudge()
+
+    def reconfigure(self, config: NodeConfig) -> list[str]:
+        """Follow another configuration; return the models whose running server has to go for it."""
+        self.lane.rules = lane_rules(config)
+        models = {model.model_id: model for model in config.models}
+        return self.servers.replace(models, self._specs(config), config.llama_server_startup_timeout_s)
+
+    def status(self, monitor: DeviceMonitor) -> DeviceStatus:
+        """The device as it is reported."""
+        metrics = monitor.latest(self.ref.device_id)
+        return DeviceStatus(self.ref, metrics, self.lane.view(), tuple(self.servers.views()))
+
+
+def lane_rules(config: NodeConfig) -> LaneRules:
+    """What the configuration says of every lane."""
+    swap_aware = SwapAware(config.swap_fairness_s, config.min_residency_s, config.residency_linger_s)
+    return LaneRules(
+        max_pending=config.max_pending_requests_per_device,
+        queue_timeout_s=config.queue_timeout_s,
+        startup_timeout_s=config.llama_server_startup_timeout_s,
+        abandoned_load_grace_s=config.abandoned_load_grace_s,
+        policy=FirstCome() if config.scheduling == "fifo" else swap_aware,
+    )

@@ -1,0 +1,314 @@
+"""The node: everything that the front, the dispatcher and the shutdown may ask of it.
+
+It holds no task of its own but the background work that it was asked for; `agent` builds and runs the parts.
+"""
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Protocol
+
+import trio
+
+from nodeagent import events, logs, reload
+from nodeagent.config import ModelConfig, NodeConfig
+from nodeagent.devices.monitor import DeviceMonitor
+from nodeagent.dispatcher.payloads import heartbeat, inventory, register
+from nodeagent.dispatcher.wire import Heartbeat, Register
+from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, ReloadRefused
+from nodeagent.events import EventLog, Ring
+from nodeagent.front.seam import ModelCard, Reloaded
+from nodeagent.llama_server.catalogue import Catalogue
+from nodeagent.llama_server.command_line import model_arguments
+from nodeagent.llama_server.relay import Upstream
+from nodeagent.llama_server.server_id import ServerId
+from nodeagent.managed_device import ManagedDevice
+from nodeagent.scheduling.lane import Lane
+from nodeagent.scheduling.scheduler import Scheduler
+from nodeagent.status import MODEL_ENDPOINTS, ModelStatus, NodeSnapshot, NodeState, NodeStatus, node_state
+from supervisor.lifecycle import Event
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatcher(Protocol):
+    """The dispatcher's client, as the node uses it."""
+
+    def notice(self) -> None: ...
+
+    def register_again(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeIdentity:
+    """What does not change while the agent runs. `base_url` is where others reach the node; `local_url`, where this
+    host does; `incarnation` is random for each start."""
+
+    base_url: str
+    local_url: str
+    incarnation: str
+    started_at: datetime
+    version: str
+    admin_token: str
+
+
+class Node:
+    """Implements `front.seam.Node` and `dispatcher.client.NodeSource`.
+
+    What changes: `_phase` in `enter`, `drain` and `undrain`; `_config` in `reload`; `_told` in `_tell_state`;
+    `dispatcher` once, by whoever builds the node.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        identity: NodeIdentity,
+        devices: Mapping[str, ManagedDevice],
+        *,
+        catalogue: Catalogue,
+        monitor: DeviceMonitor,
+    ) -> None:
+        self.identity = identity
+        self.devices = devices
+        self.scheduler: Scheduler[Upstream] = Scheduler(
+            {device_id: device.lane for device_id, device in devices.items()},
+            {device_id: device.servers for device_id, device in devices.items()},
+        )
+        self.events: EventLog = Ring(events.KEPT)
+        self.dispatcher: Dispatcher | None = None
+        self._config = config
+        self._catalogue = catalogue
+        self._monitor = monitor
+        self._phase = NodeStatus.STARTING
+        self._drained_by_operator = False
+        self._told: NodeState | None = None
+        self._reloading = trio.Lock()
+        self._background: trio.Nursery
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the background work that requests start (loads and unloads without a waiter) until cancelled."""
+        async with trio.open_nursery() as self._background:
+            task_status.started()
+            await trio.sleep_forever()
+
+    @property
+    def config(self) -> NodeConfig:
+        return self._config
+
+    # What the front asks (front.seam.Node).
+
+    @property
+    def node_id(self) -> str:
+        return self._config.node_id
+
+    @property
+    def max_request_bytes(self) -> int:
+        return self._config.max_request_bytes
+
+    @property
+    def admin_token(self) -> str:
+        return self.identity.admin_token
+
+    def cards(self) -> list[ModelCard]:
+        created = int(self.identity.started_at.timestamp())
+        return [ModelCard(model.model_id, _aliases(model), created) for model in self._config.models]
+
+    def state(self) -> NodeState:
+        servers = [(device_id, device.servers.views()) for device_id, device in self.devices.items()]
+        return node_state(self._phase, servers, len(self._config.models))
+
+    def inventory_json(self) -> bytes:
+        return inventory(self.snapshot()).model_dump_json().encode()
+
+    def log_of(self, device_id: str) -> Ring[str]:
+        return self._device(device_id).lines
+
+    async def load(self, model_id: str, device_id: str | None) -> str:
+        for name, device in self.devices.items():
+            if device_id in (None, name) and device.servers.reset_failure(model_id):
+                logger.info("%s: retrying %s, which had failed, at an operator's request", name, model_id)
+        lane = self._lane(device_id or self.scheduler.place_visit(model_id))
+        ticket = lane.visit(model_id)
+        try:
+            return (await ticket.granted()).device_id
+        finally:
+            ticket.close()
+
+    def load_soon(self, model_id: str, device_id: str | None) -> None:
+        self._background.start_soon(self._load_in_background, model_id, device_id, name=f"load {model_id}")
+
+    async def unload(self, model_id: str, *, force: bool) -> list[str]:
+        # A model that has failed has no server to stop; its failure is forgotten.
+        devices = [
+            device
+            for device in self.devices.values()
+            if device.servers.runs(model_id) or device.servers.reset_failure(model_id)
+        ]
+        async with trio.open_nursery() as nursery:
+            for device in devices:
+                name = f"unload {model_id} from {device.ref.device_id}"
+                nursery.start_soon(partial(device.lane.unload, model_id, force=force), name=name)
+        return [device.ref.device_id for device in devices]
+
+    def drain(self) -> None:
+        if self._phase is NodeStatus.READY:
+            logger.info("draining at an operator's request")
+            self._drained_by_operator = True
+            self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s, by_operator=True))
+            self.enter(NodeStatus.DRAINING)
+
+    def undrain(self) -> None:
+        if self._drained_by_operator and self._phase is NodeStatus.DRAINING:
+            logger.info("accepting requests again at an operator's request")
+            self._drained_by_operator = False
+            self.scheduler.take_new()
+            self.enter(NodeStatus.READY)
+
+    async def reload(self) -> Reloaded:
+        async with self._reloading:  # one at a time, in the order of the requests
+            try:
+                config = await trio.to_thread.run_sync(reload.read_again, self._config)
+            except ConfigError as error:
+                problems = [str(problem) for problem in error.problems]
+                logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
+                raise ReloadRefused(problems) from error
+            return await self._reconfigure(config)
+
+    def register(self) -> bool:
+        if self.dispatcher is None:
+            return False
+        self.dispatcher.register_again()
+        return True
+
+    # What the dispatcher's client asks (dispatcher.client.NodeSource).
+
+    def register_payload(self) -> Register:
+        return register(self.snapshot())
+
+    def heartbeat_payload(self, sequence: int) -> Heartbeat:
+        return heartbeat(self.snapshot(), sequence)
+
+    def snapshot(self) -> NodeSnapshot:
+        """Everything about the node now."""
+        config, identity = self._config, self.identity
+        return NodeSnapshot(
+            now=trio.current_time(),
+            node_id=config.node_id,
+            node_name=config.node_name,
+            base_url=identity.base_url,
+            agent_version=identity.version,
+            incarnation=identity.incarnation,
+            started_at=identity.started_at,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+            state=self.state(),
+            devices=tuple(device.status(self._monitor) for device in self.devices.values()),
+            models=tuple(self._model_status(model) for model in config.models),
+        )
+
+    # What the shutdown asks.
+
+    @property
+    def admitted(self) -> int:
+        """Requests in flight or queued on the whole node."""
+        return self.scheduler.admitted
+
+    def enter(self, phase: NodeStatus) -> None:
+        """Go into the next phase of the node's life."""
+        self._phase = phase
+        self._tell_state()
+
+    def begin_shutdown(self) -> None:
+        """Say that the node is on its way out, while requests are still accepted; an operator can't undo it."""
+        self._drained_by_operator = False
+        self.enter(NodeStatus.DRAINING)
+
+    def refuse_requests(self) -> None:
+        """Refuse new requests: the node is about to stop."""
+        self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s))
+
+    def reload_soon(self) -> None:
+        """Reload in the background; what comes of it is logged."""
+        self._background.start_soon(self._reload_in_background, name="reload the configuration")
+
+    # What the supervisor tells.
+
+    def on_child_event(self, event: Event) -> None:
+        """One transition of a server: whoever depends on it looks again."""
+        self.devices[ServerId.parse(event.child_id).device_id].handle(event)
+        self.events.append(events.of_child(event))
+        self._tell_state()
+
+    def on_child_line(self, child_id: str, generation: int, line: str) -> None:
+        """A line that a server printed."""
+        server = ServerId.parse(child_id)
+        self.devices[server.device_id].lines.append(line)
+        logs.child_line(server.device_id, server.model_id, generation, line)
+
+    # Inside.
+
+    async def _reconfigure(self, config: NodeConfig) -> Reloaded:
+        """Take over another configuration; what it does not change goes on as it is."""
+        await self._catalogue.inspect_all(config.models)
+        # From here on nothing is awaited: no request sees half of it.
+        what = reload.compare(self._config, config)
+        self._config = reload.merge(self._config, config)
+        for device_id, device in self.devices.items():
+            for model_id in device.reconfigure(self._config):
+                # In the background: requests in flight on the old server may take their time.
+                name = f"unload {model_id} from {device_id}"
+                self._background.start_soon(device.lane.unload, model_id, name=name)
+        logger.info("configuration reloaded: %s", what)
+        if self.dispatcher is not None:
+            self.dispatcher.register_again()
+        return what
+
+    async def _reload_in_background(self) -> None:
+        with suppress(ReloadRefused):  # it has been logged, and there is nobody to tell
+            await self.reload()
+
+    async def _load_in_background(self, model_id: str, device_id: str | None) -> None:
+        try:
+            await self.load(model_id, device_id)
+        except Refusal as refusal:
+            logger.warning("loading %s: %s", model_id, refusal)
+
+    def _device(self, device_id: str) -> ManagedDevice:
+        if device_id not in self.devices:
+            raise NoSuchDevice(device_id, list(self.devices))
+        return self.devices[device_id]
+
+    def _lane(self, device_id: str) -> Lane[Upstream]:
+        return self._device(device_id).lane
+
+    def _tell_state(self) -> None:
+        """Something changed: tell the dispatcher, and the event log if it changed the node's own state."""
+        state = self.state()
+        if state != self._told:
+            self._told = state
+            self.events.append(events.of_node(state.status.value, state.reasons))
+        if self.dispatcher is not None:
+            self.dispatcher.notice()
+
+    def _model_status(self, model: ModelConfig) -> ModelStatus:
+        header = self._catalogue.header(model.model_id)
+        loads = [device.lane.times.measured_load_s(model.model_id) for device in self.devices.values()]
+        return ModelStatus(
+            model_id=model.model_id,
+            aliases=_aliases(model),
+            roles=tuple(model.roles),
+            endpoints=MODEL_ENDPOINTS,
+            parallel=model.parallel,
+            path=str(model.path),
+            arguments=model_arguments(model),
+            ctx_size=model.ctx_size or (header.ctx_train if header else None),
+            size_bytes=header.size_bytes if header else None,
+            problem=self._catalogue.problem(model.model_id),
+            load_time_s=min((load_s for load_s in loads if load_s is not None), default=None),
+        )
+
+
+def _aliases(model: ModelConfig) -> tuple[str, ...]:
+    return (model.alias,) if model.alias else ()

@@ -1,0 +1,52 @@
+"""A changed configuration file: read again, compared, and merged with what only a restart can change. Blocking or pure.
+
+`Node.reload` carries the result out.
+"""
+
+from nodeagent.config import NodeConfig, find_llama_server, load_config, with_keys
+from nodeagent.errors import ConfigError, Problem
+from nodeagent.front.seam import Reloaded
+
+# Keys that running parts were built on: a new value takes effect when the agent is restarted.
+FIXED_KEYS = (
+    "listen_host",
+    "listen_port",
+    "node_id",
+    "node_name",
+    "state_dir",
+    "dispatcher_base_url",
+    "dispatcher_token_file",
+    "advertise_url",
+    "heartbeat_interval_s",
+    "llama_server_bin",
+    "memory_settle_timeout_s",
+    "max_request_bytes",
+    "backend",
+    "devices",
+)
+
+
+def read_again(config: NodeConfig) -> NodeConfig:
+    """Read the file that this configuration came from. Blocks on the disk; raises ConfigError."""
+    if config.source.file is None:
+        raise ConfigError([Problem("this configuration did not come from a file")])
+    again = load_config(config.source.file)
+    find_llama_server(again)
+    return again
+
+
+def compare(before: NodeConfig, after: NodeConfig) -> Reloaded:
+    """What a reload from `before` to `after` changes."""
+    old = {model.model_id: model for model in before.models}
+    new = {model.model_id: model for model in after.models}
+    return Reloaded(
+        added=tuple(model_id for model_id in new if model_id not in old),
+        changed=tuple(model_id for model_id in new if old.get(model_id, new[model_id]) != new[model_id]),
+        removed=tuple(model_id for model_id in old if model_id not in new),
+        needs_restart=tuple(key for key in FIXED_KEYS if getattr(after, key) != getattr(before, key)),
+    )
+
+
+def merge(before: NodeConfig, after: NodeConfig) -> NodeConfig:
+    """`after`, with the keys that need a restart as they are in `before`."""
+    return with_keys(after, {key: getattr(before, key) for key in FIXED_KEYS})

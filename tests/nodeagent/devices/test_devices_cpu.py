@@ -1,0 +1,207 @@
+"""The host's processors as devices, and which backend a host is run with."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pynvml
+import pytest
+
+from fakes.nvml import FakeGpu, FakeNvml
+from nodeagent.config import DeviceConfig
+from nodeagent.devices.backend import Backend, DriverError
+from nodeagent.devices.cpu import CpuBackend, CpuTimes, Memory, cpu_name, host_times
+from nodeagent.devices.cuda import CudaBackend
+from nodeagent.devices.nvml_driver import NvmlDriver
+from nodeagent.devices.selection import BACKENDS, select
+from nodeagent.devices.values import DeviceMetrics
+from nodeagent.errors import ConfigError, StartupError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Declared:
+    device_id: str
+    threads: int | None = None
+    cpus: frozenset[int] | None = None
+
+
+def played(*readings: list[CpuTimes]) -> Callable[[], list[CpuTimes]]:
+    remaining = iter(readings)
+    return lambda: next(remaining)
+
+
+def backend_of(*readings: list[CpuTimes]) -> CpuBackend:
+    return CpuBackend(times=played(*readings), memory=lambda: Memory(total=16 * GIB, available=10 * GIB))
+
+
+def test_undeclared_the_host_is_one_device() -> None:
+    backend = CpuBackend()
+    (device,) = backend.devices([])
+    assert backend.discover() == [device]
+    assert (device.device_id, device.backend, device.index, device.uuid) == ("cpu:0", "cpu", 0, None)
+    assert device.memory_total_bytes == psutil.virtual_memory().total
+    assert device.name
+    assert (device.threads, device.cpus) == (None, None)
+
+
+def test_any_number_of_devices_may_be_declared_each_with_threads_and_cpus() -> None:
+    declared = [Declared("cpu:3", threads=2, cpus=frozenset({2, 3})), Declared("cpu:1", threads=4)]
+    third, first = CpuBackend().devices(declared)
+    assert (third.device_id, third.index, third.threads, third.cpus) == ("cpu:3", 3, 2, frozenset({2, 3}))
+    assert (first.device_id, first.index, first.threads, first.cpus) == ("cpu:1", 1, 4, None)
+
+
+def test_an_entry_of_the_configuration_is_taken_as_it_is() -> None:
+    (device,) = CpuBackend().devices([DeviceConfig.model_validate({"device_id": "cpu:0", "threads": 2, "cpus": [1]})])
+    assert (device.threads, device.cpus) == (2, frozenset({1}))
+
+
+def test_every_declared_device_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(ConfigError) as caught:
+        CpuBackend().devices([Declared("cpu:1"), Declared("gpu:0"), Declared("cpu:x")])
+    assert [str(problem) for problem in caught.value.problems] == [
+        "devices[1].device_id: the backend cpu has no 'gpu:0' here; it has cpu:0, cpu:1",
+        "devices[2].device_id: the backend cpu has no 'cpu:x' here; it has cpu:0, cpu:1",
+    ]
+
+
+def test_a_reading_tells_what_can_be_had_without_swapping() -> None:
+    backend = backend_of([CpuTimes(0, 0)])
+    (device,) = backend.discover()
+    assert backend.read(device, 12.5) == DeviceMetrics(
+        measured_at=12.5,
+        memory_total_bytes=16 * GIB,
+        memory_used_bytes=6 * GIB,
+        memory_free_bytes=10 * GIB,
+        utilization_ratio=None,
+    )
+
+
+def test_the_utilisation_is_that_since_the_last_reading_over_all_cpus() -> None:
+    backend = backend_of(
+        [CpuTimes(100, 1000), CpuTimes(500, 1000)],
+        [CpuTimes(101, 1002), CpuTimes(502, 1002)],
+        [CpuTimes(101, 1004), CpuTimes(502, 1004)],
+    )
+    (device,) = backend.discover()
+    assert [backend.read(device, now).utilization_ratio for now in (0, 2, 4)] == [None, 0.75, 0.0]
+
+
+def test_devices_are_measured_apart_and_over_their_own_cpus_only() -> None:
+    before = [CpuTimes(0, 0), CpuTimes(0, 0), CpuTimes(0, 0)]
+    after = [CpuTimes(10, 10), CpuTimes(0, 10), CpuTimes(5, 10)]
+    backend = backend_of(before, before, after, after)
+    one, two = backend.devices([Declared("cpu:0", cpus=frozenset({0})), Declared("cpu:1", cpus=frozenset({1, 2}))])
+    assert [backend.read(device, 0).utilization_ratio for device in (one, two)] == [None, None]
+    assert [backend.read(device, 1).utilization_ratio for device in (one, two)] == [1.0, 0.25]
+
+
+def test_counters_that_stand_still_or_step_back_give_no_nonsense() -> None:
+    backend = backend_of([CpuTimes(10, 20)], [CpuTimes(10, 20)], [CpuTimes(9, 21)], [CpuTimes(20, 22)])
+    (device,) = backend.discover()
+    assert [backend.read(device, now).utilization_ratio for now in range(4)] == [None, None, 0.0, 1.0]
+
+
+def test_a_cpu_that_works_is_seen_to_work() -> None:
+    backend = CpuBackend()
+    (device,) = backend.discover()
+    backend.read(device, 0.0)
+    started = host_times()
+    while sum(now.total - was.total for now, was in zip(host_times(), started, strict=True)) < 0.2:
+        sum(range(10_000))
+    ratio = backend.read(device, 1.0).utilization_ratio
+    assert ratio is not None
+    assert 0 < ratio <= 1
+
+
+def test_a_processor_is_called_as_it_calls_itself(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    # Linux on x86, and on arm64 where no name is told.
+    cpuinfo.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 7B12\nflags\t\t: fpu vme\n")
+    assert cpu_name(cpuinfo) == "AMD EPYC 7B12"
+    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41\n")
+    assert cpu_name(cpuinfo)
+    assert cpu_name(tmp_path / "absent")
+
+
+def test_a_child_is_kept_off_the_gpus() -> None:
+    backend = CpuBackend()
+    (device,) = backend.discover()
+    assert backend.child_args(device) == ["--device", "none"]
+    assert set(backend.child_env(device).values()) == {""}
+    assert "CUDA_VISIBLE_DEVICES" in backend.child_env(device)
+
+
+# Which backend
+
+
+def cuda_on(nvml: FakeNvml, mask: str | None = None) -> Callable[[], Backend]:
+    return lambda: CudaBackend(NvmlDriver(nvml), {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask})
+
+
+def failing(error: DriverError) -> Callable[[], Backend]:
+    def open_it() -> Backend:
+        raise error
+
+    return open_it
+
+
+def test_auto_takes_gpus_where_there_are_some() -> None:
+    backend = select("auto", backends={**BACKENDS, "cuda": cuda_on(FakeNvml([FakeGpu("GPU-a")]))})
+    assert backend.name == "cuda"
+    backend.close()
+
+
+def test_auto_takes_the_cpu_on_a_host_without_a_driver_and_makes_no_fuss(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    backend = select("auto", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
+    assert backend.name == "cpu"
+    assert caplog.records == []
+
+
+def test_auto_takes_the_cpu_and_warns_where_the_driver_is_there_and_fails(caplog: pytest.LogCaptureFixture) -> None:
+    mismatch = DriverError("Failed to initialize NVML: Driver/library version mismatch")
+    assert select("auto", backends={**BACKENDS, "cuda": failing(mismatch)}).name == "cpu"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "version mismatch" in caplog.text
+
+
+def test_auto_takes_the_cpu_where_the_driver_fails_when_asked_for_its_gpus(caplog: pytest.LogCaptureFixture) -> None:
+    nvml = FakeNvml([FakeGpu("GPU-a")])
+    driver = NvmlDriver(nvml)
+    nvml.error = pynvml.NVML_ERROR_UNKNOWN
+    assert select("auto", backends={**BACKENDS, "cuda": lambda: CudaBackend(driver, {})}).name == "cpu"
+    assert "Unknown Error" in caplog.text
+
+
+def test_auto_takes_the_cpu_where_the_mask_hides_every_gpu_and_lets_go_of_the_driver() -> None:
+    nvml = FakeNvml([FakeGpu("GPU-a")])
+    assert select("auto", backends={**BACKENDS, "cuda": cuda_on(nvml, mask="")}).name == "cpu"
+    assert nvml.initialised == 0
+
+
+def test_auto_takes_what_the_declared_devices_are_of() -> None:
+    backends = {**BACKENDS, "cuda": cuda_on(FakeNvml([FakeGpu("GPU-a")]))}
+    assert select("auto", [Declared("cpu:0")], backends=backends).name == "cpu"
+    assert select("auto", [Declared("gpu:0")], backends=backends).name == "cuda"
+    backends["cuda"] = failing(DriverError("no library", absent=True))
+    with pytest.raises(StartupError, match="no library"):
+        select("auto", [Declared("gpu:0")], backends=backends)
+
+
+def test_a_backend_that_was_asked_for_by_name_is_never_replaced() -> None:
+    with pytest.raises(StartupError, match="the backend cuda can't be used: no library"):
+        select("cuda", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
+
+
+def test_on_this_host_auto_gives_a_backend_with_a_device_that_can_be_read() -> None:
+    backend = select("auto")
+    try:
+        device, *_ = backend.devices([])
+        assert backend.read(device, 1.0).measured_at == 1.0
+    finally:
+        backend.close()

@@ -1,0 +1,70 @@
+"""What a dispatcher's answer means: the protocol's table."""
+
+import random
+from email.utils import formatdate
+from time import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nodeagent.dispatcher.responses import Accepted, DispatcherResponse, Refused, Unknown, Verdict, backoff_s, interpret
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        (DispatcherResponse(200), Accepted()),
+        (DispatcherResponse(201, body=b" "), Accepted()),
+        (DispatcherResponse(200, body=b'{"heartbeat_interval_s": 7, "new": 1}'), Accepted(7.0)),
+        (DispatcherResponse(200, body=b'{"heartbeat_interval_s": 0.001}'), Accepted(1.0)),
+        (DispatcherResponse(200, body=b'{"heartbeat_interval_s": 99999}'), Accepted(300.0)),
+        (DispatcherResponse(200, body=b'{"heartbeat_interval_s": null}'), Accepted()),
+    ],
+)
+def test_success_may_name_an_interval_within_bounds(response: DispatcherResponse, verdict: Verdict) -> None:
+    assert interpret(response) == verdict
+
+
+@pytest.mark.parametrize(
+    "body", [b"garbage", b"[]", b'{"heartbeat_interval_s": "soon"}', b'{"heartbeat_interval_s": NaN}']
+)
+def test_success_with_a_body_that_is_no_answer_is_none(body: bytes) -> None:
+    assert isinstance(interpret(DispatcherResponse(200, body=body)), Refused)
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_node_that_is_unknown_registers_again(status: int) -> None:
+    assert isinstance(interpret(DispatcherResponse(status)), Unknown)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(409, True), (401, True), (403, True), (400, False), (500, False), (302, False)]
+)
+def test_other_answers_are_refusals_and_some_are_for_a_person_to_mend(status: int, error: bool) -> None:
+    verdict = interpret(DispatcherResponse(status))
+    assert isinstance(verdict, Refused)
+    assert (verdict.error, verdict.wait_s) == (error, None)
+    assert str(status) in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("value", "wait_s"),
+    [("7", 7.0), ("0", 1.0), ("9999", 300.0), ("soon", None), ("nan", None), (None, None)],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_obeyed_within_bounds(status: int, value: str | None, wait_s: float | None) -> None:
+    verdict = interpret(DispatcherResponse(status, {"retry-after": value} if value is not None else {}))
+    assert isinstance(verdict, Refused)
+    assert verdict.wait_s == wait_s
+
+
+def test_retry_after_may_be_a_date() -> None:
+    verdict = interpret(DispatcherResponse(503, {"retry-after": formatdate(time() + 20, usegmt=True)}))
+    assert isinstance(verdict, Refused)
+    assert verdict.wait_s == pytest.approx(20, abs=2)
+
+
+@given(st.integers(1, 10_000), st.integers())
+def test_backing_off_stays_within_its_bounds(failures: int, seed: int) -> None:
+    assert 0 <= backoff_s(failures, random.Random(seed)) <= min(60.0, 2.0 ** min(failures - 1, 10))

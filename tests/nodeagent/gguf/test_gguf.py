@@ -1,0 +1,355 @@
+"""Headers are read right, and whatever a file holds, the worst is a GgufError."""
+
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fakes import tiny_models
+from nodeagent.gguf import file as gguf_file
+from nodeagent.gguf.header import GgufError, GgufHeader, read_header
+
+
+def written(path: Path, fill: Callable[[gguf.GGUFWriter], None] | None = None, architecture: str = "llama") -> Path:
+    """A small but whole file by the reference writer: two layers, one tensor."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    if fill is not None:
+        fill(writer)
+    writer.add_tensor("token_embd.weight", numpy.zeros((3, 64), dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def reason(path: Path) -> str:
+    with pytest.raises(GgufError) as caught:
+        read_header(path)
+    assert caught.value.path == path
+    assert str(path) in str(caught.value)
+    return caught.value.reason
+
+
+def test_a_tiny_model_is_described_as_it_was_made(tiny_model_b: Path) -> None:
+    model = tiny_models.TINY_B
+    assert read_header(tiny_model_b) == GgufHeader(
+        path=tiny_model_b,
+        size_bytes=tiny_model_b.stat().st_size,
+        architecture="llama",
+        name="tiny-b",
+        layers=model.layers,
+        ctx_train=model.ctx_train,
+        embedding_length=model.width,
+        heads_kv=(model.heads_kv,) * model.layers,
+        key_length=model.width // model.heads,
+        value_length=model.width // model.heads,
+        vocab_size=3 + 256 + model.words,
+        window=None,
+        layers_windowed=0,
+        pooling=None,
+        has_chat_template=True,
+    )
+
+
+def test_the_real_chat_model_is_described_and_estimated_as_llama_server_reports_it(smollm2: Path) -> None:
+    header = read_header(smollm2)
+    assert (header.architecture, header.layers, header.ctx_train, header.vocab_size) == ("llama", 30, 8192, 49152)
+    assert (header.heads_kv, header.key_length, header.value_length) == ((3,) * 30, 64, 64)
+    assert header.has_chat_template
+    # Its log (build b10434, -c 8192 -np 1) says: KV buffer 180.00 MiB, compute buffer 21.51 MiB.
+    beside_weights = header.estimate_bytes(8192) - header.size_bytes
+    assert 0.95 * 201.51 * 2**20 < beside_weights <= 201.51 * 2**20
+
+
+def test_pooling_tells_embedders_and_rerankers(embedder_model: Path, reranker_model: Path, tiny_model: Path) -> None:
+    assert read_header(embedder_model).pooling == "mean"
+    assert read_header(reranker_model).pooling == "rank"
+    assert read_header(tiny_model).pooling is None
+
+
+def test_a_kind_of_pooling_that_is_newer_than_we_know_doesn_t_refuse_a_file(tmp_path: Path) -> None:
+    assert read_header(written(tmp_path / "new.gguf", lambda w: w.add_uint32("llama.pooling_type", 9))).pooling is None
+
+
+def test_the_kv_cache_grows_by_the_bytes_of_a_token(tiny_model: Path) -> None:
+    header = read_header(tiny_model)
+    mask_bytes = 2 * 512  # of the compute buffer, for each token of context
+    grown = header.estimate_bytes(3000) - header.estimate_bytes(2000)
+    # 2 layers, 2 heads, 16 + 16 numbers of 2 bytes
+    assert grown == 1000 * (2 * 2 * 32 * 2 + mask_bytes)
+    half = header.estimate_bytes(3000, kv_element_bytes=1) - header.estimate_bytes(2000, kv_element_bytes=1)
+    assert half == 1000 * (2 * 2 * 32 + mask_bytes)
+
+
+def test_a_context_left_to_llama_server_counts_no_more_than_what_it_shrinks_to(tmp_path: Path) -> None:
+    long = read_header(
+        written(tmp_path / "long.gguf", lambda writer: writer.add_uint32("llama.context_length", 1 << 20))
+    )
+    short = read_header(written(tmp_path / "short.gguf"))
+    assert long.estimate_bytes() == long.estimate_bytes(4096)
+    assert short.estimate_bytes() == short.estimate_bytes(1024)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windowed"),
+    [(None, 12), ([True, True, False] * 4, 8), (6, 10), (4, 9)],
+    ids=["none", "flags", "6", "4"],
+)
+def test_layers_with_a_window_cache_the_window_only(
+    tmp_path: Path, pattern: list[bool] | int | None, windowed: int
+) -> None:
+    def fill(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint32("gemma3.block_count", 12)
+        writer.add_sliding_window(512)
+        if pattern is not None:
+            writer.add_sliding_window_pattern(pattern)
+
+    header = read_header(written(tmp_path / "model.gguf", fill, "gemma3"))
+    assert (header.window, header.layers_windowed) == (512, windowed)
+    layer_token_bytes = 4 * 32 * 2
+    kv_cache = layer_token_bytes * ((12 - windowed) * 8192 + windowed * (2 * 512 + 512))
+    compute = 512 * (2 * 8192 + 32 * 64)
+    assert header.estimate_bytes(8192, parallel=2) == header.size_bytes + kv_cache + compute
+
+
+def test_heads_may_differ_by_layer_and_layers_without_attention_cache_nothing(tmp_path: Path) -> None:
+    by_layer = read_header(written(tmp_path / "list.gguf", lambda writer: writer.add_head_count_kv([0, 2])))
+    assert by_layer.heads_kv == (0, 2)
+
+    def every_second(writer: gguf.GGUFWriter) -> None:
+        writer.add_head_count_kv(2)
+        writer.add_full_attention_interval(2)
+
+    assert read_header(written(tmp_path / "hybrid.gguf", every_second, "qwen3next")).heads_kv == (0, 2)
+
+
+def test_lengths_of_keys_and_values_are_the_files_where_it_has_them(tmp_path: Path) -> None:
+    def fill(writer: gguf.GGUFWriter) -> None:
+        writer.add_key_length(192)
+        writer.add_value_length(128)
+
+    header = read_header(written(tmp_path / "model.gguf", fill))
+    assert (header.key_length, header.value_length, header.heads_kv) == (192, 128, (4, 4))
+
+
+def test_every_kind_of_value_is_stepped_over(tmp_path: Path) -> None:
+    def fill(writer: gguf.GGUFWriter) -> None:
+        for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "uint64", "int64", "float64"):
+            getattr(writer, f"add_{kind}")(f"test.{kind}", 7)
+            values = [0.5, 1.5] if kind.startswith("float") else [1, 2]
+            numbers = gguf.GGUFValueType[kind.upper()]
+            writer.add_key_value(f"test.{kind}s", values, gguf.GGUFValueType.ARRAY, sub_type=numbers)
+        writer.add_bool("test.bool", True)
+        writer.add_array("test.bools", [True, False])
+        writer.add_string("test.text", "größer")
+        writer.add_array("test.texts", ["a", "", "größer" * 100])
+        writer.add_array("test.long", list(range(10_000)))
+        writer.add_name("after all that")
+
+    header = read_header(written(tmp_path / "model.gguf", fill))
+    assert header.name == "after all that"
+
+
+def test_block_sizes_are_those_of_the_reference() -> None:
+    for number, size in gguf_file._BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == size
+
+
+def split(folder: Path) -> Path:
+    """A model in three parts, as gguf-split writes them too; the first one's path."""
+    writer = gguf.GGUFWriter(folder / "big.gguf", "llama", split_max_tensors=1)
+    writer.add_block_count(2)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(64)
+    for number in range(3):
+        writer.add_tensor(f"blk.{number}.attn_q.weight", numpy.zeros((64, 64), dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "big-00001-of-00003.gguf"
+
+
+def test_the_parts_of_a_split_model_are_summed(tmp_path: Path) -> None:
+    first = split(tmp_path)
+    assert read_header(first).size_bytes == sum(part.stat().st_size for part in tmp_path.iterdir())
+
+
+def test_a_missing_part_of_a_split_model_is_named(tmp_path: Path) -> None:
+    first = split(tmp_path)
+    missing = tmp_path / "big-00002-of-00003.gguf"
+    missing.unlink()
+    with pytest.raises(GgufError) as caught:
+        read_header(first)
+    assert (caught.value.path, caught.value.reason) == (missing, "no such file")
+
+
+def test_a_truncated_part_of_a_split_model_is_named(tmp_path: Path) -> None:
+    first = split(tmp_path)
+    last = tmp_path / "big-00003-of-00003.gguf"
+    os.truncate(last, last.stat().st_size - 100)
+    with pytest.raises(GgufError, match="truncated") as caught:
+        read_header(first)
+    assert caught.value.path == last
+
+
+def test_a_split_model_is_named_by_its_first_part(tmp_path: Path) -> None:
+    first = split(tmp_path)
+    assert reason(tmp_path / "big-00002-of-00003.gguf") == "part 2 of 3: name the first"
+    renamed = first.rename(tmp_path / "other.gguf")
+    assert reason(renamed) == "the first of 3 parts: its name must end in -00001-of-00003.gguf"
+
+
+def test_what_is_no_file_is_told_apart(tmp_path: Path) -> None:
+    assert reason(tmp_path / "absent.gguf") == "no such file"
+    assert reason(tmp_path) == "not a file"
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    assert reason(pipe) == "not a file"
+    loop = tmp_path / "loop.gguf"
+    loop.symlink_to(loop)
+    assert "symbolic links" in reason(loop)
+    assert "can't be read" in reason(tmp_path / "nul\0.gguf")
+
+
+def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    for content, said in (
+        (b"", "empty"),
+        (b"GG", "not a GGUF file"),
+        (b"<!doctype html><html>", "not a GGUF file"),
+        (b"GGUF" + struct.pack("<I", 1), "GGUF version 1 is not supported"),
+        (b"GGUF" + struct.pack(">I", 3), "a big-endian GGUF file"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "it names no architecture: not a model"),
+    ):
+        path.write_bytes(content)
+        assert reason(path) == said
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param(struct.pack("<QQ", 1 << 63, 0), id="tensors"),
+        pytest.param(struct.pack("<QQ", 0, 1 << 63), id="keys"),
+        pytest.param(struct.pack("<QQQ", 0, 1, 1 << 40) + bytes(64), id="length of a key"),
+        pytest.param(struct.pack("<QQQ1sIQ", 0, 1, 1, b"k", 8, 1 << 63) + bytes(64), id="length of a text"),
+        pytest.param(struct.pack("<QQQ1sIIQ", 0, 1, 1, b"k", 9, 4, 1 << 62) + bytes(64), id="length of an array"),
+        pytest.param(struct.pack("<QQQ1sIIQ", 0, 1, 1, b"k", 9, 8, 1 << 61) + bytes(64), id="length of texts"),
+        pytest.param(struct.pack("<QQQ1sIIQ", 0, 1, 1, b"k", 9, 9, 1) + bytes(64), id="array in an array"),
+        pytest.param(struct.pack("<QQQ1sI", 0, 1, 1, b"k", 13) + bytes(64), id="type of a value"),
+        pytest.param(struct.pack("<QQQ1sI", 1, 0, 1, b"t", 1 << 31) + bytes(64), id="dimensions"),
+    ],
+)
+def test_counts_and_lengths_that_can_not_be_are_refused_at_once(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<I", 3) + rest)
+    assert reason(path).startswith(("truncated", "damaged"))
+
+
+def test_a_huge_sparse_file_can_not_make_the_reader_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"k", 8, 1 << 34))
+    os.truncate(path, 1 << 36)
+    assert reason(path).startswith("damaged")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", 0),
+        ("llama.block_count", 1 << 30),
+        ("llama.context_length", 0),
+        ("general.alignment", 3),
+        ("general.alignment", 0),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused(tmp_path: Path, key: str, value: int) -> None:
+    # The writer would align by it: a key of the same length takes its place until the file is written.
+    path = written(tmp_path / "model.gguf", lambda writer: writer.add_uint32("x" * len(key), value))
+    assert read_header(path).layers == 2
+    path.write_bytes(path.read_bytes().replace(b"x" * len(key), key.encode()))
+    assert reason(path).startswith("damaged")
+
+
+def test_values_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
+    for key in ("llama.block_count", "llama.attention.head_count", "llama.pooling_type"):
+        path = written(tmp_path / "model.gguf", lambda writer, key=key: writer.add_string(key, "many"))  # type: ignore[misc]
+        assert reason(path) == f"damaged: an unusable value of {key}"
+
+
+def test_what_llama_cpp_can_not_do_without_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.gguf", architecture="llama")
+    path.write_bytes(path.read_bytes().replace(b"llama.block_count", b"llama.block_c0unt"))
+    assert reason(path) == "it has no llama.block_count: not a model that llama.cpp can load"
+
+
+def test_tensors_of_a_type_newer_than_we_know_don_t_refuse_a_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.gguf")
+    content = path.read_bytes()
+    name = b"token_embd.weight"
+    kind_at = content.index(name) + len(name) + 4 + 2 * 8
+    assert content[kind_at : kind_at + 4] == struct.pack("<I", 0)
+    path.write_bytes(content[:kind_at] + struct.pack("<I", 99) + content[kind_at + 4 :])
+    assert read_header(path).layers == 2
+
+
+def test_a_file_without_permission_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "closed.gguf"
+    shutil.copy(tiny_model, path)
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root may read everything: nothing to see for it
+        assert read_header(path).layers == tiny_models.TINY.layers
+    else:
+        assert reason(path) == "no permission to read it"
+
+
+# The fixtures last for the whole session and are only read; each example writes a file of its own.
+many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@many
+@given(st.data())
+def test_a_file_cut_anywhere_is_truncated_and_never_anything_else(
+    tiny_model: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    whole = tiny_model.read_bytes()
+    tensors_at = whole.rindex(b"blk.1.ffn_down.weight")
+    # The header takes a fiftieth of the file, and is where there is most to get wrong.
+    length = data.draw(st.integers(0, tensors_at + 64) | st.integers(0, len(whole) - 1))
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(whole[:length])
+    assert reason(path).startswith("truncated" if length >= 4 else ("not a GGUF", "empty"))
+
+
+@many
+@given(st.data())
+def test_a_damaged_header_gives_a_header_or_a_gguf_error(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "model.gguf"
+    if not path.exists():
+        written(path)
+    content = bytearray(path.read_bytes())
+    end = content.index(b"token_embd.weight") + 64
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(4, end))
+        patch = data.draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff" * 8, bytes(8)]))
+        content[at : at + len(patch)] = patch
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(content)
+    try:
+        header = read_header(damaged)
+    except GgufError:
+        return
+    assert header.estimate_bytes(4096) > 0
+    assert header.estimate_bytes() > 0

@@ -1,0 +1,321 @@
+"""HTTP to a server that behaves, and to servers that don't: raw sockets, real clock."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import pytest
+import trio
+
+from nodeagent.errors import UpstreamLost
+from nodeagent.llama_server.headers import forwardable
+from nodeagent.llama_server.relay import Upstream, UpstreamResponse, is_loading_answer
+
+Handler = Callable[[trio.SocketStream], Awaitable[None]]
+
+PLAIN = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nServer: llama.cpp\r\nContent-Length: 11\r\n\r\nhello world"
+)
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nKeep-Alive: timeout=5\r\n"
+    b"Access-Control-Allow-Origin: *\r\n\r\n9\r\ndata: a\n\n\r\n4\r\ndata\r\n5\r\n: b\n\n\r\n0\r\n\r\n"
+)
+
+
+OPEN: list[Upstream] = []
+
+
+def finish(nursery: trio.Nursery) -> None:
+    """Close what the test opened, and end its servers."""
+    while OPEN:
+        OPEN.pop().close()
+    nursery.cancel_scope.cancel()
+
+
+async def serving(nursery: trio.Nursery, handler: Handler) -> Upstream:
+    async def handle(stream: trio.SocketStream) -> None:
+        try:
+            async with stream:
+                await handler(stream)
+        except trio.BrokenResourceError:
+            return  # the client closed first, as some tests want
+
+    listeners = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
+    host, port = listeners[0].socket.getsockname()
+    OPEN.append(Upstream(f"{host}:{port}", "key"))
+    return OPEN[-1]
+
+
+async def read_request(stream: trio.SocketStream) -> bytes:
+    received = b""
+    while b"\r\n\r\n" not in received:
+        data = await stream.receive_some(65536)
+        if not data:
+            return b""
+        received += data
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += await stream.receive_some(65536)
+    return head + b"\r\n\r\n" + body
+
+
+async def ask(upstream: Upstream, body: bytes = b"{}") -> UpstreamResponse:
+    return await upstream.open("POST", "/v1/chat/completions", [(b"content-type", b"application/json")], body)
+
+
+async def body_of(answer: UpstreamResponse) -> bytes:
+    body = b""
+    try:
+        while (chunk := await answer.next_chunk()) is not None:
+            body += chunk
+    finally:
+        answer.close()
+    return body
+
+
+def answering(answer: bytes, *, size: int | None = None, seen: list[bytes] | None = None) -> Handler:
+    """UpstreamResponse every request with these bytes, in pieces of that size."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        while request := await read_request(stream):
+            if seen is not None:
+                seen.append(request)
+            for place in range(0, len(answer), size or len(answer)):
+                await stream.send_all(answer[place : place + (size or len(answer))])
+                if size is not None:
+                    await trio.sleep(0.0005)
+
+    return handler
+
+
+async def test_the_request_has_the_childs_key_and_its_body_verbatim(nursery: trio.Nursery) -> None:
+    seen: list[bytes] = []
+    upstream = await serving(nursery, answering(PLAIN, seen=seen))
+    with trio.fail_after(5):
+        await body_of(await ask(upstream, b'{"odd":  1}'))
+    head, _, body = seen[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
+    assert b"authorization: Bearer key" in head
+    assert body == b'{"odd":  1}'
+    finish(nursery)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+async def test_answers_are_the_same_however_they_are_cut(size: int, nursery: trio.Nursery) -> None:
+    with trio.fail_after(10):
+        plain = await ask(await serving(nursery, answering(PLAIN, size=size)))
+        assert (plain.status, plain.event_stream) == (200, False)
+        assert plain.headers == [("content-type", "application/json"), ("content-length", "11")]
+        assert await body_of(plain) == b"hello world"
+        events = await ask(await serving(nursery, answering(CHUNKED, size=size)))
+        assert events.headers == [("content-type", "text/event-stream")]
+        assert events.event_stream
+        chunks = []
+        while (chunk := await events.next_chunk()) is not None:
+            chunks.append(chunk)
+        assert b"".join(chunks) == b"data: a\n\ndata: b\n\n"
+        assert all(chunk.endswith(b"\n\n") for chunk in chunks)
+    finish(nursery)
+
+
+@pytest.mark.parametrize("answer", [PLAIN, CHUNKED], ids=["plain", "chunked"])
+async def test_an_answer_that_breaks_anywhere_is_lost_and_never_ends_cleanly(
+    answer: bytes, nursery: trio.Nursery
+) -> None:
+    with trio.fail_after(30):
+        for length in range(len(answer)):
+
+            async def cut(stream: trio.SocketStream, length: int = length) -> None:
+                await read_request(stream)
+                await stream.send_all(answer[:length])
+
+            upstream = await serving(nursery, cut)
+            with pytest.raises(UpstreamLost):
+                await body_of(await ask(upstream))
+    finish(nursery)
+
+
+async def test_a_connection_is_used_again_after_a_whole_answer_and_closed_after_half_of_one(
+    nursery: trio.Nursery,
+) -> None:
+    opened = trio.Event()
+    connections: list[trio.SocketStream] = []
+    half_closed = trio.Event()
+
+    async def handler(stream: trio.SocketStream) -> None:
+        connections.append(stream)
+        for _ in range(2):
+            await read_request(stream)
+            await stream.send_all(PLAIN)
+        await read_request(stream)
+        await stream.send_all(PLAIN[:-3])
+        opened.set()
+        assert await stream.receive_some(1) == b""
+        half_closed.set()
+
+    upstream = await serving(nursery, handler)
+    with trio.fail_after(5):
+        for _ in range(2):
+            await body_of(await ask(upstream))
+        answer = await ask(upstream)
+        await opened.wait()
+        answer.close()
+        answer.close()
+        await half_closed.wait()
+        assert len(connections) == 1
+    finish(nursery)
+
+
+async def test_an_idle_connection_that_the_server_closed_is_replaced_silently(nursery: trio.Nursery) -> None:
+    requests = 0
+
+    async def one_each(stream: trio.SocketStream) -> None:
+        nonlocal requests
+        await read_request(stream)
+        requests += 1
+        await stream.send_all(PLAIN)
+
+    upstream = await serving(nursery, one_each)
+    with trio.fail_after(5):
+        for _ in range(3):
+            assert await body_of(await ask(upstream)) == b"hello world"
+            await trio.sleep(0.05)  # for the server's close to arrive
+    assert requests == 3
+    finish(nursery)
+
+
+async def test_a_server_that_is_not_there_is_lost() -> None:
+    with trio.socket.socket() as sock:
+        await sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with trio.fail_after(5), pytest.raises(UpstreamLost, match="can't be connected to"):
+        await ask(Upstream(f"127.0.0.1:{port}", "key"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * 70_000, b"\x00" * 100],
+    ids=["another protocol", "endless head", "zeros"],
+)
+async def test_what_is_no_answer_is_lost(answer: bytes, nursery: trio.Nursery) -> None:
+    upstream = await serving(nursery, answering(answer))
+    with trio.fail_after(5), pytest.raises(UpstreamLost):
+        await body_of(await ask(upstream))
+    finish(nursery)
+
+
+async def test_an_early_refusal_of_a_long_body_is_heard_and_its_connection_not_used_again(
+    nursery: trio.Nursery,
+) -> None:
+    connections = 0
+
+    async def refuse(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        await stream.receive_some(1000)
+        await stream.send_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+        await trio.sleep(1)
+
+    upstream = await serving(nursery, refuse)
+    with trio.fail_after(5):
+        for _ in range(2):
+            answer = await ask(upstream, bytes(20 * 2**20))
+            assert answer.status == 413
+            assert await body_of(answer) == b"no"
+    assert connections == 2
+    finish(nursery)
+
+
+async def test_an_interim_answer_is_passed_over(nursery: trio.Nursery) -> None:
+    upstream = await serving(nursery, answering(b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN))
+    with trio.fail_after(5):
+        answer = await ask(upstream)
+        assert answer.status == 200
+        assert await body_of(answer) == b"hello world"
+    finish(nursery)
+
+
+async def test_chunks_that_pile_up_come_as_one(nursery: trio.Nursery) -> None:
+    piled = trio.Event()
+
+    async def pile(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await stream.send_all(head + b"9\r\ndata: a\n\n\r\n")
+        for _ in range(100):
+            await stream.send_all(b"9\r\ndata: b\n\n\r\n")
+        piled.set()
+        await trio.sleep_forever()
+
+    with trio.fail_after(5):
+        answer = await ask(await serving(nursery, pile))
+        await piled.wait()
+        received, reads = b"", 0
+        while len(received) < 9 * 101:
+            chunk = await answer.next_chunk()
+            assert chunk is not None
+            received += chunk
+            reads += 1
+        assert reads <= 3
+        answer.close()
+    finish(nursery)
+
+
+async def test_cancelling_closes_the_connection_so_that_the_server_sees_it(nursery: trio.Nursery) -> None:
+    seen = trio.Event()
+
+    async def silent(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        assert await stream.receive_some(1) == b""
+        seen.set()
+
+    upstream = await serving(nursery, silent)
+    with trio.fail_after(5):
+        with trio.move_on_after(0.1) as scope:
+            await ask(upstream)
+        assert scope.cancelled_caught
+        await seen.wait()
+    finish(nursery)
+
+
+async def test_a_closed_upstream_says_so_and_keeps_nothing(nursery: trio.Nursery) -> None:
+    ended = trio.Event()
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        await stream.send_all(PLAIN)
+        assert await stream.receive_some(1) == b""
+        ended.set()
+
+    upstream = await serving(nursery, handler)
+    with trio.fail_after(5):
+        await body_of(await ask(upstream))
+        upstream.close()
+        assert upstream.closed.is_set()
+        await ended.wait()
+    finish(nursery)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "loading"),
+    [
+        (503, b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}', True),
+        (503, b'{"error":{"message":"no","type":"server_error","code":503}}', False),
+        (503, b"down", False),
+        (200, b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}', False),
+    ],
+)
+async def test_llama_servers_own_word_for_not_yet_is_known(
+    status: int, body: bytes, loading: bool, nursery: trio.Nursery
+) -> None:
+    head = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+    with trio.fail_after(5):
+        answer = await ask(await serving(nursery, answering(head + body)))
+        assert is_loading_answer(answer) is loading
+        answer.close()
+    finish(nursery)
+
+
+def test_of_a_clients_headers_only_what_the_child_needs_is_passed_on() -> None:
+    given = [("Content-Type", "application/json"), ("Authorization", "Bearer secret"), ("Cookie", "x"), ("Host", "h")]
+    assert forwardable(given) == [(b"content-type", b"application/json")]

@@ -1,0 +1,141 @@
+"""Several lanes in virtual time: where requests go, and where they go when that turns out worse than thought."""
+
+from dataclasses import replace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from fakes.servers import FakeServers
+from nodeagent.errors import BackendUnavailable, QueueFull
+from nodeagent.scheduling.lane import Lane, LaneRules
+from nodeagent.scheduling.lease import TicketState
+from nodeagent.scheduling.scheduler import Scheduler
+from nodeagent.scheduling.seam import Obstacle
+
+RULES = LaneRules(max_pending=8, queue_timeout_s=1000, startup_timeout_s=100)
+
+
+@pytest.fixture
+async def hosts() -> dict[str, FakeServers]:
+    return {"gpu:0": FakeServers(load_s=5), "gpu:1": FakeServers(load_s=5)}
+
+
+@pytest.fixture
+async def scheduler(hosts: dict[str, FakeServers], nursery: trio.Nursery) -> Scheduler[str]:
+    lanes = {device_id: Lane(device_id, host, RULES) for device_id, host in hosts.items()}
+    scheduler: Scheduler[str] = Scheduler(lanes, hosts)
+    for device_id, host in hosts.items():
+        host.on_change = lanes[device_id].nudge
+        await nursery.start(lanes[device_id].run)
+    return scheduler
+
+
+async def serve(scheduler: Scheduler[str], model_id: str, for_s: float) -> str:
+    """One whole request; returns the device."""
+    ticket = scheduler.admit("r", model_id)
+    lease = await ticket.granted()
+    await trio.sleep(for_s)
+    ticket.close()
+    return lease.device_id
+
+
+async def test_two_models_get_a_device_each(scheduler: Scheduler[str], autojump_clock: MockClock) -> None:
+    tickets = [scheduler.admit("r", model_id) for model_id in "ab"]
+    assert [(await ticket.granted()).device_id for ticket in tickets] == ["gpu:0", "gpu:1"]
+    assert trio.current_time() == pytest.approx(5)
+
+
+async def test_a_model_goes_where_it_is_loaded_while_the_queue_there_is_short(
+    scheduler: Scheduler[str], autojump_clock: MockClock
+) -> None:
+    await serve(scheduler, "a", 1)
+    tickets = [scheduler.admit("r", "a") for _ in range(3)]
+    assert {ticket.lane.device_id for ticket in tickets} == {"gpu:0"}
+
+
+async def test_a_long_queue_pays_for_a_second_copy(scheduler: Scheduler[str], autojump_clock: MockClock) -> None:
+    await serve(scheduler, "a", 4)  # measured: 5 s a load, 4 s a request
+    tickets = [scheduler.admit("r", "a") for _ in range(4)]
+    assert [ticket.lane.device_id for ticket in tickets] == ["gpu:0", "gpu:0", "gpu:1", "gpu:0"]
+
+
+async def test_an_idle_device_takes_over_what_waits_elsewhere_longer_than_expected(
+    scheduler: Scheduler[str], hosts: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    for lane in scheduler.lanes.values():
+        lane.times.served("a", 1)
+        lane.times.loaded("a", 5)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, scheduler, "b", 20)  # keeps one device
+        await trio.sleep(0.1)
+        running, waiting, last = (scheduler.admit("r", "a") for _ in range(3))
+        assert {ticket.lane.device_id for ticket in (running, waiting, last)} == {"gpu:1"}
+        await running.granted()  # and takes very long, so that the others would be better off elsewhere
+        lease = await last.granted()
+        assert lease.device_id == "gpu:0"
+        # b is done, nobody came back for it, and a is loaded in its place.
+        assert trio.current_time() == pytest.approx(25 + 0.05 + 5)
+        last.close()
+        assert (await waiting.granted()).device_id == "gpu:0"
+    assert hosts["gpu:0"].history == ["start b", "stop b", "start a"]
+
+
+async def test_nothing_moves_to_a_device_that_can_not_take_it(
+    scheduler: Scheduler[str], hosts: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    hosts["gpu:1"].obstacles["a"] = Obstacle("too small")
+    running, waiting = scheduler.admit("r", "a"), scheduler.admit("r", "a")
+    await running.granted()
+    await serve(scheduler, "b", 1)
+    await trio.sleep(50)
+    assert waiting.state is TicketState.WAITING
+    assert waiting.lane.device_id == "gpu:0"
+
+
+async def test_nothing_moves_to_where_another_copy_does_not_fit(
+    scheduler: Scheduler[str], hosts: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    hosts["gpu:1"].room = False
+    running, waiting = scheduler.admit("r", "a"), scheduler.admit("r", "a")
+    await running.granted()
+    await trio.sleep(100)
+    assert waiting.state is TicketState.WAITING
+    assert hosts["gpu:1"].history == []
+
+
+async def test_a_request_whose_server_died_is_tried_again_on_a_device_that_is_free(
+    scheduler: Scheduler[str], hosts: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    for lane in scheduler.lanes.values():
+        lane.preload("a")
+    await trio.sleep(6)
+    ticket = scheduler.admit("r", "a")
+    crashed = hosts[(await ticket.granted()).device_id]
+    began = trio.current_time()
+    crashed.crash()
+    scheduler.requeue(ticket)
+    assert (await ticket.granted()).device_id == "gpu:1"
+    assert trio.current_time() == began
+
+
+async def test_when_every_lane_is_full_the_soonest_place_is_told(
+    scheduler: Scheduler[str], autojump_clock: MockClock
+) -> None:
+    for lane in scheduler.lanes.values():
+        lane.rules = replace(RULES, max_pending=1)
+    tickets = [scheduler.admit("r", "a"), scheduler.admit("r", "a")]
+    with pytest.raises(QueueFull) as refused:
+        scheduler.admit("r", "a")
+    assert refused.value.retry_after_s == pytest.approx(2 + 2)
+    for ticket in tickets:
+        await ticket.granted()
+
+
+async def test_no_device_at_all_says_why(
+    scheduler: Scheduler[str], hosts: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    for host in hosts.values():
+        host.obstacles["a"] = Obstacle("too small")
+    with pytest.raises(BackendUnavailable, match="gpu:0: too small; gpu:1: too small"):
+        scheduler.admit("r", "a")
