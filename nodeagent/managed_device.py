@@ -53,7 +53,7 @@ class ManagedDevice:
 
 def lane_rules(config: NodeConfig) -> LaneRules:
     """What the configuration says of every lane."""
-    swap_aware = SwapAware(config.swap_fairness_s, config.min_residency_s, config.residency_linger_s)
+    swap_aware = SwapAware(config.swap_fairness_s, config.min_residency_s)
     return LaneRules(
         max_pending=config.max_pending_requests_per_device,
         queue_timeout_s=config.queue_timeout_s,

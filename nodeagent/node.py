@@ -130,8 +130,8 @@ class Node:
         for name, device in self.devices.items():
             if device_id in (None, name) and device.servers.reset_failure(model_id):
                 logger.info("%s: retrying %s, which had failed, at an operator's request", name, model_id)
-        lane = self._lane(device_id or self.scheduler.place_visit(model_id))
-        ticket = lane.visit(model_id)
+        lane = self._lane(device_id or self.scheduler.place_load(model_id))
+        ticket = lane.request_load(model_id)
         try:
             return (await ticket.granted()).device_id
         finally:
@@ -164,7 +164,7 @@ class Node:
         if self._drained_by_operator and self._phase is NodeStatus.DRAINING:
             logger.info("accepting requests again at an operator's request")
             self._drained_by_operator = False
-            self.scheduler.take_new()
+            self.scheduler.accept_new()
             self.enter(NodeStatus.READY)
 
     async def reload(self) -> Reloaded:

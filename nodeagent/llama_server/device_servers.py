@@ -264,23 +264,30 @@ class DeviceServers:
             problem = self._catalogue.problem(model_id) if model is not None else None
             if problem is None:
                 return None
-            return ServerView(model_id, ServerState.FAILED, 0, trio.current_time(), slots, reason=problem)
+            return ServerView(
+                model_id=model_id,
+                state=ServerState.FAILED,
+                generation=0,
+                since=trio.current_time(),
+                slots=slots,
+                reason=problem,
+            )
         if model is None and child.state is ChildState.FAILED:
             return None
         state = _STATES[child.state]
         if state is ServerState.READY and model_id == self._bringing_back:
             state = ServerState.STARTING
         return ServerView(
-            model_id,
-            state,
-            child.generation,
-            child.since,
-            slots,
-            child.spawned_at,
-            self._reason(child),
-            child.retry_at,
-            self._upstreams.get(model_id) if state is ServerState.READY else None,
-            model.idle_unload_s if model is not None else None,
+            model_id=model_id,
+            state=state,
+            generation=child.generation,
+            since=child.since,
+            slots=slots,
+            spawned_at=child.spawned_at,
+            reason=self._reason(child),
+            retry_at=child.retry_at,
+            endpoint=self._upstreams.get(model_id) if state is ServerState.READY else None,
+            idle_unload_s=model.idle_unload_s if model is not None else None,
         )
 
     def _reason(self, child: ChildSnapshot) -> str | None:

@@ -1,8 +1,8 @@
 """Which device served a conversation last: its server may still have the conversation in its cache.
 
-Measured with a long prompt shared by all and one slot a device: a turn's first token after 0.36 s on the device that
-knew the conversation, 1.05 s on one that had served another in between. So it decides between devices that are equally
-near to serving a request, and is no reason to wait.
+Measured with a long shared prompt and one slot per device: first token after 0.36 s on the device that had served the
+conversation last, 1.05 s on one that had served another in between. So it decides between devices that are otherwise
+equal, and is no reason to wait.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,7 @@ _REMEMBERED = 4096
 
 
 class Conversations:
-    """The last device of each conversation, the latest so many. What changes: `_devices`, in `served`."""
+    """The last device of each recent conversation. What changes: `_devices`, in `served`."""
 
     def __init__(self) -> None:
         self._devices: OrderedDict[str, str] = OrderedDict()
@@ -21,7 +21,7 @@ class Conversations:
         return self._devices.get(conversation) if conversation is not None else None
 
     def served(self, conversation: str | None, device_id: str) -> None:
-        """The device has the conversation in its cache now."""
+        """The device has just served the conversation, so it is in its cache."""
         if conversation is None:
             return
         self._devices[conversation] = device_id

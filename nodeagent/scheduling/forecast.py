@@ -1,25 +1,25 @@
-"""When those who wait are expected to start: the policy itself, run ahead with the measured times."""
+"""When the queued requests are expected to start: the policy itself, run ahead with the measured times."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from nodeagent.scheduling.estimates import Running
-from nodeagent.scheduling.queueing import Grant, LaneNow, Load, Policy, ServerUse, Wait
+from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, ServerUse, Wait
 
-# Each step looks at everyone who waits, so that a long queue would take a while; what is further back is too uncertain
-# to be worth it.
+# Each step looks at every queued request, so a long queue would take a while; further back the forecast is too
+# uncertain to be worth it.
 _AHEAD = 64
 
 
 def forecast(
-    policy: Policy, lane: LaneNow, running: Sequence[Running], *, load_left_s: float = 0.0
+    policy: Policy, lane: LaneSnapshot, running: Sequence[Running], *, load_left_s: float = 0.0
 ) -> list[float | None]:
-    """Seconds until each waiting request starts, in the queue's order; None where that can't be said.
+    """Seconds until each queued request starts, in the queue's order; None if unknown.
 
-    `load_left_s` is what the load under way still takes. Nobody is expected to come, leave or fail.
+    `load_left_s` is what the load under way still takes. No request is expected to arrive, leave or fail.
     """
-    ahead = _Ahead(lane, running, load_left_s)
+    ahead = _Simulation(lane, running, load_left_s)
     starts: list[float | None] = [None] * len(lane.waiting)
     for _step in range(4 * len(ahead.waiting)):  # a grant, its end, a load and a pause for each: then nothing moves
         match policy.decide(ahead.lane()):
@@ -28,15 +28,15 @@ def forecast(
             case Load(model_id):
                 ahead.load(model_id)
             case Wait(until=until):
-                if not ahead.waiting or not ahead.pass_time(until):
+                if not ahead.waiting or not ahead.advance(until):
                     break
     return starts
 
 
-class _Ahead:
-    """A lane in the time to come. What changes: everything, in `grant`, `load` and `pass_time`."""
+class _Simulation:
+    """A lane in the time to come. What changes: everything, in `grant`, `load` and `advance`."""
 
-    def __init__(self, lane: LaneNow, running: Sequence[Running], load_left_s: float) -> None:
+    def __init__(self, lane: LaneSnapshot, running: Sequence[Running], load_left_s: float) -> None:
         self.now = lane.now
         self.waiting = list(enumerate(lane.waiting))[:_AHEAD]
         self._times = lane.times
@@ -45,11 +45,17 @@ class _Ahead:
         self._loaded_at = lane.now + load_left_s if lane.loading is not None else math.inf
         self._ends = [(lane.now + lane.times.left_s(it), it.model_id) for it in running]
 
-    def lane(self) -> LaneNow:
-        return LaneNow(self.now, [it for _place, it in self.waiting], self._servers, self._loading, self._times)
+    def lane(self) -> LaneSnapshot:
+        return LaneSnapshot(
+            now=self.now,
+            waiting=[it for _place, it in self.waiting],
+            servers=self._servers,
+            loading=self._loading,
+            times=self._times,
+        )
 
     def grant(self, index: int) -> int:
-        """Start one; return its place in the queue as it was."""
+        """Start one request; return its place in the original queue."""
         place, granted = self.waiting.pop(index)
         passed = [
             (at, it if it.passed_since else replace(it, passed_since=self.now)) for at, it in self.waiting[:index]
@@ -63,7 +69,7 @@ class _Ahead:
         self._servers = {}
         self._loading, self._loaded_at = model_id, self.now + self._times.load_s(model_id)
 
-    def pass_time(self, until: float) -> bool:
+    def advance(self, until: float) -> bool:
         """Go on to the next thing that happens; False if nothing will."""
         at = min([end for end, _model_id in self._ends] + [self._loaded_at, until])
         if math.isinf(at):
@@ -73,13 +79,12 @@ class _Ahead:
             self._ends.remove(end)
             self._use(end[1], -1)
         if self._loading is not None and self._loaded_at <= self.now:
-            # With one slot: how many it will have is not known here, and one at a time is never too hopeful.
-            self._servers = {self._loading: ServerUse(True, 1, 0, since=self.now)}
+            # With one slot: how many it will have is not known here, and one at a time is never too optimistic.
+            self._servers = {self._loading: ServerUse(ready=True, slots=1, in_flight=0, since=self.now)}
             self._loading, self._loaded_at = None, math.inf
         return True
 
     def _use(self, model_id: str, by: int) -> None:
         server = self._servers.get(model_id)
         if server is not None:
-            used_at = self.now if by < 0 else server.used_at
-            self._servers[model_id] = replace(server, in_flight=server.in_flight + by, used_at=used_at)
+            self._servers[model_id] = replace(server, in_flight=server.in_flight + by)

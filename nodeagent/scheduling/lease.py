@@ -2,7 +2,7 @@
 
     WAITING ──grant──> GRANTED ──close──> CLOSED
        │  ▲               │
-       │  └────retry──────┘
+       │  └───requeue─────┘
        ├──refuse──> REFUSED ──close──> CLOSED
        └──close──> CLOSED
 
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import trio
 
 from nodeagent.errors import Refusal
-from nodeagent.scheduling.queueing import Priority
+from nodeagent.scheduling.queueing import Priority, QueuedRequest
+from nodeagent.scheduling.seam import TicketView
 
 if TYPE_CHECKING:
     from nodeagent.scheduling.lane import Lane
 
 E = TypeVar("E")
-"""What the front needs to reach a server. Scheduling hands it over unread."""
+"""What the front needs to reach a server. Scheduling passes it through unread."""
 
 
 class TicketState(Enum):
@@ -34,12 +35,12 @@ class TicketState(Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease(Generic[E]):
-    """The right to send one request to one ready server. It pins that server until its ticket is closed or retried.
+    """The right to send one request to one ready server. It pins that server until its ticket is closed or requeued.
 
-    `queued_s` is what the request waited for its turn, `load_s` what it waited for the model to be ready; it was
-    granted at `granted_at` (`trio.current_time()`).
+    `queued_s` is how long the request waited for its turn, `load_s` how long it waited for the model to be loaded; it
+    was granted at `granted_at` (`trio.current_time()`).
     """
 
     device_id: str
@@ -51,13 +52,13 @@ class Lease(Generic[E]):
     granted_at: float
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Ticket(Generic[E]):
     """One request's place in a lane, from its admission to `close()`.
 
-    `number` rises with each ticket of the lane that it was made by; `counted` says whether it takes up one of the
-    lane's places. Written by the lane alone: `lane`, `state`, `lease`, `refusal`, `granted_at`, `passed_since` (when a
-    later one was first granted before it), `load_s`.
+    `number` rises with each ticket of the lane that made it. `counted` says whether it takes up one of the lane's
+    places and a slot; a ticket that only asks for a load does not. Written by the lane alone: `lane`, `state`, `lease`,
+    `refusal`, `granted_at`, `passed_since` (when a later request was first granted ahead of it), `load_s`.
     """
 
     lane: Lane[E]
@@ -81,18 +82,19 @@ class Ticket(Generic[E]):
         return (self.admitted_at, self.number)
 
     async def granted(self) -> Lease[E]:
-        """Wait for the lane's word: the lease, or the Refusal raised. Cancelling leaves the place to `close()`."""
+        """Wait for the lane's decision: return the lease, or raise the Refusal. Cancelling keeps the place; `close`
+        gives it up."""
         await self._decided.wait()
         if self.refusal is not None:
             raise self.refusal
-        assert self.lease is not None, f"ticket {self.request_id} was closed while somebody waited for it"
+        assert self.lease is not None, f"ticket {self.request_id} was closed while a task waited for it"
         return self.lease
 
     def decided(self) -> None:
         """Wake the request's task; called by the lane after it set the outcome."""
         self._decided.set()
 
-    def undecided(self) -> None:
+    def reset_decision(self) -> None:
         """Make the next `granted()` wait again; called by the lane when the request goes back into the queue."""
         self._decided = trio.Event()
 
@@ -101,5 +103,21 @@ class Ticket(Generic[E]):
         self.lane.requeue(self)
 
     def close(self) -> None:
-        """Give up the place or the lease, whichever is held. Synchronous, at any point, as often as you like."""
+        """Give up the place or the lease, whichever is held. Synchronous, at any time, any number of times."""
         self.lane.close(self)
+
+    def as_queued(self) -> QueuedRequest:
+        """The request as a policy sees it."""
+        return QueuedRequest(self.model_id, self.admitted_at, self.priority, self.passed_since)
+
+    def view(self, now: float, position: int | None = None, starts_in_s: float | None = None) -> TicketView:
+        """The request as it is shown to people."""
+        return TicketView(
+            request_id=self.request_id,
+            model_id=self.model_id,
+            state=self.state.value,
+            priority=self.priority,
+            age_s=now - self.admitted_at,
+            position=position,
+            starts_in_s=starts_in_s,
+        )

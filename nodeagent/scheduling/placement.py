@@ -1,26 +1,26 @@
-"""The pure choice of the lane that a request goes to, and of those that wait in one and are better off in another.
+"""The pure choice of the lane that a request goes to, and of a queued request that is better off in another lane.
 
 A request goes to the device where it is expected to start first, by the measured times: mostly where its model is
-loaded, or loads; elsewhere once the queue there is so long that another copy pays for its load. What that would evict
-counts too, since somebody will want it back, and another copy is only made where it fits. A device where the model has
-just failed comes last; one on which it is known not to fit, or which cools down after failing, is not tried.
+loaded or loading; elsewhere once the queue there is so long that another copy pays for its load. The cost of loading
+the evicted model again counts too, and another copy is only made where it fits. A device where the model has just
+failed comes last; a device on which it is known not to fit, or which cools down after a failure, is not tried.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-# Estimates that differ by less say the same: then what is loaded decides, and the load.
+# Estimates that differ by less than 10 ms count as equal: then residency and the load of the lane decide.
 _COST_DIGITS = 2
-# Free memory that differs by less is the same: two readings a moment apart do.
+# Free memory that differs by less counts as equal: two readings a moment apart differ too.
 _MEMORY_STEP_BYTES = 256 * 2**20
-# Estimates are rough: a request that has a place keeps it unless it gains more than this.
+# Estimates are rough: a queued request stays where it is unless it gains more than this.
 _MOVE_GAIN_S = 0.2
 
 
 class Residency(IntEnum):
-    """How near a device is to serving the model; the smaller, the nearer. LOADING is it too where somebody waits for
-    the model to be loaded next."""
+    """How close a device is to serving the model; a smaller number is closer. LOADING includes a model that a queued
+    request will load next."""
 
     READY = 0
     LOADING = 1
@@ -28,17 +28,16 @@ class Residency(IntEnum):
     OTHER_MODEL = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One device, as placement sees it for one model.
 
-    `admitted` counts the lane's requests in flight and queued, of `limit`. `start_s` is how long a request that came
-    now would wait there, the load of its model included, and `evicts_s` what it takes to load again what it would
-    evict, 0 where it would evict nothing. `memory_free_bytes` is None where unknown; `has_room` says whether another
-    copy of a model that is loaded elsewhere fits into it, once what it would evict is gone. `knows` says that the
-    device served the request's conversation last; `failing`, that the model's last end here was a failure. `obstacle`
-    says why the device can't take the model, None where it can; `retry_at` is when that may change
-    (`trio.current_time()`), None where it is not known to.
+    `admitted` counts the lane's requests in flight and queued, of `limit`. `start_s` is how long a request that arrives
+    now would wait there, the load of its model included; `evicts_s` is the load time of the model that would be
+    evicted, 0 if none. `memory_free_bytes` is None if unknown; `has_room`: another copy of a model that is loaded
+    elsewhere fits into it, once the evicted model is gone. `has_conversation`: the device served the request's
+    conversation last. `failing`: the model's last end here was a failure. `obstacle` says why the device can't serve
+    the model, None if it can; `retry_at` is when that may change (`trio.current_time()`), None if unknown.
     """
 
     device_id: str
@@ -49,7 +48,7 @@ class Candidate:
     evicts_s: float = 0.0
     memory_free_bytes: int | None = None
     has_room: bool = True
-    knows: bool = False
+    has_conversation: bool = False
     failing: bool = False
     obstacle: str | None = None
     retry_at: float | None = None
@@ -80,7 +79,7 @@ Placement = Placed | AllFull | NoneEligible
 
 
 def choose(candidates: Sequence[Candidate]) -> Placement:
-    """Place a request for one model on one of the candidates; ties go to the one listed first."""
+    """Place a request for one model on one of the candidates; ties go to the first one."""
     able = [candidate for candidate in candidates if candidate.obstacle is None]
     if not able:
         return _none_eligible(candidates)
@@ -98,15 +97,14 @@ def choose(candidates: Sequence[Candidate]) -> Placement:
 
 @dataclass(frozen=True, slots=True)
 class Movable:
-    """A request that waits in a lane and is expected to start in `starts_in_s`, as an idle device sees it: there it
-    would start in `elsewhere_s`."""
+    """A queued request that is expected to start in `starts_in_s`, and on the idle device in `elsewhere_s`."""
 
     starts_in_s: float
     elsewhere_s: float
 
 
 def choose_move(movables: Sequence[Movable]) -> int | None:
-    """The request, by its index, that gains most by moving to the idle device; None if none gains enough."""
+    """The index of the request that gains most by moving to the idle device; None if none gains enough."""
     if not movables:
         return None
     gains = [it.starts_in_s - it.elsewhere_s for it in movables]
@@ -117,7 +115,7 @@ def choose_move(movables: Sequence[Movable]) -> int | None:
 def _preference(candidate: Candidate) -> tuple[bool, float, int, bool, int, int]:
     cost_s = round(candidate.start_s + candidate.evicts_s, _COST_DIGITS)
     free = (candidate.memory_free_bytes or 0) // _MEMORY_STEP_BYTES
-    return (candidate.failing, cost_s, candidate.residency, not candidate.knows, candidate.admitted, -free)
+    return (candidate.failing, cost_s, candidate.residency, not candidate.has_conversation, candidate.admitted, -free)
 
 
 def _none_eligible(candidates: Sequence[Candidate]) -> NoneEligible:

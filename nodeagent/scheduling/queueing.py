@@ -1,7 +1,7 @@
-"""The pure choice of what a lane does next: grant a waiting request, load a model, or wait.
+"""The pure choice of what a lane does next: grant a queued request, load a model, or wait.
 
-A policy says whose turn it is; what follows from that is the same for all of them (`step`). Two are here: `FirstCome`,
-which serves strictly in order, and `SwapAware` in its own module, which is the default.
+A policy decides whose turn it is; what follows from that is the same for all policies (`step`). There are two:
+`FirstCome`, which serves strictly in order, and `SwapAware` in its own module, which is the default.
 """
 
 import math
@@ -12,9 +12,11 @@ from typing import Protocol
 
 from nodeagent.scheduling.estimates import LaneTimes
 
+IDLE = "idle, queue is empty"
+
 
 class Priority(IntEnum):
-    """How urgent a request is; the smaller, the more."""
+    """How urgent a request is; a smaller number is more urgent."""
 
     INTERACTIVE = 0
     NORMAL = 1
@@ -22,10 +24,10 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class QueuedRequest:
     """A queued request as a policy sees it. Times are `trio.current_time()`.
 
-    `passed_since` is when a request that came later was first granted before it, None if none was.
+    `passed_since` is when a later request was first granted ahead of it, None if none was.
     """
 
     model_id: str
@@ -34,13 +36,12 @@ class Waiting:
     passed_since: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerUse:
     """A server of the device as a policy sees it.
 
-    `slots` is how many requests it may serve at once. `since` is when it came into its state (became ready, say), and
-    `used_at` when the last request on it ended, None if none has. `held` says that it is being unloaded, and nothing
-    more may be granted on it; `backing_off` that its next start is not due yet.
+    `slots` is how many requests it may serve at once. `since` is when it entered its state (became ready, for example).
+    `held`: it is being unloaded, and nothing more may be granted on it. `backing_off`: its next start is not due yet.
     """
 
     ready: bool
@@ -48,20 +49,19 @@ class ServerUse:
     in_flight: int
     held: bool = False
     since: float = 0.0
-    used_at: float | None = None
     backing_off: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LaneNow:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneSnapshot:
     """A lane at one moment.
 
     `waiting` are the queued requests, the oldest first. `servers` maps a model id to its server on this device, if
-    there is one. `loading` is the model that is being made ready now. `times` are the measured ones.
+    there is one. `loading` is the model that is being loaded now. `times` are the measured ones.
     """
 
     now: float
-    waiting: Sequence[Waiting]
+    waiting: Sequence[QueuedRequest]
     servers: Mapping[str, ServerUse]
     loading: str | None
     times: LaneTimes
@@ -69,7 +69,7 @@ class LaneNow:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Let the waiting request at `index` run now."""
+    """Let the queued request at `index` run now."""
 
     index: int
     reason: str
@@ -77,7 +77,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Make the device's server run `model_id`; nothing is in flight on any other."""
+    """Make the device's server run `model_id`; no other model has a request in flight."""
 
     model_id: str
     reason: str
@@ -85,8 +85,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Do nothing until something changes, or until that time. `then` is the model that is loaded after what is in
-    flight, where that is known already."""
+    """Do nothing until something changes, or until that time. `then` is the model to load after the requests in flight,
+    if that is known already."""
 
     reason: str
     until: float = math.inf
@@ -97,32 +97,32 @@ Decision = Grant | Load | Wait
 
 
 class Policy(Protocol):
-    """Decides for a lane. Pure: the same lane at the same moment gets the same decision."""
+    """Decides for a lane. Pure: the same snapshot gets the same decision."""
 
-    def decide(self, lane: LaneNow) -> Decision: ...
+    def decide(self, lane: LaneSnapshot) -> Decision: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FirstCome:
-    """First come, first served: models alternate in the order in which they were asked for.
+    """First come, first served: models alternate in the order of the requests.
 
-    A request behind the oldest runs beside it only where it wants the same model, and there is a slot left.
+    A request behind the oldest runs beside it only if it wants the same model and a slot is free.
     """
 
-    def decide(self, lane: LaneNow) -> Decision:
-        return step(lane, 0, "it is the oldest") if lane.waiting else Wait("nobody waits")
+    def decide(self, lane: LaneSnapshot) -> Decision:
+        return step(lane, 0, "oldest request") if lane.waiting else Wait(IDLE)
 
 
-def step(lane: LaneNow, index: int, reason: str) -> Decision:
-    """What the lane does now, if the request at `index` is to be served next."""
+def step(lane: LaneSnapshot, index: int, reason: str) -> Decision:
+    """What the lane does now if the request at `index` is served next."""
     wanted = lane.waiting[index].model_id
     server = lane.servers.get(wanted)
     if server is not None and server.held:
         return Wait(f"{wanted} is being unloaded")
     in_use = [model_id for model_id, use in lane.servers.items() if model_id != wanted and use.in_flight]
     if in_use:
-        return Wait(f"{in_use[0]} is still in use; then {wanted}: {reason}", then=wanted)
-    # What loads another model may just be stopping this one's server: it is called off before anything is granted.
+        return Wait(f"{in_use[0]} is in use; next is {wanted}: {reason}", then=wanted)
+    # The load of another model may just be stopping this server: that load is cancelled before anything is granted.
     if server is not None and server.ready and lane.loading in (None, wanted):
         if server.in_flight < server.slots:
             return Grant(
@@ -131,4 +131,4 @@ def step(lane: LaneNow, index: int, reason: str) -> Decision:
         return Wait(f"all {server.slots} slots of {wanted} are in use")
     if lane.loading == wanted:
         return Wait(f"{wanted} is loading")
-    return Load(wanted, reason + (f"; no longer {lane.loading}" if lane.loading else ""))
+    return Load(wanted, reason + (f"; replaces the load of {lane.loading}" if lane.loading else ""))

@@ -1,4 +1,4 @@
-"""Which lane takes a request, and which takes one over: the lanes, and what placement needs to know of each."""
+"""Which lane a request goes to, and which lane takes over a queued one."""
 
 import logging
 import math
@@ -34,7 +34,10 @@ _LOOK_AGAIN_S = 1.0
 
 
 class Scheduler(Generic[E]):
-    """Admits requests to lanes. `lanes` and `servers` share their keys, the device ids, in the order of preference."""
+    """Admits requests to lanes. `lanes` and `servers` have the same keys, the device ids, in the order of preference.
+
+    What changes: `_closed_for` in `refuse_new` and `accept_new`.
+    """
 
     def __init__(self, lanes: Mapping[str, Lane[E]], servers: Mapping[str, Servers[E]]) -> None:
         self.lanes = lanes
@@ -42,8 +45,8 @@ class Scheduler(Generic[E]):
         self.conversations = Conversations()
         self._closed_for: Draining | None = None
         for lane in lanes.values():
-            lane.on_rest = partial(self._help_others, lane)
-            lane.times.kin = [other.times for other in lanes.values() if other is not lane]
+            lane.on_idle = partial(self._help_others, lane)
+            lane.times.peers = [other.times for other in lanes.values() if other is not lane]
 
     def admit(
         self,
@@ -52,41 +55,41 @@ class Scheduler(Generic[E]):
         priority: Priority = Priority.NORMAL,
         conversation: str | None = None,
     ) -> Ticket[E]:
-        """Give a request its place in the best lane; it must be closed in the end.
+        """Give a request a place in the best lane; the caller closes the ticket in the end.
 
-        Raises QueueFull, BackendUnavailable or Draining. Nothing waits.
+        Raises QueueFull, BackendUnavailable or Draining. Does not wait.
         """
         if self._closed_for is not None:
             raise self._closed_for
         ticket = self.lanes[self.place(model_id, conversation)].submit(request_id, model_id, priority)
-        self._wake_idle()
+        self._nudge_helpers(ticket)
         return ticket
 
     def requeue(self, ticket: Ticket[E]) -> None:
-        """Put a request whose server died under it back in line, at the head; a device that is idle may take it."""
+        """Put a request whose server died back at the head of its queue; an idle device may take it over."""
         ticket.requeue()
-        self._wake_idle()
+        self._nudge_helpers(ticket)
 
-    def _wake_idle(self) -> None:
-        """There is more to do: those with nothing to do look whether they can help."""
-        for lane in self.lanes.values():
-            if lane.is_at_rest:
+    def _nudge_helpers(self, ticket: Ticket[E]) -> None:
+        """A request was queued: the idle lanes that could serve it decide whether to take it over."""
+        for device_id, lane in self.lanes.items():
+            if lane is not ticket.lane and lane.is_idle and self._servers[device_id].obstacle(ticket.model_id) is None:
                 lane.nudge()
 
     def place(self, model_id: str, conversation: str | None = None) -> str:
         """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
-        knows = self.conversations.device_of(conversation)
-        return self._choose(model_id, [self._candidate(device_id, model_id, knows) for device_id in self.lanes])
+        cached_on = self.conversations.device_of(conversation)
+        return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in self.lanes])
 
-    def place_visit(self, model_id: str) -> str:
-        """The device that the model is best loaded on, however full its lane is; raises BackendUnavailable."""
+    def place_load(self, model_id: str) -> str:
+        """The device to load the model on, however full its lane is; raises BackendUnavailable."""
         candidates = [self._candidate(device_id, model_id) for device_id in self.lanes]
         return self._choose(model_id, [replace(it, limit=it.admitted + 1) for it in candidates])
 
     def _choose(self, model_id: str, candidates: list[Candidate]) -> str:
         match choose(candidates):
             case Placed(device_id, reason):
-                logger.debug("%s goes to %s: %s", model_id, device_id, reason)
+                logger.debug("request for %s placed on %s: %s", model_id, device_id, reason)
                 return device_id
             case AllFull(device_ids):
                 lanes = [self.lanes[device_id] for device_id in device_ids]
@@ -96,7 +99,7 @@ class Scheduler(Generic[E]):
                 raise BackendUnavailable(model_id, reason, retry_after_s)
 
     def preload(self, model_ids: list[str]) -> list[str]:
-        """Have each model loaded on a device of its own; returns those for which there is no device left."""
+        """Load each model on a device of its own; return those for which no device is left."""
         free = list(self.lanes)
         left_over = []
         for model_id in model_ids:
@@ -109,10 +112,10 @@ class Scheduler(Generic[E]):
         return left_over
 
     def refuse_new(self, reason: Draining) -> None:
-        """From now on `admit` raises `reason`; what was admitted is served."""
+        """From now on `admit` raises `reason`; requests already admitted are served."""
         self._closed_for = reason
 
-    def take_new(self) -> None:
+    def accept_new(self) -> None:
         """Admit requests again."""
         self._closed_for = None
 
@@ -122,8 +125,8 @@ class Scheduler(Generic[E]):
         return sum(lane.admitted for lane in self.lanes.values())
 
     def _help_others(self, idle: Lane[E]) -> float:
-        """Have a lane with nothing to do take over the request that gains most by it, if any does; return when to look
-        again, since what is in flight elsewhere may take longer than expected."""
+        """Let an idle lane take over the queued request that gains most by it, if any does. Return when to look again:
+        requests in flight elsewhere may take longer than expected."""
         waiting = [it for lane in self.lanes.values() if lane is not idle for it in lane.expected_starts()]
         found = [(ticket, it) for ticket, starts_in_s in waiting if (it := self._movable(idle, ticket, starts_in_s))]
         best = choose_move([movable for _ticket, movable in found])
@@ -131,7 +134,7 @@ class Scheduler(Generic[E]):
             return trio.current_time() + _LOOK_AGAIN_S if found else math.inf
         ticket, movable = found[best]
         logger.info(
-            "%s takes over a request for %s from %s: it would start in %.2f s there, in %.2f s here",
+            "%s: taking over a request for %s from %s: it would start in %.2f s there, in %.2f s here",
             idle.device_id,
             ticket.model_id,
             ticket.lane.device_id,
@@ -148,29 +151,30 @@ class Scheduler(Generic[E]):
             return None
         return Movable(starts_in_s, candidate.start_s + candidate.evicts_s)
 
-    def _candidate(self, device_id: str, model_id: str, knows: str | None = None) -> Candidate:
+    def _candidate(self, device_id: str, model_id: str, cached_on: str | None = None) -> Candidate:
         lane, servers = self.lanes[device_id], self._servers[device_id]
         obstacle = servers.obstacle(model_id)
-        states = {view.model_id: view.state for view in servers.views()}
+        views = servers.views()
+        states = {view.model_id: view.state for view in views}
         evicted = _evicted(states, model_id)
         return Candidate(
-            device_id,
-            _residency(states, lane, model_id),
-            lane.admitted,
-            lane.limit,
-            lane.start_in_s(model_id),
-            lane.times.load_s(evicted) if evicted is not None else 0.0,
-            servers.memory_free_bytes(),
-            servers.has_room(model_id),
-            device_id == knows,
-            states.get(model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
-            obstacle.reason if obstacle else None,
-            obstacle.retry_at if obstacle else None,
+            device_id=device_id,
+            residency=_residency(states, lane, model_id),
+            admitted=lane.admitted,
+            limit=lane.limit,
+            start_s=lane.times.start_s(model_id, lane.backlog(views)),
+            evicts_s=lane.times.load_s(evicted) if evicted is not None else 0.0,
+            memory_free_bytes=servers.memory_free_bytes(),
+            has_room=servers.has_room(model_id),
+            has_conversation=device_id == cached_on,
+            failing=states.get(model_id) in (ServerState.BACKING_OFF, ServerState.FAILED),
+            obstacle=obstacle.reason if obstacle else None,
+            retry_at=obstacle.retry_at if obstacle else None,
         )
 
 
 def _evicted(states: Mapping[str, ServerState], model_id: str) -> str | None:
-    """The loaded model that would have to go."""
+    """The loaded model that would be evicted."""
     return next((other for other, state in states.items() if state is ServerState.READY and other != model_id), None)
 
 

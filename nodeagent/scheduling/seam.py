@@ -20,12 +20,13 @@ class ServerState(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView(Generic[E]):
     """One server of a device. Times are `trio.current_time()`.
 
-    `retry_at` is when a server that is backing off or failed may be started again. `endpoint` is set while ready.
-    `idle_unload_s` is how long it may be without a request before it is unloaded, None for ever.
+    `reason` says why it is in its state, for people; `reason_code` the same for programs. `retry_at` is when a server
+    that is backing off or failed may be started again. `endpoint` is set while ready. `idle_unload_s` is how long it
+    may be without a request before it is unloaded; None: no limit.
     """
 
     model_id: str
@@ -35,6 +36,7 @@ class ServerView(Generic[E]):
     slots: int
     spawned_at: float | None = None
     reason: str | None = None
+    reason_code: str | None = None
     retry_at: float | None = None
     endpoint: E | None = None
     idle_unload_s: float | None = None
@@ -42,49 +44,50 @@ class ServerView(Generic[E]):
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why a device can't take a model now; `retry_at` is when that may change, None where it is not known to."""
+    """Why a device can't serve a model now. `retry_at` is when that may change, None if unknown."""
 
     reason: str
     retry_at: float | None = None
+    reason_code: str | None = None
 
 
 class Servers(Protocol[E]):
-    """The servers of one device: the seam between scheduling and whatever runs them."""
+    """The servers of one device: the seam between scheduling and what runs them."""
 
     def views(self) -> list[ServerView[E]]:
         """Every server that runs, is about to, or has failed."""
 
     async def ensure(self, model_id: str) -> None:
-        """Return when the device runs a ready server of that model, having stopped what stood in its way.
+        """Return once the device runs a ready server of that model; other models' servers are stopped first.
 
         Raises BackendUnavailable as soon as a start failed. Cancelling only stops the waiting; the next `ensure` of
         another model stops the start.
         """
 
     async def prepare(self, model_id: str) -> None:
-        """Make ready what can be while another model is in use: this one is loaded next.
+        """Prepare the load of this model, which is next, while another model is still in use.
 
-        Raises BackendUnavailable where it is plain already that it can't be.
+        Raises BackendUnavailable if it is known already that the load will fail.
         """
 
     async def stop(self, model_id: str) -> None:
-        """Return when no server of that model runs; one that has failed stays failed. Cancelling only stops waiting."""
+        """Return once no server of that model runs; a failed one stays failed. Cancelling only stops the waiting."""
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model, None if nothing is known to."""
 
     def has_room(self, model_id: str) -> bool:
-        """Whether one more copy of a model that is loaded elsewhere fits into the memory that is free, or would be once
-        what runs here is stopped; True where that is not known."""
+        """Whether one more copy of a model that is loaded elsewhere fits into the free memory, counting what is freed
+        when the servers here are stopped; True if unknown."""
 
     def memory_free_bytes(self) -> int | None:
-        """The last reading, None where unknown."""
+        """The last reading, None if unknown."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TicketView:
-    """A request in the lane. `position` counts from 1 in the order in which those who wait are expected to start, and
-    `starts_in_s` says when; both None for one in flight, and where nothing can be expected."""
+    """A request in a lane. `position` counts from 1 in the order in which queued requests are expected to start, and
+    `starts_in_s` says when; both are None for a request in flight, and if unknown."""
 
     request_id: str
     model_id: str
@@ -97,6 +100,8 @@ class TicketView:
 
 @dataclass(frozen=True, slots=True)
 class LaneView:
+    """The load of a lane. `estimated_wait_s`: when a request that arrives now would start."""
+
     in_flight: int
     waiting: int
     limit: int

@@ -1,9 +1,8 @@
-"""A policy that is watched: each of its decisions is held against what every policy promises."""
+"""A policy whose decisions are checked against what every policy promises."""
 
-import math
 from dataclasses import dataclass
 
-from nodeagent.scheduling.queueing import Decision, Grant, LaneNow, Load, Policy, Wait
+from nodeagent.scheduling.queueing import Decision, Grant, LaneSnapshot, Load, Policy, Wait
 from nodeagent.scheduling.swap_aware import SwapAware
 
 
@@ -13,7 +12,7 @@ class CheckedPolicy:
 
     inner: Policy
 
-    def decide(self, lane: LaneNow) -> Decision:
+    def decide(self, lane: LaneSnapshot) -> Decision:
         decision = self.inner.decide(lane)
         match decision:
             case Grant(index):
@@ -21,11 +20,11 @@ class CheckedPolicy:
             case Load(model_id):
                 in_use = [it for it, use in lane.servers.items() if use.in_flight and it != model_id]
                 assert not in_use, f"{model_id} would be loaded while {in_use} is in use"
-            case Wait(until=until):
-                self._check_wait(lane, until)
+            case Wait():
+                self._check_wait(lane)
         return decision
 
-    def _check_grant(self, lane: LaneNow, index: int) -> None:
+    def _check_grant(self, lane: LaneSnapshot, index: int) -> None:
         model_id = lane.waiting[index].model_id
         server = lane.servers[model_id]
         assert server.ready
@@ -38,11 +37,7 @@ class CheckedPolicy:
             overdue = [it.passed_since is not None and lane.now - it.passed_since >= bound_s for it in lane.waiting]
             assert overdue[index] or not any(overdue), "passed for longer than the fairness bound"
 
-    def _check_wait(self, lane: LaneNow, until: float) -> None:
-        """Nothing idles while somebody waits, but for what is going on, and for the linger."""
-        going_on = lane.loading is not None or any(use.in_flight or use.held for use in lane.servers.values())
-        if not lane.waiting or going_on:
-            return
-        assert isinstance(self.inner, SwapAware), "idle though somebody waits"
-        assert lane.now < until <= lane.now + self.inner.residency_linger_s
-        assert not math.isinf(until)
+    def _check_wait(self, lane: LaneSnapshot) -> None:
+        """The device does not idle while requests are queued."""
+        active = lane.loading is not None or any(use.in_flight or use.held for use in lane.servers.values())
+        assert active or not lane.waiting, "idle though requests are queued"

@@ -29,11 +29,13 @@ class FakeServers:
     idle_unload_s: float | None = None
     history: list[str] = field(default_factory=list)
     prepared: list[str] = field(default_factory=list)
+    looks: int = 0
     on_change: Callable[[], None] = lambda: None
     current: ServerView[str] | None = None
     _generations: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
     def views(self) -> list[ServerView[str]]:
+        self.looks += 1
         return [self.current] if self.current is not None else []
 
     def obstacle(self, model_id: str) -> Obstacle | None:
@@ -89,7 +91,16 @@ class FakeServers:
         generation = generation or next(self._generations)
         now = trio.current_time()
         endpoint = f"{model_id}#{generation}" if state is ServerState.READY else None
-        return ServerView(model_id, state, generation, now, self.slots, now, None, None, endpoint, self.idle_unload_s)
+        return ServerView(
+            model_id=model_id,
+            state=state,
+            generation=generation,
+            since=now,
+            slots=self.slots,
+            spawned_at=now,
+            endpoint=endpoint,
+            idle_unload_s=self.idle_unload_s,
+        )
 
     def _become(self, server: ServerView[str] | None) -> None:
         self.current = server

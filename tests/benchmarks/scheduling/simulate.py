@@ -30,7 +30,7 @@ from benchmarks.scheduling.workloads import Ask, Workload, workloads
 from fakes.servers import FakeServers
 from nodeagent.errors import QueueFull
 from nodeagent.scheduling.lane import Lane, LaneRules
-from nodeagent.scheduling.queueing import Decision, FirstCome, LaneNow, Policy, Priority, Wait, step
+from nodeagent.scheduling.queueing import IDLE, Decision, FirstCome, LaneSnapshot, Policy, Priority, Wait, step
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.scheduling.swap_aware import SwapAware
 
@@ -39,11 +39,11 @@ MAX_PENDING = 16
 
 @dataclass(frozen=True, slots=True)
 class AlwaysLoaded:
-    """What some peers do: the loaded model is served for as long as anybody wants it."""
+    """What some peers do: the loaded model is served as long as any request wants it."""
 
-    def decide(self, lane: LaneNow) -> Decision:
+    def decide(self, lane: LaneSnapshot) -> Decision:
         if not lane.waiting:
-            return Wait("nobody waits")
+            return Wait(IDLE)
         at_hand = {model_id for model_id, use in lane.servers.items() if use.ready} | {lane.loading}
         own = [index for index, request in enumerate(lane.waiting) if request.model_id in at_hand]
         return step(lane, own[0] if own else 0, "it is loaded" if own else "it is the oldest")
@@ -80,7 +80,7 @@ def simulate(workload: Workload, policy: Policy, *, max_pending: int = MAX_PENDI
 
 
 async def _simulate(workload: Workload, policy: Policy, max_pending: int) -> Run:
-    rules = LaneRules(max_pending, math.inf, math.inf, policy=policy)
+    rules = LaneRules(max_pending=max_pending, queue_timeout_s=math.inf, startup_timeout_s=math.inf, policy=policy)
     names = [f"gpu:{number}" for number in range(workload.devices)]
     hosts = {name: FakeServers(load_s=workload.load_s, slots=workload.slots) for name in names}
     lanes = {name: Lane(name, hosts[name], rules) for name in names}

@@ -1,6 +1,6 @@
 import pytest
 
-from nodeagent.scheduling.estimates import LaneTimes, Occupied, Running
+from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 
 
 @pytest.fixture
@@ -13,40 +13,42 @@ def times() -> LaneTimes:
 
 
 def test_a_free_slot_of_the_loaded_model_is_had_at_once(times: LaneTimes) -> None:
-    assert times.start_s("a", Occupied("a", 1, 0.0, [], [])) == 0
-    assert times.start_s("a", Occupied("a", 2, 0.0, [Running("a", 0.2)], ["b"])) == 0
+    assert times.start_s("a", Backlog(resident="a")) == 0
+    assert times.start_s("a", Backlog(resident="a", slots=2, running=[Running("a", 0.2)], queued=["b"])) == 0
 
 
 def test_those_for_another_model_are_passed(times: LaneTimes) -> None:
-    assert times.start_s("a", Occupied("a", 1, 0.0, [Running("a", 0.2)], ["b", "a"])) == pytest.approx(0.8 + 1)
+    assert times.start_s("a", Backlog(resident="a", running=[Running("a", 0.2)], queued=["b", "a"])) == pytest.approx(
+        0.8 + 1
+    )
 
 
 def test_another_model_comes_after_everyone_with_each_model_loaded_once(times: LaneTimes) -> None:
-    assert times.start_s("b", Occupied("a", 1, 0.0, [Running("a", 0.2)], ["b", "a", "b"])) == pytest.approx(
-        0.8 + 3 + 1 + 3 + 6
-    )
-    assert times.start_s("b", Occupied(None, 1, 0.0, [], [])) == pytest.approx(6)
+    assert times.start_s(
+        "b", Backlog(resident="a", running=[Running("a", 0.2)], queued=["b", "a", "b"])
+    ) == pytest.approx(0.8 + 3 + 1 + 3 + 6)
+    assert times.start_s("b", Backlog(resident=None)) == pytest.approx(6)
 
 
 def test_a_load_under_way_is_waited_for(times: LaneTimes) -> None:
-    assert times.start_s("a", Occupied("a", 1, 2.5, [], ["a"])) == pytest.approx(2.5 + 1)
+    assert times.start_s("a", Backlog(resident="a", load_left_s=2.5, queued=["a"])) == pytest.approx(2.5 + 1)
 
 
 def test_an_answer_that_takes_longer_than_expected_is_likely_to_go_on(times: LaneTimes) -> None:
-    assert times.start_s("a", Occupied("a", 1, 0.0, [Running("a", 50.0)], [])) == pytest.approx(25)
+    assert times.start_s("a", Backlog(resident="a", running=[Running("a", 50.0)], queued=[])) == pytest.approx(25)
 
 
 def test_what_was_not_measured_here_is_taken_from_another_device(times: LaneTimes) -> None:
     elsewhere = LaneTimes()
     assert elsewhere.load_s("b") == 2
-    elsewhere.kin = [times]
+    elsewhere.peers = [times]
     assert (elsewhere.load_s("b"), elsewhere.service_s("b")) == (6, 3)
     elsewhere.loaded("b", 1)
     assert (elsewhere.load_s("b"), elsewhere.measured_load_s("a")) == (1, None)
 
 
 def test_the_whole_queue_one_by_one(times: LaneTimes) -> None:
-    assert times.drained_s(Occupied("a", 1, 0.0, [Running("a", 0.5)], ["a", "b", "a"])) == pytest.approx(
+    assert times.drained_s(Backlog(resident="a", running=[Running("a", 0.5)], queued=["a", "b", "a"])) == pytest.approx(
         0.5 + 1 + (6 + 3) + (4 + 1)
     )
 
@@ -59,8 +61,15 @@ def test_averages_follow_what_is_measured_and_one_odd_one_does_not_own_them(time
     assert times.service_s("a") == pytest.approx(9.0, rel=0.01)
 
 
-def test_a_client_that_stays_away_counts_as_one_that_took_a_second(times: LaneTimes) -> None:
-    times.came_back("a", 3600.0)
-    for _ in range(12):
-        times.came_back("a", 0.005)
-    assert times.return_s("a") < 0.05
+@pytest.mark.parametrize(
+    ("backlog", "free_in_s"),
+    [
+        (Backlog(resident="a"), 0),
+        (Backlog(resident="a", running=[Running("a", 0.2), Running("b", 1.0)]), 0.8),
+        (Backlog(resident="a", queued=["a", "b"]), 1),
+        (Backlog(resident="b", load_left_s=2.5, queued=["b"]), 2.5 + 3),
+        (Backlog(resident="a", queued=["b"]), 6 + 3),
+    ],
+)
+def test_the_next_place_becomes_free_when_a_request_ends(times: LaneTimes, backlog: Backlog, free_in_s: float) -> None:
+    assert times.place_free_s(backlog) == pytest.approx(free_in_s)

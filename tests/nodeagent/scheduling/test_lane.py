@@ -145,7 +145,7 @@ async def test_a_load_that_everyone_has_left_goes_on_for_the_grace_and_then_ends
     assert servers.history == ["start a"]
     await trio.sleep_until(25.1)
     assert servers.history == ["start a", "stop a"]
-    assert lane.is_at_rest
+    assert lane.is_idle
 
 
 async def test_a_client_that_comes_back_in_time_finds_the_load_going_on(
@@ -384,13 +384,13 @@ async def test_a_visit_loads_a_model_in_its_turn_and_takes_up_no_place(
     lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
 ) -> None:
     tickets = [lane.submit(f"r{number}", "a") for number in range(3)]
-    visit = lane.visit("b")
+    operator = lane.request_load("b")
     assert lane.admitted == 3
     async with trio.open_nursery() as nursery:
         for ticket in tickets:
             nursery.start_soon(serve, ticket, 1)
-        await visit.granted()
-        visit.close()
+        await operator.granted()
+        operator.close()
     assert servers.history == ["start a", "stop a", "start b"]
     assert lane.admitted == 0
 
@@ -428,9 +428,9 @@ async def test_an_operator_who_wants_a_model_that_is_ready_waits_for_no_slot(
 ) -> None:
     busy, waiting = lane.submit("r1", "a"), lane.submit("r2", "a")
     await busy.granted()
-    visit = lane.visit("a")
-    await visit.granted()
-    visit.close()
+    operator = lane.request_load("a")
+    await operator.granted()
+    operator.close()
     assert trio.current_time() == pytest.approx(1)
     assert (lane.view().in_flight, waiting.state, waiting.passed_since) == (1, TicketState.WAITING, None)
 
@@ -446,3 +446,12 @@ async def test_a_model_that_can_not_be_loaded_is_refused_while_another_is_still_
             await lane.submit("r2", "b").granted()
     assert trio.current_time() == pytest.approx(1)
     assert lane.admitted == 1
+
+
+async def test_a_lane_shows_its_load_in_its_repr(lane: Lane[str], autojump_clock: MockClock) -> None:
+    assert repr(lane) == "<Lane cpu:0: 0 in flight, 0 waiting, limit 3>"
+    first, _second = lane.submit("r1", "a"), lane.submit("r2", "a")
+    await trio.sleep(0.5)
+    assert repr(lane) == "<Lane cpu:0: 0 in flight, 2 waiting, limit 3, loading a>"
+    await first.granted()
+    assert repr(lane) == "<Lane cpu:0: 1 in flight, 1 waiting, limit 3>"

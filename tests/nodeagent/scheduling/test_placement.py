@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 def device(name: str, residency: Residency = Residency.EMPTY, admitted: int = 0, **more: object) -> Candidate:
-    return Candidate(name, residency, admitted, 2, **more)  # type: ignore[arg-type]
+    return Candidate(device_id=name, residency=residency, admitted=admitted, limit=2, **more)  # type: ignore[arg-type]
 
 
 def chosen(*candidates: Candidate) -> str:
@@ -58,9 +58,9 @@ def test_the_request_that_gains_most_moves_to_an_idle_device_and_none_for_a_litt
 
 def test_between_devices_that_are_equally_near_the_one_that_knows_the_conversation_is_taken() -> None:
     ready = Residency.READY
-    assert chosen(device("a", ready), device("b", ready, knows=True)) == "b"
-    assert chosen(device("a", ready), device("b", ready, 1, start_s=0.5, knows=True)) == "a"
-    assert chosen(device("a", ready), device("b", knows=True, start_s=2)) == "a"
+    assert chosen(device("a", ready), device("b", ready, has_conversation=True)) == "b"
+    assert chosen(device("a", ready), device("b", ready, 1, start_s=0.5, has_conversation=True)) == "a"
+    assert chosen(device("a", ready), device("b", has_conversation=True, start_s=2)) == "a"
 
 
 def test_a_device_that_is_loading_the_model_comes_before_an_idle_one() -> None:

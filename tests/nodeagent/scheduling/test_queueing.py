@@ -1,7 +1,7 @@
 import pytest
 
 from nodeagent.scheduling.estimates import LaneTimes
-from nodeagent.scheduling.queueing import FirstCome, Grant, LaneNow, Load, ServerUse, Wait, Waiting, step
+from nodeagent.scheduling.queueing import FirstCome, Grant, LaneSnapshot, Load, QueuedRequest, ServerUse, Wait, step
 
 READY = ServerUse(ready=True, slots=1, in_flight=0)
 BUSY = ServerUse(ready=True, slots=1, in_flight=1)
@@ -9,8 +9,14 @@ STARTING = ServerUse(ready=False, slots=1, in_flight=0)
 HELD = ServerUse(ready=True, slots=1, in_flight=0, held=True)
 
 
-def lane(waiting: str, servers: dict[str, ServerUse], loading: str | None = None) -> LaneNow:
-    return LaneNow(0.0, [Waiting(model_id) for model_id in waiting], servers, loading, LaneTimes())
+def lane(waiting: str, servers: dict[str, ServerUse], loading: str | None = None) -> LaneSnapshot:
+    return LaneSnapshot(
+        now=0.0,
+        waiting=[QueuedRequest(model_id) for model_id in waiting],
+        servers=servers,
+        loading=loading,
+        times=LaneTimes(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -19,8 +25,8 @@ def lane(waiting: str, servers: dict[str, ServerUse], loading: str | None = None
         ("", {"a": READY}, None, Wait),
         ("a", {"a": READY}, None, Grant),
         ("a", {"a": BUSY}, None, Wait),
-        ("a", {"a": ServerUse(True, 4, 3)}, None, Grant),
-        ("a", {"a": ServerUse(True, 4, 4)}, None, Wait),
+        ("a", {"a": ServerUse(ready=True, slots=4, in_flight=3)}, None, Grant),
+        ("a", {"a": ServerUse(ready=True, slots=4, in_flight=4)}, None, Wait),
         ("a", {"a": HELD}, None, Wait),
         ("a", {}, None, Load),
         ("a", {"a": STARTING}, None, Load),
@@ -43,7 +49,7 @@ def test_first_come_first_served_lets_the_head_of_the_queue_decide(
 
 
 def test_a_server_whose_own_requests_are_broken_but_not_yet_back_does_not_block_its_restart() -> None:
-    assert isinstance(FirstCome().decide(lane("a", {"a": ServerUse(False, 4, in_flight=2)})), Load)
+    assert isinstance(FirstCome().decide(lane("a", {"a": ServerUse(ready=False, slots=4, in_flight=2)})), Load)
 
 
 def test_nothing_is_granted_on_a_server_that_a_load_under_way_may_be_stopping() -> None:

@@ -53,7 +53,7 @@ VISITS = st.builds(
     slots=st.integers(1, 2),
     broken=st.lists(st.sets(st.sampled_from("abc"), max_size=1), min_size=3, max_size=3),
     too_small=st.lists(st.sets(st.sampled_from("abc"), max_size=1), min_size=3, max_size=3),
-    policy=st.sampled_from([SwapAware(), SwapAware(1.0, 0.5, 0.2), FirstCome()]),
+    policy=st.sampled_from([SwapAware(), SwapAware(1.0, 0.5), FirstCome()]),
 )
 @settings(max_examples=2 * settings().max_examples, deadline=None)
 def test_everything_comes_to_rest(
@@ -79,7 +79,7 @@ def test_everything_comes_to_rest(
 
 
 async def _scenario(hosts: dict[str, FakeServers], visits: list[Visit], policy: Policy) -> None:
-    rules = LaneRules(MAX_PENDING, queue_timeout_s=40, startup_timeout_s=10, policy=CheckedPolicy(policy))
+    rules = LaneRules(max_pending=MAX_PENDING, queue_timeout_s=40, startup_timeout_s=10, policy=CheckedPolicy(policy))
     lanes = {device_id: Lane(device_id, host, rules) for device_id, host in hosts.items()}
     scheduler: Scheduler[str] = Scheduler(lanes, hosts)
     async with trio.open_nursery() as nursery:

@@ -3,36 +3,37 @@
 import pytest
 
 from nodeagent.scheduling.estimates import LaneTimes
-from nodeagent.scheduling.queueing import Decision, Grant, LaneNow, Load, Priority, ServerUse, Wait, Waiting
+from nodeagent.scheduling.queueing import Decision, Grant, LaneSnapshot, Load, Priority, QueuedRequest, ServerUse, Wait
 from nodeagent.scheduling.swap_aware import SwapAware
 
-POLICY = SwapAware(swap_fairness_s=30, min_residency_s=2, residency_linger_s=0.05)
+POLICY = SwapAware(swap_fairness_s=30, min_residency_s=2)
 NOW = 1000.0
 
 
-def times(load_s: float = 1.0, return_s: float = 0.01) -> LaneTimes:
+def times(load_s: float = 1.0) -> LaneTimes:
     measured = LaneTimes()
     for model_id in "ab":
         measured.loaded(model_id, load_s)
-        measured.came_back(model_id, return_s)
     return measured
 
 
-def ready(since_s: float = 0.0, *, in_flight: int = 0, slots: int = 1, used_s: float | None = None) -> ServerUse:
-    """Ready for so long; last used so long ago."""
-    return ServerUse(True, slots, in_flight, since=NOW - since_s, used_at=None if used_s is None else NOW - used_s)
+def ready(since_s: float = 0.0, *, in_flight: int = 0, slots: int = 1) -> ServerUse:
+    """A server that became ready `since_s` ago."""
+    return ServerUse(ready=True, slots=slots, in_flight=in_flight, since=NOW - since_s)
 
 
 def request(
     model_id: str, age_s: float = 0.0, priority: Priority = Priority.NORMAL, passed_s: float | None = None
-) -> Waiting:
-    return Waiting(model_id, NOW - age_s, priority, None if passed_s is None else NOW - passed_s)
+) -> QueuedRequest:
+    return QueuedRequest(model_id, NOW - age_s, priority, None if passed_s is None else NOW - passed_s)
 
 
 def decide(
-    *waiting: Waiting, loading: str | None = None, measured: LaneTimes | None = None, **servers: ServerUse
+    *waiting: QueuedRequest, loading: str | None = None, measured: LaneTimes | None = None, **servers: ServerUse
 ) -> Decision:
-    return POLICY.decide(LaneNow(NOW, waiting, servers, loading, measured or times()))
+    return POLICY.decide(
+        LaneSnapshot(now=NOW, waiting=waiting, servers=servers, loading=loading, times=measured or times())
+    )
 
 
 def granted(decision: Decision) -> int:
@@ -102,27 +103,6 @@ def test_mere_waiting_does_not() -> None:
     assert granted(decide(request("a", 25, Priority.BATCH), request("a"), a=ready(1))) == 1
 
 
-def test_the_device_lingers_for_clients_that_come_back_at_once() -> None:
-    decision = decide(request("b", 1), a=ready(1, used_s=0.02))
-    assert isinstance(decision, Wait)
-    assert decision.until == pytest.approx(NOW + 0.03)
-    assert loaded(decide(request("b", 1), a=ready(1, used_s=0.051))) == "b"
-
-
-def test_it_does_not_linger_for_clients_that_take_their_time() -> None:
-    assert loaded(decide(request("b", 1), measured=times(return_s=0.5), a=ready(1, used_s=0.02))) == "b"
-
-
-def test_it_does_not_linger_before_an_urgent_request_or_after_the_turn() -> None:
-    urgent = request("b", 1, Priority.INTERACTIVE)
-    assert loaded(decide(urgent, a=ready(1, used_s=0.02))) == "b"
-    assert loaded(decide(request("b", 20), a=ready(9, used_s=0.02))) == "b"
-
-
-def test_it_does_not_linger_for_a_model_that_nobody_has_used() -> None:
-    assert loaded(decide(request("b", 1), a=ready(0.01))) == "b"
-
-
 def test_a_load_that_somebody_waits_for_is_not_called_off_for_an_equal() -> None:
     assert isinstance(decide(request("b", 9), request("a"), loading="a"), Wait)
 
@@ -137,7 +117,7 @@ def test_a_model_in_use_is_never_evicted_whoever_waits() -> None:
 
 
 def test_while_one_model_backs_off_another_is_started() -> None:
-    backs_off = ServerUse(False, 1, 0, backing_off=True)
+    backs_off = ServerUse(ready=False, slots=1, in_flight=0, backing_off=True)
     assert loaded(decide(request("a", 9), request("b"), a=backs_off)) == "b"
     assert loaded(decide(request("a", 9), a=backs_off)) == "a"
 
