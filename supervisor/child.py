@@ -14,13 +14,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
-from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Stopped, Stopping, Unhealthy
-from supervisor.probe import LOOKS_STOPPED, NotReady, wait_ready, watch_liveness
-from supervisor.restart import Exit, GiveUp, Restart, RestartTracker
+from supervisor.lifecycle import (
+    Cause,
+    Event,
+    Exit,
+    Exited,
+    Failure,
+    GaveUp,
+    Ready,
+    Restarting,
+    Started,
+    Stopped,
+    Stopping,
+    Unhealthy,
+)
+from supervisor.probe import LOOKS_STOPPED, Suspended, wait_ready, watch_liveness
+from supervisor.restart import GiveUp, Restart, RestartTracker
 from supervisor.spawn import Process, spawn
 from supervisor.spec import ChildSpec
 from supervisor.strays import end_strays, marked
@@ -58,12 +71,12 @@ class GivenUp(Exception):
         super().__init__(f"{child_id}: {reason}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSnapshot:
     """A child now. Times are `trio.current_time()`; `since` is when it came into its state.
 
-    `address` is set while ready; `reason` says why it is unhealthy, backing off or failed; `retry_at` when it is, or
-    may be, started again. `pid` and `spawned_at` are of the last generation.
+    `address` is set while ready; `cause` and `reason` say why it is unhealthy, backing off or failed; `retry_at` when
+    it is, or may be, started again. `pid` and `spawned_at` are of the last generation.
     """
 
     child_id: str
@@ -74,6 +87,7 @@ class ChildSnapshot:
     pid: int | None = None
     spawned_at: float | None = None
     address: str | None = None
+    cause: Cause | None = None
     reason: str | None = None
     retry_at: float | None = None
 
@@ -127,11 +141,11 @@ class Child:
         self._over = trio.Event()
         self._generation = 0
         self._mark = ""
-        self._failed_because = ""
-        self._judged = trio.Event()
+        self._failure: Failure | None = None
+        self._failed = trio.Event()
         self._spawned_at: float | None = None
         self._ready_at: float | None = None
-        self.snapshot = ChildSnapshot(spec.child_id, spec.group, ChildState.STOPPED, 0, trio.current_time())
+        self._become(ChildState.STOPPED)
 
     @property
     def runs(self) -> bool:
@@ -164,10 +178,11 @@ class Child:
             raise this.error
         return this.ready
 
-    def fail(self, reason: str) -> None:
-        """End this generation because of something that its probe can't see; what follows is as after any failure."""
-        self._failed_because = reason
-        self._judged.set()
+    def fail(self, failure: Failure) -> None:
+        """End this generation, which is ready, because of that failure; then it is restarted, or given up on."""
+        if not self._failed.is_set():
+            self._failure = failure
+            self._failed.set()
 
     async def stop(self) -> None:
         """End the child in whatever state; return when its process group is gone. Cancelling only stops waiting."""
@@ -186,14 +201,15 @@ class Child:
             await trio.lowlevel.checkpoint_if_cancelled()  # the end of a child that is being stopped counts for nothing
             match self.tracker.decide(end, trio.current_time()):
                 case Restart(delay_s, reason):
-                    self._become(ChildState.BACKING_OFF, reason=reason, retry_at=trio.current_time() + delay_s)
+                    retry_at = trio.current_time() + delay_s
+                    self._become(ChildState.BACKING_OFF, cause=end.cause, reason=reason, retry_at=retry_at)
                     self._end_try(error=StartFailed(self.spec.child_id, self._generation, end))
-                    self._tell(Restarting, delay_s, reason)
+                    self._tell(Restarting, delay_s=delay_s, cause=end.cause, reason=reason)
                     await trio.sleep(delay_s)
                 case GiveUp(reason, retry_at):
-                    self._become(ChildState.FAILED, reason=reason, retry_at=retry_at)
+                    self._become(ChildState.FAILED, cause=end.cause, reason=reason, retry_at=retry_at)
                     self._end_try(error=StartFailed(self.spec.child_id, self._generation, end))
-                    self._tell(GaveUp, reason, retry_at)
+                    self._tell(GaveUp, cause=end.cause, reason=reason, retry_at=retry_at)
                     return
 
     async def _one_generation(self) -> Exit:
@@ -204,24 +220,24 @@ class Child:
         try:
             process = self._spawn()
         except OSError as error:
-            end = Exit(None, f"can't be spawned: {error}", None)
-            self._tell(Exited, end)
+            end = Exit(code=None, cause=Cause.SPAWN_FAILED, reason=f"can't be spawned: {error}")
+            self._tell(Exited, exit=end)
             return end
-        verdict: str | None = None
+        ended_for: Failure | Literal[Cause.STOPPED] | None = Cause.STOPPED  # unless it turns out otherwise
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(process.attend)
                 try:
                     self._become(ChildState.STARTING)
-                    self._tell(Started, process.pid)
-                    verdict = await self._watch(process)
+                    self._tell(Started, pid=process.pid)
+                    ended_for = await self._watch(process)
                 finally:
                     with trio.CancelScope(shield=True):
                         await process.terminate(self.spec.stop.grace_s)
         finally:
             end_strays(self._mark)
-            end = self._exit(process, verdict)
-            self._tell(Exited, end)
+            end = self._exit(process, ended_for)
+            self._tell(Exited, exit=end)
         return end
 
     def _spawn(self) -> Process:
@@ -238,85 +254,100 @@ class Child:
         )
         return self.process
 
-    async def _watch(self, process: Process) -> str | None:
+    async def _watch(self, process: Process) -> Failure | None:
         """Return when the process has ended by itself (None), or why it has to be ended."""
-        verdict: str | None = None
+        failure: Failure | None = None
 
-        async def judge(done: trio.CancelScope) -> None:
-            nonlocal verdict
-            verdict = await self._judge(process)
+        async def check_health(done: trio.CancelScope) -> None:
+            nonlocal failure
+            failure = await self._until_it_fails(process)
             done.cancel()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(judge, nursery.cancel_scope)
+            nursery.start_soon(check_health, nursery.cancel_scope)
             await process.ended.wait()
             nursery.cancel_scope.cancel()
-        return verdict
+        return failure
 
-    async def _judge(self, process: Process) -> str:
+    async def _until_it_fails(self, process: Process) -> Failure:
         """See the child through its start and its life; return what is wrong with it."""
-        assert self._spawned_at is not None
-        stopped_max_s = self.spec.liveness.interval_s * LOOKS_STOPPED
-        with trio.move_on_at(self._spawned_at + self.spec.start_timeout_s) as starting:
-            try:
-                address = await wait_ready(
-                    process, self.spec.probe, self.spec.probe_interval_s, stopped_max_s=stopped_max_s
-                )
-            except NotReady as fault:
-                return f"not ready: {fault}"
-        if starting.cancelled_caught:
-            return f"not ready {self.spec.start_timeout_s:g} s after its spawn"
-        await trio.lowlevel.checkpoint_if_cancelled()  # a stop of this very moment has been told already
+        start = await self._until_ready(process)
+        if isinstance(start, Failure):
+            return start
+        await trio.lowlevel.checkpoint_if_cancelled()  # a stop at this very moment was reported first
         self._ready_at = trio.current_time()
-        self._become(ChildState.READY, address=address)
-        ready = Ready(self.spec.child_id, self._generation, self._ready_at, address)
+        self._failed = trio.Event()
+        self._become(ChildState.READY, address=start)
+        ready = Ready(child_id=self.spec.child_id, generation=self._generation, at=self._ready_at, address=start)
         self._end_try(ready=ready)
         self._emit(ready)
-        reason = await self._unwell(process)
+        failure = await self._until_unhealthy(process)
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._become(ChildState.UNHEALTHY, reason=reason)
+        self._become(ChildState.UNHEALTHY, cause=failure.cause, reason=failure.reason)
         self._try = _Try()
-        self._tell(Unhealthy, reason)
-        return reason
+        self._tell(Unhealthy, cause=failure.cause, reason=failure.reason)
+        return failure
 
-    async def _unwell(self, process: Process) -> str:
-        """Return what is wrong with a child that was ready: what its probe sees, or what `fail` was told."""
+    async def _until_ready(self, process: Process) -> str | Failure:
+        """Return the address of the child when it is ready, or why this start has failed."""
+        assert self._spawned_at is not None
+        spec = self.spec
+        stopped_max_s = spec.liveness.interval_s * LOOKS_STOPPED
+        with trio.move_on_at(self._spawned_at + spec.start_timeout_s):
+            try:
+                return await wait_ready(process, spec.probe, spec.probe_interval_s, stopped_max_s=stopped_max_s)
+            except Suspended as suspended:
+                return Failure(Cause.SUSPENDED, f"not ready: {suspended}")
+        return Failure(Cause.START_TIMEOUT, f"not ready {spec.start_timeout_s:g} s after its spawn")
+
+    async def _until_unhealthy(self, process: Process) -> Failure:
+        """Return what is wrong with a child that was ready: what its probe sees, or what was reported to `fail`."""
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
                 self.fail(await watch_liveness(process, self.spec.probe, self.spec.liveness))
 
-            self._judged = trio.Event()
             nursery.start_soon(watch)
-            await self._judged.wait()
+            await self._failed.wait()
             nursery.cancel_scope.cancel()
-        return self._failed_because
+        assert self._failure is not None
+        return self._failure
 
-    def _exit(self, process: Process, verdict: str | None) -> Exit:
+    def _exit(self, process: Process, ended_for: Failure | Literal[Cause.STOPPED] | None) -> Exit:
+        """How the process ended: `ended_for` is why the supervisor ended it, None if it ended by itself."""
+        code, how = process.returncode, _how_it_ended(process.returncode)
+        match ended_for:
+            case Failure(cause, reason):
+                how = f"{reason}; it {how}"
+            case Cause():
+                cause = ended_for
+            case None:
+                cause = Cause.KILLED_BY_SIGNAL if code is not None and code < 0 else Cause.EXITED
         ready_s = None if self._ready_at is None else trio.current_time() - self._ready_at
-        how = _how_it_ended(process.returncode)
-        reason = f"{verdict}; it {how}" if verdict else how
-        return Exit(process.returncode, reason, ready_s, tuple(process.output.lines(_LAST_LINES)))
+        last_lines = tuple(process.output.lines(_LAST_LINES))
+        return Exit(code=code, cause=cause, reason=how, ready_s=ready_s, last_lines=last_lines)
 
     def _become(
         self,
         state: ChildState,
         *,
         address: str | None = None,
+        cause: Cause | None = None,
         reason: str | None = None,
         retry_at: float | None = None,
     ) -> None:
         self.snapshot = ChildSnapshot(
-            self.spec.child_id,
-            self.spec.group,
-            state,
-            self._generation,
-            trio.current_time(),
-            self.process.pid if self.process else None,
-            self._spawned_at,
-            address,
-            reason,
-            retry_at,
+            child_id=self.spec.child_id,
+            group=self.spec.group,
+            state=state,
+            generation=self._generation,
+            since=trio.current_time(),
+            pid=self.process.pid if self.process else None,
+            spawned_at=self._spawned_at,
+            address=address,
+            cause=cause,
+            reason=reason,
+            retry_at=retry_at,
         )
 
     def _end_try(self, *, ready: Ready | None = None, error: Exception | None = None) -> None:
@@ -327,11 +358,12 @@ class Child:
         if error is not None:
             self._try = _Try()
 
-    def _tell(self, kind: Callable[..., Event], *facts: object) -> None:
-        self._emit(kind(self.spec.child_id, self._generation, trio.current_time(), *facts))
+    def _tell(self, kind: Callable[..., Event], **facts: object) -> None:
+        event = kind(child_id=self.spec.child_id, generation=self._generation, at=trio.current_time(), **facts)
+        self._emit(event)
 
 
-_STOPPED = Exit(None, "was stopped", None)
+_STOPPED = Exit(code=None, cause=Cause.STOPPED, reason="was stopped")
 
 
 def _how_it_ended(returncode: int | None) -> str:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from supervisor.lifecycle import Cause, Failure
+
 if TYPE_CHECKING:
     from supervisor.spawn import Process
     from supervisor.spec import LivenessPolicy
@@ -18,11 +20,15 @@ _FIRST_PAUSE_S = 0.01
 _LOOK_TIMEOUT_S = 5.0
 # One look could fall between a SIGSTOP and its SIGCONT.
 LOOKS_STOPPED = 2
-_STOPPED = "it is stopped by a signal"
+_SUSPENDED = "it is stopped by a signal"
 
 
 class NotReady(Exception):
     """What a probe saw instead of a child that is ready; the message says it for people."""
+
+
+class Suspended(NotReady):
+    """A stop signal (SIGSTOP, a debugger) holds the child, so it can't become ready."""
 
 
 class Probe(Protocol):
@@ -36,7 +42,7 @@ class Probe(Protocol):
 
 
 async def wait_ready(process: "Process", probe: Probe, interval_s: float, *, stopped_max_s: float = math.inf) -> str:
-    """Return the child's address as soon as the probe passes; raise NotReady once a signal has stopped the child for
+    """Return the child's address as soon as the probe passes; raise Suspended once a signal has stopped the child for
     `stopped_max_s`.
 
     Quick looks at first, then `interval_s` apart, and at once when the child prints something: what it prints last
@@ -48,7 +54,7 @@ async def wait_ready(process: "Process", probe: Probe, interval_s: float, *, sto
         if not process.is_stopped():
             ran_at = trio.current_time()
         elif trio.current_time() - ran_at >= stopped_max_s:
-            raise NotReady(_STOPPED)
+            raise Suspended(_SUSPENDED)
         seen = process.output.count
         try:
             with trio.fail_after(_LOOK_TIMEOUT_S):
@@ -62,7 +68,7 @@ async def wait_ready(process: "Process", probe: Probe, interval_s: float, *, sto
         pause_s = min(pause_s * 2, interval_s)
 
 
-async def watch_liveness(process: "Process", probe: Probe, policy: "LivenessPolicy") -> str:
+async def watch_liveness(process: "Process", probe: Probe, policy: "LivenessPolicy") -> Failure:
     """Return, with the reason, once the child has failed too many looks in a row.
 
     A child that a signal has stopped is not asked: its process state says it, and two looks are enough.
@@ -74,7 +80,7 @@ async def watch_liveness(process: "Process", probe: Probe, policy: "LivenessPoli
         await trio.sleep(policy.interval_s)
         stopped = stopped + 1 if process.is_stopped() else 0
         if stopped >= LOOKS_STOPPED:
-            return _STOPPED
+            return Failure(Cause.SUSPENDED, _SUSPENDED)
         if stopped:
             continue
         reason = await _fault(process, probe, policy.timeout_s)
@@ -82,7 +88,7 @@ async def watch_liveness(process: "Process", probe: Probe, policy: "LivenessPoli
         if reason:
             logger.debug("%s fails its liveness, %d of %d: %s", process, failures, policy.failures, reason)
         if failures >= policy.failures:
-            return f"{failures} liveness probes in a row failed, the last: {reason}"
+            return Failure(Cause.LIVENESS_FAILED, f"{failures} liveness probes in a row failed, the last: {reason}")
 
 
 async def _fault(process: "Process", probe: Probe, timeout_s: float) -> str | None:

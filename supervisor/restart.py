@@ -9,11 +9,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+from supervisor.lifecycle import Exit
+
 # Doubled that often, any delay is at its longest; much more often, and it would be more than a float can hold.
 _DOUBLINGS_MAX = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
     """`mode` has OTP's words: permanent is always restarted, transient unless it ended well, temporary never.
 
@@ -28,20 +30,6 @@ class RestartPolicy:
     backoff_max_s: float = 60.0
     reset_after_s: float = 300.0
     cooldown_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """How one generation of a child ended.
-
-    `code` is the exit code, or minus the signal that ended it; None if it could not even be spawned. `reason` is for
-    people. `ready_s` is how long it had been ready, None if it never was. `last_lines` is the end of its output.
-    """
-
-    code: int | None
-    reason: str
-    ready_s: float | None
-    last_lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,18 @@ from collections.abc import Callable, Iterator
 import trio
 
 from supervisor.child import Child, ChildSnapshot, ChildState, GivenUp, Spawner, StartFailed
-from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Stopped, Unhealthy
+from supervisor.lifecycle import (
+    Cause,
+    Event,
+    Exited,
+    Failure,
+    GaveUp,
+    Ready,
+    Restarting,
+    Started,
+    Stopped,
+    Unhealthy,
+)
 from supervisor.records import Records
 from supervisor.spawn import spawn
 from supervisor.spec import ChildSpec
@@ -86,7 +97,7 @@ class Supervisor:
         """Replace a ready child for a reason that its probe can't see; nothing if that generation is not ready now."""
         child = self._children.get(child_id)
         if child is not None and child.snapshot.state is ChildState.READY and child.snapshot.generation == generation:
-            child.fail(reason)
+            child.fail(Failure(Cause.STALLED, reason))
 
     def forget(self, child_id: str) -> None:
         """Drop a child that was given up on or stopped, with its past: it can be started at once, and afresh. Nothing

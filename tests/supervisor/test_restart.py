@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.restart import Exit, GiveUp, Restart, RestartPolicy, RestartTracker
+from supervisor.lifecycle import Cause, Exit
+from supervisor.restart import GiveUp, Restart, RestartPolicy, RestartTracker
 
-CRASH = Exit(1, "exited with code 1", ready_s=10.0)
-FAILED_START = Exit(1, "exited with code 1", ready_s=None)
+CRASH = Exit(code=1, cause=Cause.EXITED, reason="exited with code 1", ready_s=10.0)
+FAILED_START = Exit(code=1, cause=Cause.EXITED, reason="exited with code 1")
 
 
 def tracker(**policy: object) -> RestartTracker:
@@ -58,7 +59,7 @@ def test_ends_that_are_long_past_do_not_count() -> None:
 def test_a_child_that_was_ready_for_long_starts_afresh() -> None:
     it = tracker(max_restarts=1, period_s=1000, reset_after_s=300)
     it.decide(CRASH, 0)
-    assert delay_s(it.decide(Exit(1, "died", ready_s=300.0), 310)) == 0
+    assert delay_s(it.decide(Exit(code=1, cause=Cause.EXITED, reason="died", ready_s=300.0), 310)) == 0
 
 
 def test_the_one_try_after_the_cool_down_gives_up_at_once_if_it_fails_and_counts_anew_if_it_held() -> None:
@@ -83,7 +84,7 @@ def test_the_one_try_after_the_cool_down_gives_up_at_once_if_it_fails_and_counts
     ],
 )
 def test_the_words_of_otp(mode: str, code: int, restarted: bool) -> None:
-    decision = tracker(mode=mode).decide(Exit(code, "ended", ready_s=1.0), 0)
+    decision = tracker(mode=mode).decide(Exit(code=code, cause=Cause.EXITED, reason="ended", ready_s=1.0), 0)
     assert isinstance(decision, Restart) == restarted
     if isinstance(decision, GiveUp):
         assert decision.retry_at is None
@@ -101,7 +102,8 @@ def test_no_child_is_ever_started_more_often_than_its_policy_says(
     now, starts = 0.0, [0.0]
     for lived_s, was_ready in pauses:
         now += lived_s
-        decision = it.decide(Exit(1, "ended", ready_s=lived_s if was_ready else None), now)
+        ready_s = lived_s if was_ready else None
+        decision = it.decide(Exit(code=1, cause=Cause.EXITED, reason="ended", ready_s=ready_s), now)
         if isinstance(decision, GiveUp):
             assert len([at for at in starts if at > now - period_s - 60]) >= 1
             break

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import trio
 
-from supervisor.lifecycle import Event, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
+from supervisor.lifecycle import Cause, Event, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
 from supervisor.probe import NotReady
 from supervisor.restart import RestartPolicy
 from supervisor.spawn import Process
@@ -127,17 +127,20 @@ async def test_a_child_that_exits_while_starting_is_told_at_once_with_its_last_w
     assert failed.value.exit.code == 3
     assert failed.value.exit.last_lines == ("no such file",)
     assert "exited with code 3" in failed.value.exit.reason
+    assert failed.value.exit.cause is Cause.EXITED
 
 
 async def test_a_program_that_is_not_there_is_a_failed_start(watched: Watched) -> None:
     missing = ChildSpec("child", "group", ("/no/such/program",), {}, SaysSo(), 5.0, restart=QUICK)
-    with pytest.raises(StartFailed, match="/no/such/program is not there"):
+    with pytest.raises(StartFailed, match="/no/such/program is not there") as failed:
         await watched.supervisor.start(missing)
+    assert failed.value.exit.cause is Cause.SPAWN_FAILED
 
 
 async def test_a_child_that_is_never_ready_is_ended_at_the_start_timeout(watched: Watched) -> None:
-    with pytest.raises(StartFailed, match=r"not ready 0\.3 s after its spawn"):
+    with pytest.raises(StartFailed, match=r"not ready 0\.3 s after its spawn") as failed:
         await watched.supervisor.start(spec("import time; time.sleep(60)", start_timeout_s=0.3))
+    assert failed.value.exit.cause is Cause.START_TIMEOUT
     started = await watched.until(Started)
     assert gone(started.pid)
 
@@ -205,6 +208,7 @@ async def test_a_killed_child_is_started_again_without_being_asked_for(watched: 
     ready = await watched.until(Ready, 2)
     assert ready.generation == 2
     assert (await watched.until(Exited)).exit.reason == "was ended by SIGKILL"
+    assert (await watched.until(Exited)).exit.cause is Cause.KILLED_BY_SIGNAL
 
 
 async def test_stop_ends_the_whole_group(watched: Watched) -> None:
@@ -214,6 +218,7 @@ async def test_stop_ends_the_whole_group(watched: Watched) -> None:
     await watched.supervisor.stop("child")
     assert gone(child)
     assert gone(grandchild)
+    assert (await watched.until(Exited)).exit.cause is Cause.STOPPED
     assert not psutil.pid_exists(grandchild)  # it is reaped, not left as a zombie
     assert watched.state() is ChildState.STOPPED
     await watched.supervisor.stop("child")  # once more does no harm
@@ -270,6 +275,8 @@ async def test_a_child_that_is_stopped_by_a_signal_fails_its_liveness_and_is_rep
     await watched.supervisor.start(spec(READY_THEN_SLEEP, liveness=quick, stop=StopPolicy(grace_s=0.1)))
     os.kill((await watched.until(Started)).pid, signal.SIGSTOP)
     assert (await watched.until(Unhealthy)).reason == "it is stopped by a signal"
+    assert (await watched.until(Unhealthy)).cause is Cause.SUSPENDED
+    assert (await watched.until(Restarting)).cause is Cause.SUSPENDED
     assert (await watched.until(Exited)).exit.code == -signal.SIGKILL  # at once: it could not obey SIGTERM
     assert (await watched.until(Ready, 2)).generation == 2
 
@@ -279,8 +286,9 @@ async def test_a_child_that_is_stopped_by_a_signal_while_it_starts_is_a_failed_s
     async with trio.open_nursery() as nursery:
 
         async def start() -> None:
-            with pytest.raises(StartFailed, match="stopped by a signal"):
+            with pytest.raises(StartFailed, match="stopped by a signal") as failed:
                 await watched.supervisor.start(spec("import time; time.sleep(60)", liveness=quick, start_timeout_s=60))
+            assert failed.value.exit.cause is Cause.SUSPENDED
 
         nursery.start_soon(start)
         os.kill((await watched.until(Started)).pid, signal.SIGSTOP)
@@ -302,6 +310,7 @@ async def test_a_child_that_no_longer_passes_its_probe_is_replaced(watched: Watc
     await watched.supervisor.start(child)
     probe.ill = True
     assert (await watched.until(Unhealthy)).reason == "3 liveness probes in a row failed, the last: ill"
+    assert (await watched.until(Exited)).exit.cause is Cause.LIVENESS_FAILED
     assert (await watched.until(Ready, 2)).generation == 2
 
 
@@ -311,6 +320,7 @@ async def test_a_child_can_be_failed_for_what_its_probe_does_not_see(watched: Wa
     watched.supervisor.fail("other", 1, "nobody")
     watched.supervisor.fail("child", 1, "it makes no progress")
     assert (await watched.until(Unhealthy)).reason == "it makes no progress"
+    assert (await watched.until(Exited)).exit.cause is Cause.STALLED
     assert (await watched.until(Ready, 2)).generation == 2
 
 
