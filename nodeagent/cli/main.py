@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nodeagent import logs
 from nodeagent.cli import demo, operations
-from nodeagent.config import check_config, find_llama_server, json_schema, load_config, located
+from nodeagent.config import check_config, find_llama_server, json_schema, load_config, located, markdown_reference
 from nodeagent.devices.selection import select
 from nodeagent.errors import ConfigError, StartupError
 from nodeagent.llama_server.command_line import describe
@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(command=_check_config)
 
-    schema = commands.add_parser("schema", help="print the configuration's JSON Schema")
+    schema = commands.add_parser("schema", help="print the JSON Schema of the configuration, or its reference")
+    schema.add_argument("--format", choices=("json", "markdown"), default="json", help="default: %(default)s")
     schema.set_defaults(command=_schema)
 
     operations.add_commands(commands)
@@ -97,6 +98,8 @@ def _check_config(args: argparse.Namespace) -> int:
     config, problems = check_config(_config_path(args))
     if config is None:
         raise ConfigError(problems)
+    for warning in config.source.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     with ExitStack() as stack:
         try:
             backend = stack.enter_context(closing(select(config.backend, config.devices)))
@@ -112,8 +115,11 @@ def _check_config(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _schema(_args: argparse.Namespace) -> int:
-    print(json.dumps(json_schema(), indent=2))
+def _schema(args: argparse.Namespace) -> int:
+    if args.format == "markdown":
+        print(markdown_reference(), end="")
+    else:
+        print(json.dumps(json_schema(), indent=2))
     return EXIT_OK
 
 

@@ -1,18 +1,16 @@
-"""The configuration: its keys, and reading them from a YAML file."""
+"""The configuration: its keys, reading them from a YAML file, and checking what they name on this host."""
 
-from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
-from nodeagent.config.loading import (
+from nodeagent.config.host_checks import (
     check_config,
     find_llama_server,
     host_problems,
-    json_schema,
-    load_config,
     located,
     missing_models,
-    parse_config,
     read_token,
-    with_keys,
 )
+from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
+from nodeagent.config.loading import json_schema, load_config, parse_config, with_keys
+from nodeagent.config.reference import markdown_reference
 
 __all__ = [
     "DeviceConfig",
@@ -24,6 +22,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "located",
+    "markdown_reference",
     "missing_models",
     "parse_config",
     "read_token",

@@ -1,7 +1,7 @@
-"""What pydantic can't see field by field: keys of a configuration that contradict one another.
+"""What pydantic can't see field by field: keys of a configuration that contradict one another. Pure.
 
-These look at the values as they came from the file, of which any may be missing or of the wrong type, so that their
-findings are reported together with everything else. Each yields pairs of the key to blame and a message.
+The checks see the values as they are in the file, where any may be missing or of the wrong type, so that their findings
+are reported together with all others. Each yields pairs of a key and a message.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from nodeagent.config.server_flags import check_server_args, find_flag
 from nodeagent.config.values import check_main_gpu, is_unspecified, split_shares
 from nodeagent.config.yaml_source import KeyPath
 
-# More would only share out a context too thin; llama-server itself sets no limit.
+# With more slots each would get too small a share of the context; llama-server itself sets no limit.
 MAX_SLOTS = 1024
 
 Finding = tuple[KeyPath, str]
@@ -34,7 +34,7 @@ def is_slot_count(value: object) -> bool:
 
 
 def server_args_parallel(model: Document) -> tuple[str, object] | None:
-    """`parallel` as `server_args` has it, under which of its names; None where it has none."""
+    """The name and value of `parallel` in `server_args`, None if it is not there."""
     server_args = model.get("server_args")
     if isinstance(server_args, dict):
         for name, value in server_args.items():
@@ -57,7 +57,7 @@ def _reachable(document: Document) -> Iterator[Finding]:
     if wanted and isinstance(host, str) and is_unspecified(host):
         yield (
             ("listen_host",),
-            f"{host} does not say where the dispatcher can reach this node; set advertise_url as well",
+            f"{host} does not tell the dispatcher where to reach this node; set advertise_url as well",
         )
 
 
@@ -75,7 +75,7 @@ def _devices(document: Document) -> Iterator[Finding]:
         elif first and kind != next(iter(first)).partition(":")[0]:
             yield (
                 here,
-                f"{device_id!r} is of another kind than {next(iter(first))!r}; a node has devices of one backend",
+                f"{device_id!r} is of another backend than {next(iter(first))!r}; all devices must be of one backend",
             )
         elif kind in ("cpu", "gpu") and backend in ("cpu", "cuda") and (kind == "cpu") != (backend == "cpu"):
             yield here, f"{device_id!r} is not a device of the backend {backend!r}"
@@ -90,7 +90,10 @@ def _model_names(document: Document) -> Iterator[Finding]:
             if not isinstance(name, str):
                 continue
             if name in first:
-                yield ("models", index, key), f"{name!r} is already the {first[name]}; each name stands for one model"
+                yield (
+                    ("models", index, key),
+                    f"{name!r} is already the {first[name]}; each name must belong to one model",
+                )
             first.setdefault(name, f"{key} of models[{index}]")
 
 
@@ -103,7 +106,7 @@ def _server_args(model: Document) -> Iterator[Finding]:
     for name, value in server_args.items():
         flag = find_flag(name)
         if flag is not None and flag.name == "slot-save-path" and model.get("keep_kv") is True:
-            yield (name,), "is the agent's own folder where `keep_kv` is true; leave one of them out"
+            yield (name,), "is set by the agent because `keep_kv` is true; remove one of them"
         try:
             if flag is not None and flag.key == "main_gpu" and _is_value(value):
                 check_main_gpu(value)
@@ -115,7 +118,7 @@ def _server_args(model: Document) -> Iterator[Finding]:
 
 
 def _is_value(value: object) -> bool:
-    """Whether a flag's value is one to look at: a bare true has its own complaint, a list is passed on piecewise."""
+    """Whether this is a plain value to check: a bare true has its own message, the items of a list are not checked."""
     return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 

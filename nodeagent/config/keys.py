@@ -1,6 +1,7 @@
-"""The keys of the configuration: their kinds, bounds, defaults and meanings. The JSON Schema is made from these.
+"""The keys of the configuration: their types, bounds, defaults and meanings.
 
-What is wrong between several keys is `config_checks`' business, reading a file is `config`'s.
+The JSON Schema and the reference in configs/README.md are generated from them. `checks` finds contradictions between
+keys, `loading` reads the file.
 """
 
 import os
@@ -40,7 +41,7 @@ _INT_MAX = 2**31 - 1
 
 
 def _default_node_id() -> str:
-    """The host's name, cut to what an id may be."""
+    """The host name, reduced to the characters and length of an id."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-")
     return name[:128] or "node"
 
@@ -61,29 +62,48 @@ class Keys(BaseModel):
 class DeviceConfig(Keys):
     """One entry of `devices`."""
 
-    device_id: str = Field(pattern=DEVICE_ID, description="Which device: cpu:0, cpu:1, ... or gpu:0, gpu:1, ...")
+    device_id: str = Field(pattern=DEVICE_ID, description="The device: cpu:0, cpu:1, ... or gpu:0, gpu:1, ...")
     threads: int | None = Field(
-        default=None, ge=1, le=4096, description="Threads of each server here, unless its model says otherwise."
+        default=None,
+        ge=1,
+        le=4096,
+        description="CPU threads of each server on this device; a model's own `threads` takes precedence.",
     )
-    cpus: Cpus | None = Field(default=None, description="The CPUs that its servers are pinned to, by number.")
+    cpus: Cpus | None = Field(default=None, description="Numbers of the CPUs that its servers may run on.")
 
 
 class RestartConfig(Keys):
     """`restart`, of the node or of one model: when a server that ended is started again."""
 
     max_restarts: int = Field(
-        default=3, ge=0, le=100_000, description="More ends than this within period_s, and the model has failed."
+        default=3,
+        ge=0,
+        le=100_000,
+        description="A model fails on a device when its server ends more often than this within `period_s`.",
     )
-    period_s: float = Field(default=60.0, gt=0, le=_DAY_S, description="The time in which ends are counted.")
+    period_s: float = Field(
+        default=60.0, gt=0, le=_DAY_S, description="Period in which ends of a server are counted, in seconds."
+    )
     backoff_initial_s: float = Field(
-        default=1.0, gt=0, le=_HOUR_S, description="The wait before the second restart; it doubles with each."
+        default=1.0,
+        gt=0,
+        le=_HOUR_S,
+        description="Delay before the second restart, in seconds; it doubles with each further restart.",
     )
-    backoff_max_s: float = Field(default=60.0, gt=0, le=_DAY_S, description="The longest such wait.")
+    backoff_max_s: float = Field(
+        default=60.0, gt=0, le=_DAY_S, description="Longest delay before a restart, in seconds."
+    )
     reset_after_s: float = Field(
-        default=300.0, ge=0, le=_DAY_S, description="A server that was ready for this long starts afresh."
+        default=300.0,
+        ge=0,
+        le=_DAY_S,
+        description="A server that has been ready for this long starts with a clean record, in seconds.",
     )
     cooldown_s: float = Field(
-        default=60.0, ge=0, le=_DAY_S, description="When a model that has failed may be tried once more."
+        default=60.0,
+        ge=0,
+        le=_DAY_S,
+        description="How long a failed model is refused before a request may start it again, in seconds.",
     )
 
     @field_validator("backoff_max_s")
@@ -96,173 +116,209 @@ class RestartConfig(Keys):
 
 
 class ModelConfig(Keys):
-    """One entry of `models`. What is None is left to llama-server."""
+    """One entry of `models`. A key that is None is left to llama-server."""
 
-    model_id: str = Field(pattern=MODEL_NAME, description="The name by which requests ask for the model.")
-    path: AbsolutePath = Field(description="The GGUF file (of a split model the first part).")
+    model_id: str = Field(pattern=MODEL_NAME, description="Name of the model in requests.")
+    path: AbsolutePath = Field(description="The GGUF file; for a split model the first part.")
     roles: Annotated[tuple[Label, ...], AsTuple] = Field(
-        default=(), description="What the mesh uses this model for, like planner; told to the dispatcher."
+        default=(), description="Roles of the model in the mesh, such as planner; reported to the dispatcher."
     )
     ctx_size: int | None = Field(
-        default=None, ge=0, le=_INT_MAX, description="Context in tokens, shared by the slots (-c); 0: the model's own."
+        default=None,
+        ge=0,
+        le=_INT_MAX,
+        description="Context size in tokens, shared by all slots (-c); 0 takes the size from the model.",
     )
-    batch_size: int | None = Field(default=None, ge=1, le=_INT_MAX, description="Logical batch in tokens (-b).")
-    ubatch_size: int | None = Field(default=None, ge=1, le=_INT_MAX, description="Physical batch in tokens (-ub).")
+    batch_size: int | None = Field(default=None, ge=1, le=_INT_MAX, description="Logical batch size in tokens (-b).")
+    ubatch_size: int | None = Field(default=None, ge=1, le=_INT_MAX, description="Physical batch size in tokens (-ub).")
     threads: int | None = Field(default=None, ge=1, le=4096, description="CPU threads for generation (-t).")
     threads_batch: int | None = Field(
-        default=None, ge=1, le=4096, description="CPU threads for reading prompts (-tb); as threads where left out."
+        default=None,
+        ge=1,
+        le=4096,
+        description="CPU threads for prompt processing (-tb); the same as `threads` by default.",
     )
-    gpu_layers: int | None = Field(default=None, ge=0, le=100_000, description="Layers to hold on the GPU (-ngl).")
-    main_gpu: MainGpu | None = Field(default=None, description="Only 0: a server is shown one device (-mg).")
+    gpu_layers: int | None = Field(
+        default=None, ge=0, le=100_000, description="Number of layers to keep on the GPU (-ngl)."
+    )
+    main_gpu: MainGpu | None = Field(
+        default=None, description="Main GPU (-mg); only 0, since a server sees one device."
+    )
     tensor_split: TensorSplit | None = Field(
-        default=None, description="Share per device (-ts); only the first may have one, since a server is shown one."
+        default=None,
+        description="Share of the model per device (-ts); only the first may be above 0: a server sees one device.",
     )
-    flash_attn: FlashAttn | None = Field(default=None, description="Flash attention (-fa): a boolean, or on/off/auto.")
+    flash_attn: FlashAttn | None = Field(
+        default=None, description="Flash attention (-fa): true, false, on, off or auto."
+    )
     alias: str | None = Field(
-        default=None, pattern=MODEL_NAME, description="Another name by which requests can ask for the model (-a)."
+        default=None, pattern=MODEL_NAME, description="Another name of the model in requests (-a)."
     )
-    preload: bool = Field(default=False, description="Load the model when the agent starts, not on its first request.")
+    preload: bool = Field(
+        default=False, description="Load the model when the agent starts instead of on its first request."
+    )
     parallel: int = Field(
-        default=1, ge=1, le=MAX_SLOTS, description="Requests that one server of the model serves at a time (-np)."
+        default=1,
+        ge=1,
+        le=MAX_SLOTS,
+        description="Slots: how many requests one server of the model handles at a time (-np).",
     )
     restart: RestartConfig | None = Field(
-        default=None, description="For this model alone; what is left out is as in the node's restart."
+        default=None, description="Restart policy of this model; missing keys are taken from the node's `restart`."
     )
     stall_timeout_s: float | None = Field(
-        default=None, ge=1, le=_DAY_S, description="As the node's stall_timeout_s, for this model alone."
+        default=None, ge=1, le=_DAY_S, description="Overrides the node's `stall_timeout_s` for this model, in seconds."
     )
     idle_unload_s: float | None = Field(
         default=None,
         ge=0,
         le=30 * _DAY_S,
-        description="Unload the model after so long without a request; never where left out.",
+        description="Unload the model after this time without a request, in seconds; never by default.",
     )
     keep_kv: bool = Field(
         default=False,
-        description="Keep the server's cache in a file over a switch of models, so that conversations go on at once.",
+        description="Save the server's KV cache to a file when another model is loaded, and restore it later.",
     )
     server_args: dict[str, ServerArg] = Field(
         default={},
-        description="Further flags of llama-server: true gives a bare flag, false or null leaves it out, "
-        "a list repeats it; written with _ or -.",
+        description="Any other flag of llama-server, written with _ or -: true gives a bare flag, false or null omits "
+        "it, a list repeats it.",
     )
 
     @property
     def server_name(self) -> str:
-        """What the server is told as its name, and has to answer to."""
+        """The name that the server is given with `-a`, and that the readiness probe expects."""
         return self.alias or self.model_id
 
 
 class NodeConfig(Keys):
     """The whole configuration. Durations are in seconds, sizes in bytes."""
 
-    listen_host: Host = Field(default="127.0.0.1", description="The address to listen on.")
-    listen_port: int = Field(default=8081, ge=0, le=65535, description="The port to listen on; 0 picks a free one.")
+    listen_host: Host = Field(default="127.0.0.1", description="Address to listen on.")
+    listen_port: int = Field(default=8081, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     node_id: str = Field(
         default_factory=_default_node_id,
         pattern=NODE_ID,
-        description="This node's lasting name in the mesh; the host's name where left out.",
+        description="Permanent name of this node in the mesh; the host name by default.",
     )
     node_name: Label = Field(
-        default_factory=lambda data: data["node_id"], description="What people call the node; node_id by default."
+        default_factory=lambda data: data["node_id"], description="Display name of the node; `node_id` by default."
     )
     state_dir: AbsolutePath = Field(
         default_factory=lambda data: _default_state_dir(data["node_id"]),
-        description="The folder for what outlives the agent; $STATE_DIRECTORY or the user's state folder by default.",
+        description="Folder for the agent's state; $STATE_DIRECTORY or the user's state folder by default.",
     )
     dispatcher_base_url: BaseUrl | None = Field(
-        default=None, description="The dispatcher to register with; none where left out."
+        default=None, description="Base URL of the dispatcher to register with; none by default."
     )
     dispatcher_token_file: AbsolutePath | None = Field(
-        default=None, description="A file with the bearer token for the dispatcher in one line."
+        default=None, description="File with the bearer token for the dispatcher, in one line."
     )
     advertise_url: BaseUrl | None = Field(
-        default=None, description="Where others reach this node; http://<listen_host>:<port> where left out."
+        default=None, description="URL at which others reach this node; http://<listen_host>:<port> by default."
     )
     heartbeat_interval_s: float = Field(
-        default=10.0, ge=1, le=300, description="Seconds between heartbeats, unless the dispatcher names another."
+        default=10.0, ge=1, le=300, description="Interval of heartbeats in seconds; the dispatcher may choose another."
     )
     llama_server_bin: Command | None = Field(
         default=None,
-        description="The llama-server to run, by path or by its name on PATH; "
-        "where left out llama-server on PATH, else the demo extra's.",
+        description="The llama-server to run, by path or by name on PATH; "
+        "by default llama-server on PATH, else the one of the demo extra.",
     )
     llama_server_startup_timeout_s: float = Field(
-        default=30.0, gt=0, le=_DAY_S, description="How long a request waits for a server to be ready, from its spawn."
+        default=30.0,
+        gt=0,
+        le=_DAY_S,
+        description="How long a request waits for a server to become ready, from its spawn, in seconds.",
     )
     llama_server_startup_limit_s: float = Field(
         default_factory=lambda data: 10 * float(data["llama_server_startup_timeout_s"]),
         gt=0,
         le=10 * _DAY_S,
-        description="When a start that is not ready is given up; ten times the time-out by default.",
+        description="When a start that is still not ready is given up, in seconds; ten times the time-out by default.",
     )
     llama_server_probe_interval_s: float = Field(
-        default=0.5, ge=0.01, le=60, description="The longest pause between two looks at whether a server is ready."
+        default=0.5,
+        ge=0.01,
+        le=60,
+        description="Longest interval between two readiness probes of a starting server, in seconds.",
     )
     llama_server_stop_grace_s: float = Field(
-        default=5.0, ge=0, le=_HOUR_S, description="How long a server may take to stop before it is killed."
+        default=5.0,
+        ge=0,
+        le=_HOUR_S,
+        description="How long a server may take to stop after SIGTERM before it is killed, in seconds.",
     )
-    restart: RestartConfig = Field(
-        default_factory=RestartConfig, description="When a server that ended is started again."
-    )
+    restart: RestartConfig = Field(default_factory=RestartConfig, description="When a server that ended is restarted.")
     stall_timeout_s: float = Field(
-        default=120.0, ge=1, le=_DAY_S, description="A server at work that shows no progress for so long is replaced."
+        default=120.0,
+        ge=1,
+        le=_DAY_S,
+        description="A busy server that shows no progress for this long is replaced, in seconds.",
     )
     memory_settle_timeout_s: float = Field(
         default=5.0,
         ge=0,
         le=_HOUR_S,
-        description="How long to wait for a GPU's memory to come back after a server's end, before the next load.",
+        description="Longest wait before a load for a GPU's memory to be freed by the previous server, in seconds.",
     )
     max_pending_requests_per_device: int = Field(
-        default=2, ge=1, le=100_000, description="Requests in flight and waiting per device; the next is refused."
+        default=2,
+        ge=1,
+        le=100_000,
+        description="Requests in flight and queued per device; one more is refused with 429.",
     )
     queue_timeout_s: float = Field(
-        default=300.0, gt=0, le=_DAY_S, description="How long a request waits for its turn before it is refused."
+        default=300.0,
+        gt=0,
+        le=_DAY_S,
+        description="How long a request may wait for its turn before it is refused with 504, in seconds.",
     )
     scheduling: Literal["swap_aware", "fifo"] = Field(
         default="swap_aware",
-        description="How a device's requests are ordered: so that few switches of models are needed, or as they come.",
+        description="Order of a device's requests: swap_aware needs few switches of models, fifo is strictly in order.",
     )
     swap_fairness_s: float = Field(
-        default=30.0, gt=0, le=_DAY_S, description="For no longer than this is a request passed by later ones."
+        default=30.0,
+        gt=0,
+        le=_DAY_S,
+        description="Longest time that later requests may go ahead of a request, in seconds.",
     )
     min_residency_s: float = Field(
-        default=2.0, ge=0, le=_DAY_S, description="A model that was loaded may serve its requests first for so long."
-    )
-    residency_linger_s: float = Field(
-        default=0.05,
+        default=2.0,
         ge=0,
-        le=_HOUR_S,
-        description="How long a device idles before a switch, for the clients that it has just answered.",
+        le=_DAY_S,
+        description="Shortest turn of a loaded model while requests for others are queued, in seconds.",
     )
     abandoned_load_grace_s: float = Field(
-        default=30.0, ge=0, le=_DAY_S, description="How long a load goes on when those who waited for it have left."
+        default=30.0,
+        ge=0,
+        le=_DAY_S,
+        description="How long a load goes on after the last request that waited for it has left, in seconds.",
     )
-    max_request_bytes: int = Field(
-        default=64 * 2**20, ge=1, le=64 * _GIB, description="The longest body that a request may have."
-    )
+    max_request_bytes: int = Field(default=64 * 2**20, ge=1, le=64 * _GIB, description="Largest request body in bytes.")
     drain_grace_s: float = Field(
-        default=5.0, ge=0, le=_HOUR_S, description="How long requests are still taken after SIGTERM."
+        default=5.0, ge=0, le=_HOUR_S, description="How long requests are still accepted after SIGTERM, in seconds."
     )
     shutdown_timeout_s: float = Field(
-        default=30.0, ge=0, le=_DAY_S, description="How long requests in flight may take to end after that."
+        default=30.0, ge=0, le=_DAY_S, description="How long requests in flight may take after that, in seconds."
     )
     backend: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="What finds and pins the devices; auto takes GPUs where there are some."
+        default="auto",
+        description="How devices are found and pinned; auto uses NVIDIA GPUs if there are any, else the CPU.",
     )
     devices: Annotated[tuple[DeviceConfig, ...], AsTuple] = Field(
-        default=(), description="The devices to use; all that the backend finds where left out."
+        default=(), description="Devices to use; by default all that the backend finds."
     )
     models: Annotated[tuple[ModelConfig, ...], AsTuple] = Field(
-        min_length=1, description="The models that this node serves."
+        min_length=1, description="Models that this node serves."
     )
 
     _source: Source | None = PrivateAttr(default=None)
 
     @property
     def source(self) -> Source:
-        """The file that this came from, an empty one where it was made in code."""
+        """The file that this was read from; an empty source if it was made in code."""
         return self._source or Source(None)
 
     @field_validator("llama_server_startup_limit_s")

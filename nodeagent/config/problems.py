@@ -1,6 +1,6 @@
-"""Says in one sentence what is wrong with a value: pydantic's complaints in words for a person.
+"""One sentence for each thing that is wrong with a value: pydantic's errors in words for people.
 
-The patterns of names stand here, beside the words for them."""
+The patterns of names are here too, beside their descriptions."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ _PATTERNS = {
 
 
 def shown(value: object) -> str:
-    """A value as it may stand in a message: short, on one line, and as YAML would write it."""
+    """A value for a message: short, on one line, and as YAML would write it."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
@@ -48,11 +48,11 @@ def shown(value: object) -> str:
 def explain(error: Mapping[str, Any], known_keys: Iterable[str]) -> str:
     """One of pydantic's error records (`ValidationError.errors()`) as a sentence.
 
-    `known_keys` are the keys that may stand where the error is, for a hint at a misspelt one.
+    `known_keys` are the keys allowed at the place of the error, for a hint at a misspelt one.
     """
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
-        return "is missing, and has no default"
+        return "is missing and has no default"
     if kind == "extra_forbidden":
         return _unknown_key(str(error["loc"][-1]), known_keys)
     if kind == "value_error":
@@ -78,11 +78,11 @@ def _expectation(kind: str, context: Mapping[str, Any]) -> str | None:
 
 def _hint(kind: str, value: object) -> str:
     if value is None:
-        return "; leave the key out for its default"
+        return "; remove the key to get its default"
     if kind == "string_type" and isinstance(value, int | float):
         return "; put it in quotes"
     if kind in ("int_type", "float_type") and isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
-        return "; leave the quotes out"
+        return "; remove the quotes"
     return ""
 
 
@@ -91,5 +91,5 @@ def _unknown_key(key: str, known_keys: Iterable[str]) -> str:
     if close:
         return f"is not a known key; did you mean {close[0]}?"
     if find_flag(key) is not None:
-        return "is not a known key; a flag of llama-server's own goes under server_args"
+        return "is not a known key; put flags of llama-server under server_args"
     return "is not a known key"

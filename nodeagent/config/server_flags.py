@@ -1,7 +1,7 @@
-"""What `server_args` may say: llama-server's flags, which of them are the agent's, and how a map of them becomes argv.
+"""What `server_args` may hold: llama-server's flags, which of them the agent reserves, and how they become argv. Pure.
 
-The table is the `--help` of builds b10068 and b10434 (a test compares it with the server at hand). A flag that
-is not in it is passed on as it stands, since other builds have other flags.
+The table is the `--help` of builds b10068 and b10434 (a test compares it with the installed server). A flag that is not
+in the table is used as it is, since other builds have other flags.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 FlagValue = bool | int | float | str | tuple[int | float | str, ...] | None
 
-# Spellings of one flag side by side, flags apart by "|"; one dash where the flag has one, none for "--".
+# The spellings of one flag side by side, flags separated by "|"; a leading dash for "-", none for "--".
 _WITH_VALUE = """
 -t threads | -tb threads-batch | -C cpu-mask | -Cr cpu-range | cpu-strict | prio | poll | -Cb cpu-mask-batch |
 -Crb cpu-range-batch | cpu-strict-batch | prio-batch | poll-batch | -c ctx-size | -n predict n-predict |
@@ -75,7 +75,7 @@ gpt-oss-20b-default | gpt-oss-120b-default | vision-gemma-4b-default | vision-ge
 # The only flag that takes two values; both are written in one text ("0 31").
 _TWO_VALUES = "control-vector-layer-range"
 
-# The flags that the agent sets itself or can't allow, with what to say. Some are of other builds than the table's.
+# The flags that the agent sets itself or can't allow, with the reason. Some belong to other builds than the table.
 _OWNED = {
     "host port reuse-port": "the agent binds each server to a port of its own on 127.0.0.1",
     "model model-url docker-repo hf-repo hf-file hf-token hf-repo-v hf-file-v models-dir models-preset models-max "
@@ -93,7 +93,7 @@ _OWNED = {
     "path api-prefix ui": "the server has no user but the agent",
     "slots": "the agent asks the server for its slots",
     "log-disable": "the agent learns the server's address from its log",
-    "help version license cache-list completion-bash list-devices": "the server would print something and end",
+    "help version license cache-list completion-bash list-devices": "the server would print something and exit",
 }
 
 # The least of llama-server's verbosities at which it prints where it listens.
@@ -118,19 +118,19 @@ _FLAG_NAME = re.compile(r"-{0,2}[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag with all its spellings, each as it stands on a command line. `name` is one of them without dashes."""
+    """One flag with all its spellings as on a command line. `name` is one of them without dashes."""
 
     name: str
     spellings: frozenset[str]
     takes_value: bool
     owner: str | None = None
-    """Why the agent keeps this flag for itself, None if it doesn't."""
+    """Why the agent reserves this flag, None if it doesn't."""
     key: str | None = None
-    """The key of `models[]` that means the same."""
+    """The key of `models[]` with the same meaning."""
 
 
 def _read_table() -> dict[str, tuple[Flag, str]]:
-    """Every spelling without its dashes, to its flag and to how it stands on a command line."""
+    """Every spelling without its dashes, to its flag and its form on a command line."""
     owners = {name: why for names, why in _OWNED.items() for name in names.split()}
     table: dict[str, tuple[Flag, str]] = {}
     for takes_value, text in ((True, _WITH_VALUE), (False, _BARE)):
@@ -150,7 +150,7 @@ _FLAGS = _read_table()
 
 
 def find_flag(name: str) -> Flag | None:
-    """The flag of that name, written with `-` or `_`, with or without its dashes; None where the table has none."""
+    """The flag of that name, written with `-` or `_`, with or without dashes; None if the table has none."""
     known = _FLAGS.get(_plain(name))
     return known[0] if known else None
 
@@ -160,7 +160,7 @@ def _plain(name: str) -> str:
 
 
 def _spelled(name: str) -> str:
-    """The flag as it stands on a command line."""
+    """The flag as on a command line."""
     plain = _plain(name)
     if plain in _FLAGS:
         return _FLAGS[plain][1]
@@ -169,9 +169,9 @@ def _spelled(name: str) -> str:
 
 
 def flags_argv(server_args: Mapping[str, FlagValue]) -> list[str]:
-    """The part of a command line that `server_args` stands for, in its order.
+    """`server_args` as a part of a command line, in the same order.
 
-    True gives a bare flag, False and None leave it out, a sequence repeats it.
+    True gives a bare flag, False and None omit it, a sequence repeats it.
     """
     argv: list[str] = []
     for name, value in server_args.items():
@@ -186,7 +186,7 @@ def flags_argv(server_args: Mapping[str, FlagValue]) -> list[str]:
 
 
 def sets_flag(server_args: Mapping[str, FlagValue], name: str) -> bool:
-    """Whether `server_args` gives the flag of that name in any of its spellings."""
+    """Whether `server_args` sets the flag of that name in any of its spellings."""
     flag = find_flag(name)
     return any(
         value is not None and value is not False and find_flag(key) == flag for key, value in server_args.items()
@@ -201,27 +201,27 @@ def check_server_args(server_args: Mapping[str, object], model: Mapping[str, obj
     seen: dict[Flag, str] = {}
     for name, value in server_args.items():
         if not _FLAG_NAME.fullmatch(name):
-            yield name, f"{name!r} is not the name of a flag; write it like `cache_type_k` or `no-mmap`"
+            yield name, f"{name!r} is not a valid name of a flag; write it like `cache_type_k` or `no-mmap`"
         if (flag := find_flag(name)) is None or value is None or value is False:
             continue
         if flag.owner:
-            yield name, f"is the agent's own flag: {flag.owner}"
+            yield name, f"is reserved for the agent: {flag.owner}"
         elif flag in seen:
-            yield name, f"is the same flag as `{seen[flag]}` above; keep one"
+            yield name, f"is the same flag as `{seen[flag]}` above; remove one"
         elif flag.takes_value and value is True:
             yield name, f"needs a value, found true{_value_hint(flag)}"
         elif not flag.takes_value and _would_follow(value):
-            # Most of all `mlock: on`, which is a word here: a server that is told `--mlock on` ends at that.
-            yield name, f"takes no value, found {value!r}; write true to give the flag, false to leave it out"
+            # Most of all `mlock: on`, which is a word here: a server that gets `--mlock on` exits with an error.
+            yield name, f"takes no value, found {value!r}; write true to set the flag, false to omit it"
         elif flag.name == "verbosity" and isinstance(value, int) and value < _VERBOSITY_INFO:
             yield name, f"must be at least {_VERBOSITY_INFO}, found {value}: the agent reads the address from the log"
         elif flag.key and flag.key != "parallel" and model.get(flag.key) is not None:
-            yield name, f"repeats the key `{flag.key}` of this model; keep one"
+            yield name, f"repeats the key `{flag.key}` of this model; remove one"
         seen.setdefault(flag, name)
 
 
 def _would_follow(value: object) -> bool:
-    """Whether this stands behind its flag on a command line; what can't stand there at all has its own complaint."""
+    """Whether this would follow its flag on a command line; values that can't have their own message."""
     return value is not True and isinstance(value, str | int | float | list) and value != []
 
 

@@ -30,7 +30,7 @@ def _absolute(value: object, info: ValidationInfo) -> Path:
     except RuntimeError as error:
         raise ValueError(f"starts in a home folder that is not known here, found {shown(value)}") from error
     folder = info.context if isinstance(info.context, Path) else Path.cwd()
-    # Lexically: a link in the path may be one that is switched on purpose, and `..` is rare.
+    # Lexically: a symbolic link in the path may be switched on purpose, and `..` is rare.
     return Path(os.path.normpath(folder / path))
 
 
@@ -49,14 +49,14 @@ def _base_url(value: str) -> str:
     if not usable or " " in value:
         raise ValueError(f"must be a URL like http://10.0.0.5:8080, found {shown(value)}")
     if parts.username is not None:
-        raise ValueError("must not hold a user name or password; a token goes into the file of dispatcher_token_file")
+        raise ValueError("must not hold a user name or password; put a token into the file of dispatcher_token_file")
     if "?" in value or "#" in value:
         raise ValueError(f"must end before any ? or #, found {shown(value)}")
     return value.rstrip("/")
 
 
 def is_unspecified(host: str) -> bool:
-    """Whether this is the address that listens on all others."""
+    """Whether this address means all addresses of the host (0.0.0.0, ::)."""
     try:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
@@ -88,20 +88,20 @@ def _on_off_auto(value: object) -> str:
 
 
 def check_main_gpu(value: object) -> None:
-    """A server is shown its own device only, and numbers that one 0."""
+    """A server sees only its own device, and numbers it 0."""
     if str(value) != "0":
-        raise ValueError(f"must be 0, found {shown(value)}: a server is shown one device only")
+        raise ValueError(f"must be 0, found {shown(value)}: a server sees one device only")
 
 
 def split_shares(value: object) -> tuple[float, ...]:
-    """The shares per device out of a list, or out of text like llama-server's `1,0`; all must go to the first."""
+    """The shares per device, from a list or from text like llama-server's `1,0`; only the first may be above 0."""
     try:
         shares = _numbers(value)
     except ValueError as error:
         raise ValueError(f"must be a list of shares like [1], found {shown(value)}") from error
     if not shares or not 0 < shares[0] < float("inf") or any(share != 0 for share in shares[1:]):
         raise ValueError(
-            f"must give all to one device like [1], found {shown(value)}: a server is shown one device only"
+            f"must give everything to one device, like [1], found {shown(value)}: a server sees one device only"
         )
     return shares
 
@@ -148,9 +148,9 @@ def _flag_value(value: object) -> FlagValue:
 _FlagInput = str | int | float | bool | list[str | int | float] | None
 
 AbsolutePath = Annotated[Path, PlainValidator(_absolute, json_schema_input_type=str)]
-"""`~` expanded, relative to the configuration file's folder."""
+"""`~` is expanded; a relative path starts in the configuration file's folder."""
 Command = Annotated[str, PlainValidator(_command, json_schema_input_type=str)]
-"""A bare name, looked for on PATH as a shell does; anything with a slash is a path."""
+"""A bare name, looked up on PATH as a shell does; anything with a slash is a path."""
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 """An http or https URL that paths can be appended to; held without its last slash."""
 Host = Annotated[str, AfterValidator(_host)]
@@ -166,7 +166,7 @@ ServerArg = Annotated[FlagValue, PlainValidator(_flag_value, json_schema_input_t
 
 
 def _as_tuple(value: object) -> object:
-    """A list as the tuple that a frozen model holds; anything else is left for pydantic to refuse."""
+    """A list becomes the tuple that a frozen model holds; pydantic refuses anything else."""
     return tuple(value) if isinstance(value, list) else value
 
 

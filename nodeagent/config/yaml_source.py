@@ -1,4 +1,4 @@
-"""Reads one YAML document into plain values and remembers on which line each key stands.
+"""Reads one YAML document into plain values and remembers the line of each key.
 
 Scalars follow the core schema of YAML 1.2: only `true` and `false` are booleans, so `on`, `off`, `yes` and `no` stay
 words (llama-server has flags with such values), and `1:30` and `2026-11-23` stay text. From YAML 1.1 only the merge
@@ -58,7 +58,8 @@ for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
 
 @dataclass(slots=True)
 class Source:
-    """One file's text as values. `lines` has the line (from 1) of each key and list item; `problems` what was wrong.
+    """One file's text as values. `lines` has the line (from 1) of each key and list item, `problems` what is wrong,
+    `warnings` what is not an error.
 
     `value` holds dicts with text keys, lists, text, numbers, booleans and None; it is None after a syntax error.
     """
@@ -67,6 +68,7 @@ class Source:
     value: object = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -91,7 +93,7 @@ def where(path: KeyPath) -> str:
 
 
 def read_yaml(text: str, file: Path) -> Source:
-    """Parse `text`. Never raises for what the text says: every complaint is in `problems` of the result."""
+    """Parse `text`. Never raises for its content: everything that is wrong is in `problems` of the result."""
     source = Source(file)
     try:
         node = _Loader(text).get_single_node()
@@ -123,7 +125,7 @@ class _Builder:
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
         if node.tag not in (_SEQ, _MAP):
-            self._complain(node, path, f"the tag {node.tag!r} is not known")
+            self._report(node, path, f"the tag {node.tag!r} is not known")
         with self._opened(node):
             if isinstance(node, yaml.SequenceNode):
                 return self._sequence(node, path)
@@ -138,7 +140,7 @@ class _Builder:
         yield
         self._open.discard(id(node))
 
-    def _complain(self, node: yaml.Node, path: KeyPath, message: str) -> None:
+    def _report(self, node: yaml.Node, path: KeyPath, message: str) -> None:
         self._source.problems.append(Problem(message, where(path), self._source.file, _line(node)))
 
     def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> object:
@@ -147,13 +149,13 @@ class _Builder:
             return text
         pattern = _CORE_SCHEMA.get(node.tag)
         if pattern is None or not pattern[0].fullmatch(text):
-            self._complain(node, path, f"the tag {node.tag!r} is not known for {text!r}")
+            self._report(node, path, f"the tag {node.tag!r} is not known for {text!r}")
             return text
         if node.tag == _BOOL:
             return text.lower() == "true"
         if node.tag == _INT:
             if len(text) > _MAX_DIGITS:
-                self._complain(node, path, f"a number of {len(text)} digits is too long")
+                self._report(node, path, f"a number of {len(text)} digits is too long")
                 return 0
             # Base 0 reads 0o and 0x, but refuses the leading zeros that a decimal may have in YAML.
             return int(text, 0) if text[1:2] in ("o", "x") else int(text)
@@ -177,12 +179,12 @@ class _Builder:
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _STR:
                 shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                self._complain(key_node, path, f"a key must be text, found {shown}")
+                self._report(key_node, path, f"a key must be text, found {shown}")
                 continue
             key = str(key_node.value)
             here = (*path, key)
             if key in first:
-                self._complain(key_node, here, f"given twice; the first is on line {first[key]}")
+                self._report(key_node, here, f"given twice; the first is on line {first[key]}")
                 continue
             first[key] = self._source.lines[here] = _line(key_node)
             values[key] = self.build(value_node, here)
@@ -200,7 +202,7 @@ class _Builder:
                     with self._opened(part):
                         values.update(self._mapping(part, path))
                 else:
-                    self._complain(part, path, "<< takes a mapping or a list of mappings")
+                    self._report(part, path, "<< takes a mapping or a list of mappings")
         return values
 
 

