@@ -1,18 +1,67 @@
-"""What tests of the real thing share: the real llama-server, and models for it to run.
+"""The kinds of tests, and what real tests share: the real llama-server, and models for it to run.
 
-None of them skips: a missing server is a broken installation (`pip install 'rolemesh-node-agent[test]'`).
+None of these fixtures skips: a missing server is a broken installation (`pip install 'rolemesh-node-agent[test]'`).
 """
 
 import importlib.util
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+import kinds
 from fakes import tiny_models
 
-# `--hypothesis-profile=full`: properties that follow the profile are tried ten times as often.
+# Unless `--hypothesis-profile=` says otherwise, properties are tried 10 times, so that `-m "not real"` takes seconds.
+# CI says `default` (100 times); `full` is for a change of what they test.
+settings.register_profile("quick", max_examples=10)
 settings.register_profile("full", max_examples=1000)
+settings.load_profile("quick")
+
+_KIND = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        try:
+            item.stash[_KIND] = _kind_of(item)
+        except ValueError as error:
+            raise pytest.UsageError(f"{item.nodeid}: {error}") from error
+        item.add_marker(item.stash[_KIND])
+
+
+def _kind_of(item: pytest.Item) -> str:
+    assert isinstance(item, pytest.Function)
+    function = getattr(getattr(item.obj, "hypothesis", None), "inner_test", item.obj)
+    marks = {mark.name for mark in item.iter_markers()}
+    return kinds.kind_of(item.path.relative_to(Path(__file__).parent), function, item.fixturenames, marks)
+
+
+class _KindGuard:
+    """Lets a test do only what its kind may, by CPython's audit hook: once added, it stays for the process's life."""
+
+    def __init__(self) -> None:
+        self._running: str | None = None  # the kind of the test that runs; written by the hook below alone
+
+    def audit(self, event: str, _arguments: tuple[object, ...]) -> None:
+        kinds.refuse_what_is_real(self._running, event)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        self._running = item.stash[_KIND]
+        try:
+            return (yield)
+        finally:
+            self._running = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    guard = _KindGuard()
+    config.pluginmanager.register(guard)
+    sys.addaudithook(guard.audit)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
+
+pytestmark = pytest.mark.real
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "supervise.py"
 

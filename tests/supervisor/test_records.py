@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from supervisor import records
+from supervisor.probe import ProcessView
 from supervisor.records import Records, sweep
-from supervisor.spawn import Process
 from supervisor.spec import ChildSpec
 from supervisor.supervisor import Supervisor
 
@@ -23,7 +23,7 @@ from supervisor.supervisor import Supervisor
 class AtOnce:
     """Ready as soon as it is spawned."""
 
-    async def check(self, _process: Process) -> str:
+    async def check(self, _process: ProcessView) -> str:
         return "here"
 
 
@@ -88,18 +88,21 @@ async def test_what_only_looks_like_a_record_is_left_alone(
 async def test_a_supervisor_that_ended_leaves_no_child_on_record(tmp_path: Path) -> None:
     path = tmp_path / "children.json"
     supervisor = Supervisor(records=Records(path))
+    env = dict(os.environ)
+    spec = ChildSpec(child_id="child", group="group", argv=SLEEP, env=env, probe=AtOnce(), start_timeout_s=10)
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             await nursery.start(supervisor.run)
-            await supervisor.start(ChildSpec("child", "group", SLEEP, dict(os.environ), AtOnce(), start_timeout_s=10))
+            await supervisor.start(spec)
             await until(lambda: on_record(path) != [])
             nursery.cancel_scope.cancel()
     assert json.loads(path.read_text()) == []
 
 
+@pytest.mark.real
 def test_a_process_that_ends_before_it_can_be_ended_is_no_trouble(sleeper: "subprocess.Popen[bytes]") -> None:
     end(sleeper)
-    records._end(sleeper.pid)
+    records._kill(sleeper.pid)
 
 
 async def test_a_child_that_ended_is_no_longer_recorded(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
@@ -122,7 +125,7 @@ def test_a_spoilt_file_is_a_warning_and_nothing_is_swept(
     path = tmp_path / "children.json"
     path.write_text(content)
     assert sweep(path) == []
-    assert "nothing is swept" in caplog.text
+    assert "no left-over process is killed" in caplog.text
 
 
 async def test_a_disk_that_is_full_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:

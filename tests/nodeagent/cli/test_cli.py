@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.real
+
 SMI = "#!/bin/sh\necho '0, GPU-6f1c2d3e, NVIDIA L4, 23034, 22000, 1034, 0, 40, 20.00'\n"
 
 

@@ -160,6 +160,7 @@ async def test_what_pip_says_is_logged_when_it_fails(
     assert "pip: ERROR: no route to the index" in [record.getMessage() for record in caplog.records]
 
 
+@pytest.mark.real
 def test_an_environment_without_pip_is_one_clear_line(cache: Path) -> None:
     without_site_packages = (sys.executable, "-I", "-S", "-m", "pip")
     with pytest.raises(StartupError, match="needs pip") as raised:
@@ -227,6 +228,7 @@ async def test_the_bar_is_drawn_on_stderr_and_only_if_asked_for(cache: Path, pip
         assert (done.stdout, done.stderr.decode()) == (b"", expected)
 
 
+@pytest.mark.real
 def test_the_environment_of_the_tests_has_pip() -> None:
     assert subprocess.run([*PIP, "--version"], capture_output=True, timeout=60, check=False).returncode == 0
 
@@ -310,6 +312,7 @@ def test_demo_serves_the_real_model_and_says_how_to_use_it_when_it_is_ready(
     assert banner("http://127.0.0.1:8123", path) in capsys.readouterr().out
 
 
+@pytest.mark.real
 def test_a_port_that_is_taken_is_one_line_with_the_way_out_before_anything_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +336,7 @@ def test_the_real_server_runs_here(llama_server: Path) -> None:
     check_server(llama_server)
 
 
+@pytest.mark.real
 def test_a_server_that_lacks_a_library_is_one_line_with_the_way_out(tmp_path: Path) -> None:
     server = tmp_path / "llama-server"
     server.write_text("#!/bin/sh\necho 'llama-server: libgomp.so.1: cannot open shared object file' >&2\nexit 127\n")
@@ -344,6 +348,7 @@ def test_a_server_that_lacks_a_library_is_one_line_with_the_way_out(tmp_path: Pa
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.real
 def test_a_server_made_for_another_machine_is_one_line(tmp_path: Path) -> None:
     server = tmp_path / "llama-server"
     server.write_bytes(b"\x7fELF of another kind")

@@ -118,6 +118,7 @@ def test_a_cpu_that_works_is_seen_to_work() -> None:
     assert 0 < ratio <= 1
 
 
+@pytest.mark.real
 def test_a_processor_is_called_as_it_calls_itself(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     # Linux on x86, and on arm64 where no name is told.
@@ -198,6 +199,7 @@ def test_a_backend_that_was_asked_for_by_name_is_never_replaced() -> None:
         select("cuda", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
 
 
+@pytest.mark.real
 def test_on_this_host_auto_gives_a_backend_with_a_device_that_can_be_read() -> None:
     backend = select("auto")
     try:

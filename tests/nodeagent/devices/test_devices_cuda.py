@@ -353,6 +353,7 @@ def test_no_devices_is_an_answer() -> None:
     assert SmiDriver(played(SmiResult(6, "No devices were found\n"))).gpus() == []
 
 
+@pytest.mark.real
 def test_a_command_that_can_not_be_used_is_told(tmp_path: Path) -> None:
     with pytest.raises(DriverError, match=r"^nvidia-smi: Failed to initialize NVML.* \(exit 18\)$"):
         SmiDriver(played(MISMATCH))
@@ -364,6 +365,7 @@ def test_a_command_that_can_not_be_used_is_told(tmp_path: Path) -> None:
     assert not caught.value.absent
 
 
+@pytest.mark.real
 def test_the_command_is_run_and_its_words_are_kept_wherever_it_writes_them() -> None:
     assert run_smi([sys.executable, "-c", "print('0, GPU-a')"]) == SmiResult(0, "0, GPU-a\n")
     said = run_smi([sys.executable, "-c", "import sys; sys.stderr.write('driver gone'); sys.exit(9)"])
