@@ -10,8 +10,7 @@ import os
 
 import trio
 
-from supervisor.probe import NotReady
-from supervisor.spawn import Process
+from supervisor.probe import NotReady, ProcessView
 from supervisor.spec import ChildSpec
 from supervisor.supervisor import GivenUp, StartFailed, Supervisor
 
@@ -22,7 +21,7 @@ class TcpProbe:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    async def check(self, process: Process) -> str:
+    async def check(self, process: ProcessView) -> str:
         try:
             await (await trio.open_tcp_stream("127.0.0.1", self.port)).aclose()
         except OSError as error:
@@ -34,7 +33,14 @@ async def main(port: int, command: list[str]) -> None:
     supervisor = Supervisor(on_line=lambda _child, _generation, line: print("|", line))
     async with trio.open_nursery() as nursery:
         await nursery.start(supervisor.run)
-        child = ChildSpec("command", "command", tuple(command), dict(os.environ), TcpProbe(port), start_timeout_s=10)
+        child = ChildSpec(
+            child_id="command",
+            group="commands",
+            argv=tuple(command),
+            env=dict(os.environ),
+            probe=TcpProbe(port),
+            start_timeout_s=10,
+        )
         try:
             await supervisor.start(child)
         except (StartFailed, GivenUp) as failure:

@@ -1,23 +1,20 @@
-"""One child's whole life: spawned, ready, watched, ended, started again.
+"""One child's whole life: spawned, ready, watched, ended, restarted.
 
-    STOPPED ──start──> STARTING ──probe passes──> READY ──fails its liveness──> UNHEALTHY
-                          ▲ │                       │                              │
-                          │ └──────exits, or is never ready, or dies───────────────┤
-                          │                                                        ▼
+    STOPPED ──start──> STARTING ──probe passes──> READY ──liveness fails, or `fail`──> UNHEALTHY
+                          ▲ │                       │                                      │
+                          │ └──exits, or is not ready in time, or exits later──────────────┤
+                          │                                                                ▼
                           └──delay over── BACKING_OFF <──restart── (tracker) ──give up──> FAILED ──start──> STARTING
 
-Any state but FAILED ──stop──> STOPPING ──gone──> STOPPED.
+Every state but FAILED ──stop──> STOPPING ──process group gone──> STOPPED.
 """
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator
 
 import trio
 
+from supervisor.errors import StartFailed, SupervisorError, Suspended
 from supervisor.lifecycle import (
     Cause,
     Event,
@@ -32,94 +29,51 @@ from supervisor.lifecycle import (
     Stopping,
     Unhealthy,
 )
-from supervisor.probe import LOOKS_STOPPED, Suspended, wait_ready, watch_liveness
+from supervisor.probe import SUSPENDED_PROBES, wait_ready, watch_liveness
 from supervisor.restart import GiveUp, Restart, RestartTracker
-from supervisor.spawn import Process, spawn
+from supervisor.snapshot import ChildSnapshot, ChildState
+from supervisor.spawner import ChildProcess, Spawner
 from supervisor.spec import ChildSpec
-from supervisor.strays import end_strays, marked
+from supervisor.strays import marked, reap_strays
 
 _LAST_LINES = 20
+_STOPPED = Exit(code=None, cause=Cause.STOPPED, reason="was stopped")
+_STOPPED_ON_REQUEST = Failure(Cause.STOPPED, "stopped")
 
 
-class ChildState(Enum):
-    STARTING = "starting"
-    READY = "ready"
-    UNHEALTHY = "unhealthy"
-    STOPPING = "stopping"
-    BACKING_OFF = "backing_off"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
-class StartFailed(Exception):
-    """This try to start the child failed; the child goes on as its restart policy says."""
-
-    def __init__(self, child_id: str, generation: int, exit: Exit) -> None:
-        self.child_id = child_id
-        self.generation = generation
-        self.exit = exit
-        super().__init__(f"{child_id} (generation {generation}): {exit.reason}")
-
-
-class GivenUp(Exception):
-    """The child failed too often, and no start is made before `retry_at` (`trio.current_time()`; None: ever)."""
-
-    def __init__(self, child_id: str, reason: str, retry_at: float | None) -> None:
-        self.child_id = child_id
-        self.reason = reason
-        self.retry_at = retry_at
-        super().__init__(f"{child_id}: {reason}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChildSnapshot:
-    """A child now. Times are `trio.current_time()`; `since` is when it came into its state.
-
-    `address` is set while ready; `cause` and `reason` say why it is unhealthy, backing off or failed; `retry_at` when
-    it is, or may be, started again. `pid` and `spawned_at` are of the last generation.
-    """
-
-    child_id: str
-    group: str
-    state: ChildState
-    generation: int
-    since: float
-    pid: int | None = None
-    spawned_at: float | None = None
-    address: str | None = None
-    cause: Cause | None = None
-    reason: str | None = None
-    retry_at: float | None = None
-
-
-class Spawner(Protocol):
-    """How a process is started; `supervisor.spawn.spawn` is how it really is."""
-
-    def __call__(
-        self,
-        name: str,
-        generation: int,
-        argv: Sequence[str],
-        /,
-        *,
-        env: Mapping[str, str],
-        cwd: Path | None,
-        cpus: frozenset[int] | None,
-        on_line: Callable[[str], None],
-    ) -> Process: ...
-
-
-class _Try:
-    """One try to become ready, for those who wait for it."""
+class StartAttempt:
+    """One attempt to become ready, and its outcome for the callers that wait for it."""
 
     def __init__(self) -> None:
-        self.over = trio.Event()
-        self.ready: Ready | None = None
-        self.error: Exception | None = None
+        self._over = trio.Event()
+        self._ready: Ready | None = None
+        self._error: SupervisorError | None = None
+
+    def succeed(self, ready: Ready) -> None:
+        self._ready = ready
+        self._over.set()
+
+    def fail(self, error: SupervisorError) -> None:
+        """Record the failure, unless the attempt succeeded before."""
+        if not self._over.is_set():
+            self._error = error
+            self._over.set()
+
+    async def outcome(self) -> Ready:
+        """Wait for the outcome; return the Ready event or raise the error."""
+        await self._over.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._ready is not None
+        return self._ready
 
 
 class Child:
-    """A child and its state. Its own task writes the state, and `stop` on the way to that task's end."""
+    """A child and its state.
+
+    What changes: everything, in the task that runs `run`; besides, `prepare` resets what belongs to one run, `stop`
+    sets STOPPING on the way to the end of that task, and `fail` sets `_failure`.
+    """
 
     def __init__(
         self,
@@ -127,120 +81,119 @@ class Child:
         generations: Iterator[int],
         emit: Callable[[Event], None],
         on_line: Callable[[str, int, str], None],
-        spawner: Spawner = spawn,
+        spawner: Spawner,
     ) -> None:
         self.spec = spec
-        self._spawner = spawner
         self.tracker = RestartTracker(spec.restart)
-        self.process: Process | None = None
+        self.process: ChildProcess | None = None
+        self._spawner = spawner
         self._generations = generations
         self._emit = emit
         self._on_line = on_line
-        self._try = _Try()
-        self._living = trio.CancelScope()
-        self._over = trio.Event()
+        self._attempt = StartAttempt()
+        self._scope = trio.CancelScope()
+        self._finished = trio.Event()
         self._generation = 0
         self._mark = ""
         self._failure: Failure | None = None
         self._failed = trio.Event()
         self._spawned_at: float | None = None
         self._ready_at: float | None = None
-        self._become(ChildState.STOPPED)
+        self._set_state(ChildState.STOPPED)
+
+    def __repr__(self) -> str:
+        child = self.snapshot
+        return f"<Child {child.child_id} {child.state.value} generation={child.generation} pid={child.pid}>"
 
     @property
-    def runs(self) -> bool:
-        """Its task lives: it has a process, or is about to."""
-        return self.snapshot.state not in (ChildState.STOPPED, ChildState.FAILED)
+    def is_active(self) -> bool:
+        """Whether its task runs: the child has a process or is about to get one."""
+        return self.snapshot.is_active
 
-    def begin(self) -> None:
-        """Make ready for `run`, which is to follow without a checkpoint in between."""
-        self._try, self._living, self._over = _Try(), trio.CancelScope(), trio.Event()
-        self._become(ChildState.STARTING)
+    def prepare(self) -> None:
+        """Prepare for `run`, which must follow without a checkpoint in between."""
+        self._attempt, self._scope, self._finished = StartAttempt(), trio.CancelScope(), trio.Event()
+        self._set_state(ChildState.STARTING)
 
     async def run(self) -> None:
-        """Keep the child alive until it is stopped or given up on. Cancelling ends its processes first."""
+        """Keep the child alive until it is stopped or given up on. If cancelled, end its process first."""
         try:
-            with self._living:
-                await self._live()
+            with self._scope:
+                await self._run_generations()
         finally:
-            if self.runs:
-                self._become(ChildState.STOPPED)
-                self._end_try(error=StartFailed(self.spec.child_id, self._generation, _STOPPED))
-                self._tell(Stopped)
-            self._over.set()
+            if self.is_active:
+                self._set_state(ChildState.STOPPED)
+                self._fail_attempt(_STOPPED)
+                self._report(Stopped)
+            self._finished.set()
 
     async def ready(self) -> Ready:
-        """Wait for the try under way, or about to be: its Ready, or StartFailed or GivenUp raised."""
-        this = self._try
-        await this.over.wait()
-        if this.ready is None:
-            assert this.error is not None
-            raise this.error
-        return this.ready
+        """Wait for the current start attempt: return its Ready event, or raise StartFailed."""
+        return await self._attempt.outcome()
 
     def fail(self, failure: Failure) -> None:
-        """End this generation, which is ready, because of that failure; then it is restarted, or given up on."""
+        """End this generation, which is ready, because of that failure. The restart policy decides what follows."""
         if not self._failed.is_set():
             self._failure = failure
             self._failed.set()
 
     async def stop(self) -> None:
-        """End the child in whatever state; return when its process group is gone. Cancelling only stops waiting."""
-        if self.runs:
+        """End the child in any state; return when its process group is gone. Cancelling only ends the waiting."""
+        if self.is_active:
             if self.snapshot.state is not ChildState.STOPPING:
-                self._become(ChildState.STOPPING)
-                self._tell(Stopping)
-            self._living.cancel()
-            await self._over.wait()
+                self._set_state(ChildState.STOPPING)
+                self._report(Stopping)
+            self._scope.cancel()
+            await self._finished.wait()
 
-    async def _live(self) -> None:
-        """The story."""
+    async def _run_generations(self) -> None:
+        """Spawn the child and, whenever it has exited, again, until the tracker gives up."""
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()  # it may have been stopped before this task began
-            end = await self._one_generation()
-            await trio.lowlevel.checkpoint_if_cancelled()  # the end of a child that is being stopped counts for nothing
-            match self.tracker.decide(end, trio.current_time()):
+            exit = await self._run_generation()
+            await trio.lowlevel.checkpoint_if_cancelled()  # the tracker doesn't count the exit of a stopped child
+            match self.tracker.decide(exit, trio.current_time()):
                 case Restart(delay_s, reason):
                     retry_at = trio.current_time() + delay_s
-                    self._become(ChildState.BACKING_OFF, cause=end.cause, reason=reason, retry_at=retry_at)
-                    self._end_try(error=StartFailed(self.spec.child_id, self._generation, end))
-                    self._tell(Restarting, delay_s=delay_s, cause=end.cause, reason=reason)
+                    self._set_state(ChildState.BACKING_OFF, cause=exit.cause, reason=reason, retry_at=retry_at)
+                    self._fail_attempt(exit)
+                    self._report(Restarting, delay_s=delay_s, cause=exit.cause, reason=reason)
                     await trio.sleep(delay_s)
                 case GiveUp(reason, retry_at):
-                    self._become(ChildState.FAILED, cause=end.cause, reason=reason, retry_at=retry_at)
-                    self._end_try(error=StartFailed(self.spec.child_id, self._generation, end))
-                    self._tell(GaveUp, cause=end.cause, reason=reason, retry_at=retry_at)
+                    self._set_state(ChildState.FAILED, cause=exit.cause, reason=reason, retry_at=retry_at)
+                    self._fail_attempt(exit)
+                    self._report(GaveUp, cause=exit.cause, reason=reason, retry_at=retry_at)
                     return
 
-    async def _one_generation(self) -> Exit:
-        """From a spawn to the end of the process and all of its group."""
+    async def _run_generation(self) -> Exit:
+        """From the spawn until the process and all of its group are gone."""
         self._generation = next(self._generations)
         self._spawned_at, self._ready_at = trio.current_time(), None
-        self._become(ChildState.STARTING)
+        self._set_state(ChildState.STARTING)
         try:
             process = self._spawn()
         except OSError as error:
-            end = Exit(code=None, cause=Cause.SPAWN_FAILED, reason=f"can't be spawned: {error}")
-            self._tell(Exited, exit=end)
-            return end
-        ended_for: Failure | Literal[Cause.STOPPED] | None = Cause.STOPPED  # unless it turns out otherwise
+            exit = Exit(code=None, cause=Cause.SPAWN_FAILED, reason=f"could not be spawned: {error}")
+            self._report(Exited, exit=exit)
+            return exit
+        failure: Failure | None = _STOPPED_ON_REQUEST  # unless `_watch` returns
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(process.attend)
+                nursery.start_soon(process.attend, name=f"attend {process}")
                 try:
-                    self._become(ChildState.STARTING)
-                    self._tell(Started, pid=process.pid)
-                    ended_for = await self._watch(process)
+                    self._set_state(ChildState.STARTING)
+                    self._report(Started, pid=process.pid)
+                    failure = await self._watch(process)
                 finally:
                     with trio.CancelScope(shield=True):
                         await process.terminate(self.spec.stop.grace_s)
         finally:
-            end_strays(self._mark)
-            end = self._exit(process, ended_for)
-            self._tell(Exited, exit=end)
-        return end
+            reap_strays(self._mark)
+            exit = self._exit(process, failure)
+            self._report(Exited, exit=exit)
+        return exit
 
-    def _spawn(self) -> Process:
+    def _spawn(self) -> ChildProcess:
         spec, generation = self.spec, self._generation
         env, self._mark = marked(spec.env)
         self.process = self._spawner(
@@ -254,80 +207,80 @@ class Child:
         )
         return self.process
 
-    async def _watch(self, process: Process) -> Failure | None:
-        """Return when the process has ended by itself (None), or why it has to be ended."""
+    async def _watch(self, process: ChildProcess) -> Failure | None:
+        """Return why the process has to be ended, or None once it has exited by itself."""
         failure: Failure | None = None
 
         async def check_health(done: trio.CancelScope) -> None:
             nonlocal failure
-            failure = await self._until_it_fails(process)
+            failure = await self._until_failure(process)
             done.cancel()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(check_health, nursery.cancel_scope)
+            nursery.start_soon(check_health, nursery.cancel_scope, name=f"check health of {process}")
             await process.ended.wait()
             nursery.cancel_scope.cancel()
         return failure
 
-    async def _until_it_fails(self, process: Process) -> Failure:
-        """See the child through its start and its life; return what is wrong with it."""
+    async def _until_failure(self, process: ChildProcess) -> Failure:
+        """Follow the process through its start and its time as ready; return what goes wrong."""
         start = await self._until_ready(process)
         if isinstance(start, Failure):
             return start
-        await trio.lowlevel.checkpoint_if_cancelled()  # a stop at this very moment was reported first
-        self._ready_at = trio.current_time()
-        self._failed = trio.Event()
-        self._become(ChildState.READY, address=start)
-        ready = Ready(child_id=self.spec.child_id, generation=self._generation, at=self._ready_at, address=start)
-        self._end_try(ready=ready)
-        self._emit(ready)
+        await trio.lowlevel.checkpoint_if_cancelled()  # a stop at this very moment comes first
+        self._become_ready(start)
         failure = await self._until_unhealthy(process)
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._become(ChildState.UNHEALTHY, cause=failure.cause, reason=failure.reason)
-        self._try = _Try()
-        self._tell(Unhealthy, cause=failure.cause, reason=failure.reason)
+        self._set_state(ChildState.UNHEALTHY, cause=failure.cause, reason=failure.reason)
+        self._attempt = StartAttempt()
+        self._report(Unhealthy, cause=failure.cause, reason=failure.reason)
         return failure
 
-    async def _until_ready(self, process: Process) -> str | Failure:
-        """Return the address of the child when it is ready, or why this start has failed."""
+    async def _until_ready(self, process: ChildProcess) -> str | Failure:
+        """Return the child's address once it is ready, or why this start has failed."""
         assert self._spawned_at is not None
         spec = self.spec
-        stopped_max_s = spec.liveness.interval_s * LOOKS_STOPPED
+        suspended_max_s = spec.liveness.interval_s * SUSPENDED_PROBES
         with trio.move_on_at(self._spawned_at + spec.start_timeout_s):
             try:
-                return await wait_ready(process, spec.probe, spec.probe_interval_s, stopped_max_s=stopped_max_s)
+                return await wait_ready(process, spec.probe, spec.probe_interval_s, suspended_max_s=suspended_max_s)
             except Suspended as suspended:
                 return Failure(Cause.SUSPENDED, f"not ready: {suspended}")
         return Failure(Cause.START_TIMEOUT, f"not ready {spec.start_timeout_s:g} s after its spawn")
 
-    async def _until_unhealthy(self, process: Process) -> Failure:
-        """Return what is wrong with a child that was ready: what its probe sees, or what was reported to `fail`."""
+    def _become_ready(self, address: str) -> None:
+        self._ready_at = trio.current_time()
+        self._failed = trio.Event()
+        self._set_state(ChildState.READY, address=address)
+        ready = Ready(child_id=self.spec.child_id, generation=self._generation, at=self._ready_at, address=address)
+        self._attempt.succeed(ready)
+        self._emit(ready)
+
+    async def _until_unhealthy(self, process: ChildProcess) -> Failure:
+        """Return what is wrong with a ready child: what its probe finds, or what was reported to `fail`."""
+
+        async def watch() -> None:
+            self.fail(await watch_liveness(process, self.spec.probe, self.spec.liveness))
+
         async with trio.open_nursery() as nursery:
-
-            async def watch() -> None:
-                self.fail(await watch_liveness(process, self.spec.probe, self.spec.liveness))
-
-            nursery.start_soon(watch)
+            nursery.start_soon(watch, name=f"watch liveness of {process}")
             await self._failed.wait()
             nursery.cancel_scope.cancel()
         assert self._failure is not None
         return self._failure
 
-    def _exit(self, process: Process, ended_for: Failure | Literal[Cause.STOPPED] | None) -> Exit:
-        """How the process ended: `ended_for` is why the supervisor ended it, None if it ended by itself."""
-        code, how = process.returncode, _how_it_ended(process.returncode)
-        match ended_for:
-            case Failure(cause, reason):
-                how = f"{reason}; it {how}"
-            case Cause():
-                cause = ended_for
-            case None:
-                cause = Cause.KILLED_BY_SIGNAL if code is not None and code < 0 else Cause.EXITED
+    def _exit(self, process: ChildProcess, failure: Failure | None) -> Exit:
+        """How the process exited; `failure` is why the supervisor ended it, None if it exited by itself."""
+        code, reason = process.returncode, _how_it_exited(process.returncode)
+        if failure is None:
+            cause = Cause.KILLED_BY_SIGNAL if code is not None and code < 0 else Cause.EXITED
+        else:
+            cause, reason = failure.cause, f"{failure.reason}; it {reason}"
         ready_s = None if self._ready_at is None else trio.current_time() - self._ready_at
         last_lines = tuple(process.output.lines(_LAST_LINES))
-        return Exit(code=code, cause=cause, reason=how, ready_s=ready_s, last_lines=last_lines)
+        return Exit(code=code, cause=cause, reason=reason, ready_s=ready_s, last_lines=last_lines)
 
-    def _become(
+    def _set_state(
         self,
         state: ChildState,
         *,
@@ -350,28 +303,22 @@ class Child:
             retry_at=retry_at,
         )
 
-    def _end_try(self, *, ready: Ready | None = None, error: Exception | None = None) -> None:
-        """Tell those who wait how the try went. A child that was ready before it failed has nobody waiting."""
-        if not self._try.over.is_set():
-            self._try.ready, self._try.error = ready, error
-            self._try.over.set()
-        if error is not None:
-            self._try = _Try()
+    def _fail_attempt(self, exit: Exit) -> None:
+        """Tell the callers that wait how the start failed; later ones wait for the next attempt."""
+        self._attempt.fail(StartFailed(self.spec.child_id, self._generation, exit))
+        self._attempt = StartAttempt()
 
-    def _tell(self, kind: Callable[..., Event], **facts: object) -> None:
+    def _report(self, kind: Callable[..., Event], **facts: object) -> None:
         event = kind(child_id=self.spec.child_id, generation=self._generation, at=trio.current_time(), **facts)
         self._emit(event)
 
 
-_STOPPED = Exit(code=None, cause=Cause.STOPPED, reason="was stopped")
-
-
-def _how_it_ended(returncode: int | None) -> str:
+def _how_it_exited(returncode: int | None) -> str:
     if returncode is None:
-        return "would not end"
+        return "did not exit after SIGKILL"
     if returncode >= 0:
         return f"exited with code {returncode}"
     try:
-        return f"was ended by {signal.Signals(-returncode).name}"
+        return f"was killed by {signal.Signals(-returncode).name}"
     except ValueError:
-        return f"was ended by signal {-returncode}"
+        return f"was killed by signal {-returncode}"

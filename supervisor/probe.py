@@ -1,97 +1,115 @@
-"""Looking whether a child is ready, and whether it still is well."""
+"""Asking a child whether it is ready, and later whether it is still well."""
 
 import logging
 import math
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
+from supervisor.errors import NotReady, Suspended
 from supervisor.lifecycle import Cause, Failure
+from supervisor.output import Output
 
-if TYPE_CHECKING:
-    from supervisor.spawn import Process
-    from supervisor.spec import LivenessPolicy
+__all__ = ["LivenessPolicy", "NotReady", "Probe", "ProcessView", "wait_ready", "watch_liveness"]
 
 logger = logging.getLogger(__name__)
 
-# The first look comes this soon after the spawn; the pauses then double. A tiny server is ready in 20 ms.
+# The first pause between two probes of a starting child; it doubles each time. A tiny server is ready in 20 ms.
 _FIRST_PAUSE_S = 0.01
-# One look may take this long while the child starts; a server that is busy loading can be slow to answer.
-_LOOK_TIMEOUT_S = 5.0
-# One look could fall between a SIGSTOP and its SIGCONT.
-LOOKS_STOPPED = 2
-_SUSPENDED = "it is stopped by a signal"
+# How long one probe of a starting child may take; a server that is busy loading can be slow to answer.
+_START_PROBE_TIMEOUT_S = 5.0
+# How many probes in a row must find a child suspended: a single one can fall between a SIGSTOP and its SIGCONT.
+SUSPENDED_PROBES = 2
+_SUSPENDED = "suspended by a stop signal"
 
 
-class NotReady(Exception):
-    """What a probe saw instead of a child that is ready; the message says it for people."""
+class ProcessView(Protocol):
+    """What a probe sees of a process."""
 
+    @property
+    def generation(self) -> int: ...
 
-class Suspended(NotReady):
-    """A stop signal (SIGSTOP, a debugger) holds the child, so it can't become ready."""
+    @property
+    def output(self) -> Output: ...
+
+    def is_suspended(self) -> bool: ...
 
 
 class Probe(Protocol):
-    """Knows how to ask one kind of child."""
+    """Knows how to ask one kind of child whether it is well."""
 
-    async def check(self, process: "Process") -> str:
+    async def check(self, process: ProcessView) -> str:
         """Return the address at which the child answers (any text), or raise NotReady.
 
-        Asked again and again, while the child starts and after. Must bear being cancelled.
+        Called again and again, while the child starts and afterwards. May be cancelled at any checkpoint.
         """
 
 
-async def wait_ready(process: "Process", probe: Probe, interval_s: float, *, stopped_max_s: float = math.inf) -> str:
-    """Return the child's address as soon as the probe passes; raise Suspended once a signal has stopped the child for
-    `stopped_max_s`.
+@dataclass(frozen=True, slots=True)
+class LivenessPolicy:
+    """A ready child is probed every `interval_s`. If `failures` probes in a row fail, or take longer than
+    `timeout_s`, the child is unhealthy and is replaced. An infinite interval switches the probes off."""
 
-    Quick looks at first, then `interval_s` apart, and at once when the child prints something: what it prints last
-    before it is ready is often just that. Never gives up by itself on a child that runs: cancel it.
+    interval_s: float = 5.0
+    timeout_s: float = 5.0
+    failures: int = 3
+
+
+async def wait_ready(
+    process: ProcessView, probe: Probe, interval_s: float, *, suspended_max_s: float = math.inf
+) -> str:
+    """Return the child's address as soon as its probe passes; raise Suspended once a stop signal has held the child
+    for `suspended_max_s`.
+
+    The first probes come quickly, the later ones `interval_s` apart, and one comes at once when the child prints
+    something: often the last line before it is ready says just that. There is no time-out here: cancel it.
     """
     pause_s = _FIRST_PAUSE_S
     ran_at = trio.current_time()
     while True:
-        if not process.is_stopped():
+        if not process.is_suspended():
             ran_at = trio.current_time()
-        elif trio.current_time() - ran_at >= stopped_max_s:
+        elif trio.current_time() - ran_at >= suspended_max_s:
             raise Suspended(_SUSPENDED)
         seen = process.output.count
         try:
-            with trio.fail_after(_LOOK_TIMEOUT_S):
+            with trio.fail_after(_START_PROBE_TIMEOUT_S):
                 return await probe.check(process)
         except NotReady as not_yet:
             logger.debug("%s is not ready: %s", process, not_yet)
         except trio.TooSlowError:
-            logger.debug("%s is not ready: no answer within %g s", process, _LOOK_TIMEOUT_S)
+            logger.debug("%s is not ready: no answer within %g s", process, _START_PROBE_TIMEOUT_S)
         with trio.move_on_after(pause_s):
             await process.output.more_than(seen)
         pause_s = min(pause_s * 2, interval_s)
 
 
-async def watch_liveness(process: "Process", probe: Probe, policy: "LivenessPolicy") -> Failure:
-    """Return, with the reason, once the child has failed too many looks in a row.
+async def watch_liveness(process: ProcessView, probe: Probe, policy: LivenessPolicy) -> Failure:
+    """Return why the child has failed, once too many probes in a row have.
 
-    A child that a signal has stopped is not asked: its process state says it, and two looks are enough.
+    A suspended child is not probed: the operating system says so, and being found suspended twice is enough.
     """
     if policy.interval_s == math.inf:
         await trio.sleep_forever()
-    failures = stopped = 0
+    failures = suspended = 0
     while True:
         await trio.sleep(policy.interval_s)
-        stopped = stopped + 1 if process.is_stopped() else 0
-        if stopped >= LOOKS_STOPPED:
+        suspended = suspended + 1 if process.is_suspended() else 0
+        if suspended >= SUSPENDED_PROBES:
             return Failure(Cause.SUSPENDED, _SUSPENDED)
-        if stopped:
+        if suspended:
             continue
-        reason = await _fault(process, probe, policy.timeout_s)
+        reason = await _probe_fault(process, probe, policy.timeout_s)
         failures = failures + 1 if reason else 0
         if reason:
-            logger.debug("%s fails its liveness, %d of %d: %s", process, failures, policy.failures, reason)
+            logger.debug("%s: liveness probe %d of %d failed: %s", process, failures, policy.failures, reason)
         if failures >= policy.failures:
             return Failure(Cause.LIVENESS_FAILED, f"{failures} liveness probes in a row failed, the last: {reason}")
 
 
-async def _fault(process: "Process", probe: Probe, timeout_s: float) -> str | None:
+async def _probe_fault(process: ProcessView, probe: Probe, timeout_s: float) -> str | None:
+    """Probe the child once; return what is wrong with it, None if nothing is."""
     try:
         with trio.fail_after(timeout_s):
             await probe.check(process)

@@ -1,6 +1,6 @@
-"""The children that run, on disk: so that a later life can end what a killed one left behind.
+"""The running children on disk, so that the next run can kill those that a killed supervisor left behind.
 
-A record is (pid, start time, argv). Only what matches all three is ended: pids are used again.
+A record is (pid, start time, argv). A process is killed only if it matches all three, since pids are reused.
 """
 
 import json
@@ -15,7 +15,7 @@ import trio
 
 logger = logging.getLogger(__name__)
 
-# psutil computes start times from clock ticks (10 ms) and the boot time, which moves with the wall clock's corrections.
+# psutil computes start times from clock ticks (10 ms) and the boot time, which moves when the wall clock is set.
 _START_TOLERANCE_S = 2.0
 
 
@@ -29,10 +29,10 @@ class Record:
 
 
 class Records:
-    """The records of one supervisor, in one file that is its alone.
+    """The records of one supervisor, in a file that nothing else writes.
 
-    What changes: `_running` in `add` and `remove`, the file in `run` and `write`. A disk that is full or gone costs a
-    warning.
+    What changes: `_running` in `add` and `remove`, the file in `run` and `write`. If the file can't be written, that is
+    logged once as a warning, and the children run on unrecorded.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class Records:
         try:
             started_at = psutil.Process(pid).create_time()
         except (psutil.Error, OSError):
-            return  # it has ended already, or no descriptor is left to look with
+            return  # it has already exited, or no file descriptor is free
         self._running[pid] = Record(pid, started_at, argv)
         self._changed.set()
 
@@ -53,19 +53,19 @@ class Records:
             self._changed.set()
 
     async def run(self) -> None:
-        """Keep the file in step until cancelled."""
-        troubled = False
+        """Write the file after each change, until cancelled."""
+        failing = False
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
             # In a thread: a disk can hang.
-            fault = await trio.to_thread.run_sync(self.write, abandon_on_cancel=True)
-            if fault is not None and not troubled:
-                logger.warning("the children can't be recorded in %s: %s; going on without", self._path, fault)
-            troubled = fault is not None
+            error = await trio.to_thread.run_sync(self.write, abandon_on_cancel=True)
+            if error is not None and not failing:
+                logger.warning("running children can't be recorded in %s: %s", self._path, error)
+            failing = error is not None
 
     def write(self) -> str | None:
-        """Write down those that run now; return what went wrong, None if nothing did."""
+        """Write the file; return what went wrong, None if nothing did."""
         scratch = self._path.with_suffix(".new")
         try:
             scratch.write_text(json.dumps([asdict(record) for record in list(self._running.values())]))
@@ -76,24 +76,26 @@ class Records:
 
 
 def sweep(path: Path) -> list[int]:
-    """End what a dead supervisor recorded in this file and what still runs; return the pids. The caller holds whatever
-    lock says that it is dead."""
-    ended = []
+    """Kill the processes that a dead supervisor recorded in this file and that still run; return their pids.
+
+    The caller must know, for instance by a lock, that no supervisor uses the file.
+    """
+    killed = []
     for record in _read(path):
         if _still_runs(record):
-            logger.warning("ending process %d, left behind by an earlier life: %s", record.pid, record.argv[0])
-            _end(record.pid)
-            ended.append(record.pid)
-    return ended
+            logger.warning("killing process %d, left behind by an earlier run: %s", record.pid, record.argv[0])
+            _kill(record.pid)
+            killed.append(record.pid)
+    return killed
 
 
-def _end(pid: int) -> None:
-    """Its group, which it leads; what does not any more is ended alone. It may end by itself at any moment."""
+def _kill(pid: int) -> None:
+    """Kill the process group that the process leads; if it no longer leads one, the process alone."""
     for kill in (os.killpg, os.kill):
         try:
             kill(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError) as error:
-            logger.debug("process %d can't be ended by %s: %s", pid, kill.__name__, error)
+            logger.debug("process %d can't be killed by %s: %s", pid, kill.__name__, error)
         else:
             return
 
@@ -104,7 +106,7 @@ def _read(path: Path) -> list[Record]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s can't be read, so nothing is swept: %s", path, error)
+        logger.warning("%s can't be read, so no left-over process is killed: %s", path, error)
         return []
 
 
@@ -112,7 +114,7 @@ def _still_runs(record: Record) -> bool:
     try:
         process = psutil.Process(record.pid)
         same_start = abs(process.create_time() - record.started_at) < _START_TOLERANCE_S
-        # The first word may have been resolved to a path.
+        # The program's name may have been resolved to a path.
         return same_start and tuple(process.cmdline()[1:]) == record.argv[1:] and len(record.argv) > 0
     except psutil.Error:
         return False

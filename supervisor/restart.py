@@ -1,7 +1,7 @@
-"""Whether and when an ended child is started again: restart intensity as in Erlang/OTP, with back-off. Pure.
+"""Whether and when a child is restarted: restart intensity as in Erlang/OTP, with back-off. Pure.
 
-More than `max_restarts` ends within `period_s` and the tracker gives up. After `cooldown_s` it is half-open: one start
-is allowed to whoever asks for it, and if that fails too it gives up again at once.
+After more than `max_restarts` exits within `period_s` the tracker gives up. After `cooldown_s` it is half-open: the
+next requested start is allowed, and if that one fails too, the tracker gives up again at once.
 """
 
 import random
@@ -11,16 +11,17 @@ from typing import Literal
 
 from supervisor.lifecycle import Exit
 
-# Doubled that often, any delay is at its longest; much more often, and it would be more than a float can hold.
+# More doublings change nothing, since every delay has long reached its maximum, and would overflow a float.
 _DOUBLINGS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """`mode` has OTP's words: permanent is always restarted, transient unless it ended well, temporary never.
+    """`mode` is OTP's: a permanent child is always restarted, a transient one unless it exited with 0, a temporary one
+    never.
 
-    The first restart of a child that had been ready is immediate; the next ones wait `backoff_initial_s`, doubling up
-    to `backoff_max_s`, with jitter. A child that stays ready for `reset_after_s` starts afresh.
+    The first restart of a child that was ready is immediate. Later restarts wait `backoff_initial_s`, doubled each
+    time up to `backoff_max_s`, with jitter. A child that was ready for `reset_after_s` starts with a clean record.
     """
 
     mode: Literal["permanent", "transient", "temporary"] = "permanent"
@@ -34,7 +35,7 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Start it again after `delay_s`."""
+    """Start the child again after `delay_s`."""
 
     delay_s: float
     reason: str
@@ -42,63 +43,63 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Leave it ended. At `retry_at` one start may be asked for; None: no start is called for at all."""
+    """Don't restart the child. From `retry_at` on it may be started on request; None: its mode forbids a restart, but
+    it may be started on request at any time."""
 
     reason: str
     retry_at: float | None
 
 
 class RestartTracker:
-    """The memory of one child's ends. `now` is monotonic, in seconds. Kept over stops and starts of the child.
+    """The recent exits of one child. Times are monotonic, in seconds. It outlives stops and starts of the child.
 
-    What changes: `_ends`, `_delays_given` and `_half_open`, in `decide` and `try_again`.
+    What changes: `_exits`, `_delays_given` and `_half_open`, in `decide` and `half_open`.
     """
 
     def __init__(self, policy: RestartPolicy, rng: random.Random | None = None) -> None:
         self._policy = policy
         self._random = rng or random.Random()
-        self._ends: deque[float] = deque()
+        self._exits: deque[float] = deque()
         self._delays_given = 0
         self._half_open = False
 
-    def decide(self, end: Exit, now: float) -> Restart | GiveUp:
-        """What follows on this end of the child."""
+    def decide(self, exit: Exit, now: float) -> Restart | GiveUp:
+        """What to do after this exit of the child."""
         policy = self._policy
-        if policy.mode == "temporary" or (policy.mode == "transient" and end.code == 0):
-            return GiveUp(f"{end.reason}; it is {policy.mode}", None)
-        if end.ready_s is not None and end.ready_s >= policy.reset_after_s:
-            self._ends.clear()
-            self._delays_given = 0
-        if end.ready_s is not None:
-            self._half_open = False
-        self._ends.append(now)
-        while self._ends[0] <= now - policy.period_s:
-            self._ends.popleft()
-        if self._half_open or len(self._ends) > policy.max_restarts:
-            return GiveUp(self._intensity(end), now + policy.cooldown_s)
-        delay_s = self._delay(was_ready=end.ready_s is not None)
-        return Restart(delay_s, f"{end.reason}; restart in {delay_s:.1f} s: {self._count()}")
+        if policy.mode == "temporary" or (policy.mode == "transient" and exit.code == 0):
+            return GiveUp(f"{exit.reason}; not restarted, its restart mode is {policy.mode}", None)
+        self._count(exit, now)
+        if self._half_open:
+            return GiveUp(f"{exit.reason}; given up: the start after the cool-down failed", now + policy.cooldown_s)
+        if len(self._exits) > policy.max_restarts:
+            exits = f"{len(self._exits)} exits in {policy.period_s:g} s"
+            return GiveUp(f"{exit.reason}; given up: {exits}", now + policy.cooldown_s)
+        delay_s = self._delay(was_ready=exit.ready_s is not None)
+        exits = f"{len(self._exits)} of {policy.max_restarts} in {policy.period_s:g} s"
+        return Restart(delay_s, f"{exit.reason}; restart in {delay_s:.1f} s: {exits}")
 
-    def try_again(self) -> None:
-        """A start is made after giving up: if it fails, that is enough to give up again."""
+    def half_open(self) -> None:
+        """Allow one start after giving up: if it fails, `decide` gives up again at once."""
         self._half_open = True
-        self._ends.clear()
+        self._exits.clear()
         self._delays_given = 0
+
+    def _count(self, exit: Exit, now: float) -> None:
+        if exit.ready_s is not None:
+            self._half_open = False
+            if exit.ready_s >= self._policy.reset_after_s:
+                self._exits.clear()
+                self._delays_given = 0
+        self._exits.append(now)
+        while self._exits[0] <= now - self._policy.period_s:
+            self._exits.popleft()
 
     def _delay(self, *, was_ready: bool) -> float:
         policy = self._policy
-        if was_ready and len(self._ends) == 1:
+        if was_ready and len(self._exits) == 1:
             self._delays_given = 0
             return 0.0
         longest = min(policy.backoff_max_s, policy.backoff_initial_s * 2.0 ** min(self._delays_given, _DOUBLINGS_MAX))
         self._delays_given += 1
-        # Half of it is jitter, so that the children of a host that fell together don't come back together.
+        # Half of the delay is jitter, so that children that failed together don't all restart together.
         return longest * self._random.uniform(0.5, 1.0)
-
-    def _intensity(self, end: Exit) -> str:
-        if self._half_open:
-            return f"{end.reason}; the one try after the cool-down failed"
-        return f"{end.reason}; given up: {len(self._ends)} ends in {self._policy.period_s:g} s"
-
-    def _count(self) -> str:
-        return f"{len(self._ends)} of {self._policy.max_restarts} in {self._policy.period_s:g} s"

@@ -1,8 +1,8 @@
-"""One process with everything that belongs to it: its own group, its output, its end.
+"""One process with everything that belongs to it: its process group, its output, its exit.
 
-On Linux a child is tied to our life by its parent-death signal: the kernel kills it when the thread that spawned it
-ends. So it has to be spawned by the main thread. (`trio.open_process` spawns in a worker thread, and such a thread
-ends after 10 s without work: its children would be killed with it.)
+On Linux a child dies with us by its parent-death signal (prctl(2), PR_SET_PDEATHSIG): the kernel kills it when the
+thread that spawned it ends. So the main thread has to spawn it. (`trio.open_process` spawns in a worker thread, and
+such a thread ends after 10 s without work: the kernel would then kill its children.)
 """
 
 import logging
@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,27 +18,27 @@ from pathlib import Path
 import psutil
 import trio
 
+from supervisor.output import Output
+
 logger = logging.getLogger(__name__)
 
-_LINES_KEPT = 1000
-_LINE_BYTES = 4096
 _READ_BYTES = 65536
-# So many lines are taken in before others get their turn: each costs a call of whoever logs it.
-_LINES_A_TURN = 32
-# After its end a child's last words are still in the pipe; reading them takes no time, unless somebody outside its
-# group holds the pipe open.
-_LAST_WORDS_S = 0.5
-# A killed process is gone at once, but for one that hangs inside a driver.
+# After about this many lines other tasks get to run: each line costs a call of `on_line`.
+_LINES_PER_CHUNK = 32
+# After the exit of a child its last output is still in the pipe. Reading that takes no time, unless a process outside
+# its group holds the pipe open.
+_LAST_OUTPUT_S = 0.5
+# A killed process is gone at once, except for one that hangs in a driver.
 _KILL_WAIT_S = 10.0
 _REAP_S = 1.0
 _REAP_PAUSE_S = 0.002
 
-# The signal is set a moment after the fork, and a parent that died before that moment sends none: so it is looked at
-# once more, before the program begins.
-_UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
+# The parent-death signal is set a moment after the fork, and a parent that died before that moment sends none. So this
+# checks that the parent (its pid is $0) still lives before it runs the program.
+_EXEC_UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
 
-# Where there is no setpriv: the same in Python (PR_SET_PDEATHSIG is 1), which takes longer to start.
-_TIE_BY_PYTHON = """
+# The same in Python (PR_SET_PDEATHSIG is 1), which takes longer to start: for systems without setpriv.
+_SETPRIV_IN_PYTHON = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 if os.getppid() == int(sys.argv[1]):
@@ -47,53 +46,15 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-class Output:
-    """What a process printed: the last lines, each cut to 4 KiB; bytes that are no UTF-8 are replaced.
+class Process:
+    """A spawned process; implements `supervisor.spawner.ChildProcess`.
 
-    What changes: everything, in `feed` alone.
+    `attend` must run as long as the process does. `ended` is set when the process is gone and reaped.
     """
 
-    def __init__(self, on_line: Callable[[str], None]) -> None:
-        self.count = 0
-        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
-        self._on_line = on_line
-        self._unfinished = b""
-        self._more = trio.Event()
-
-    def lines(self, last: int = _LINES_KEPT) -> list[str]:
-        """The last lines, the oldest first."""
-        return list(self._lines)[-last:]
-
-    async def more_than(self, count: int) -> None:
-        """Return once more than `count` lines were printed in all."""
-        while self.count <= count:
-            await self._more.wait()
-
-    def feed(self, data: bytes) -> None:
-        """Take in what was read; b"" is the end, which ends the last line too."""
-        *ended, rest = (self._unfinished + data).split(b"\n")
-        for line in ended:
-            self._add(line)
-        # No more is kept of a line than will be shown, however long it gets.
-        self._unfinished = rest[: _LINE_BYTES + 1]
-        if not data and rest:
-            self._add(rest)
-            self._unfinished = b""
-
-    def _add(self, line: bytes) -> None:
-        cut = " [cut]" if len(line) > _LINE_BYTES else ""
-        text = line[:_LINE_BYTES].decode("utf-8", errors="replace").rstrip("\r") + cut
-        self._lines.append(text)
-        self.count += 1
-        self._more.set()
-        self._more = trio.Event()
-        self._on_line(text)
-
-
-class Process:
-    """A spawned process. `attend` must run as long as the process does; `ended` is set when it is gone and reaped."""
-
-    def __init__(self, name: str, generation: int, popen: "subprocess.Popen[bytes]", read_end: int, output: Output):
+    def __init__(
+        self, name: str, generation: int, popen: "subprocess.Popen[bytes]", read_end: int, output: Output
+    ) -> None:
         self.name = name
         self.generation = generation
         self.pid = popen.pid
@@ -108,27 +69,27 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code, minus the signal that ended it; None while it runs, or if it would not die."""
+        """The exit code, or minus the number of the signal that killed the process; None while it exists."""
         return self._popen.returncode
 
-    def is_stopped(self) -> bool:
-        """Whether a signal (SIGSTOP, a debugger) holds it: it can't answer, and won't obey SIGTERM either."""
+    def is_suspended(self) -> bool:
+        """Whether a stop signal (SIGSTOP, a debugger) holds it: it can't answer, and can't obey SIGTERM either."""
         try:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
-        except (psutil.Error, OSError):  # gone, or no descriptor is left to look with
+        except (psutil.Error, OSError):  # gone, or no file descriptor is free
             return False
 
     async def attend(self) -> None:
-        """Read the output and notice the end. Shielded: it returns when the process is gone, see `terminate`."""
+        """Read the output and reap the process; return when it is gone. Shielded from cancellation: use `terminate`."""
         with self._attending:
             async with self._pipe, trio.open_nursery() as nursery:
                 read_all = trio.Event()
-                nursery.start_soon(self._read, read_all)
+                nursery.start_soon(self._read, read_all, name=f"read output of {self}")
                 await _wait_exit(self._popen)
-                # While the leader is not reaped its number can't mean another group.
+                # Until the leader is reaped, no other process group can get its number.
                 self._signal_group(signal.SIGKILL)
                 self._popen.wait()
-                with trio.move_on_after(_LAST_WORDS_S):
+                with trio.move_on_after(_LAST_OUTPUT_S):
                     await read_all.wait()
                 nursery.cancel_scope.cancel()
             await self._reap_group()
@@ -136,57 +97,60 @@ class Process:
         self.ended.set()
 
     async def terminate(self, grace_s: float) -> None:
-        """SIGTERM to the group, SIGKILL to the group after `grace_s`; return when it is gone. To be called shielded."""
+        """SIGTERM to the group, SIGKILL after `grace_s` (at once if suspended); return when the process is gone.
+
+        Call it in a shielded scope.
+        """
         if self.ended.is_set():
             return
-        if not self.is_stopped():
+        if not self.is_suspended():
             self._signal_group(signal.SIGTERM)
             with trio.move_on_after(grace_s):
                 await self.ended.wait()
                 return
-            logger.warning("%s did not end within %g s of SIGTERM; killing it", self, grace_s)
+            logger.warning("%s did not exit within %g s of SIGTERM, killing it", self, grace_s)
         self._signal_group(signal.SIGKILL)
         with trio.move_on_after(_KILL_WAIT_S):
             await self.ended.wait()
             return
         logger.error(
-            "%s is still there %g s after SIGKILL (does a driver hang?); it is left behind", self, _KILL_WAIT_S
+            "%s still exists %g s after SIGKILL, giving up on it (it may hang in a driver)", self, _KILL_WAIT_S
         )
         self._attending.cancel()
         await self.ended.wait()
 
     async def _reap_group(self) -> None:
-        """What the leader left in its group is ours to reap where we are its subreaper; it has been killed already.
+        """Reap the killed processes that the leader left in its group: as their subreaper we are their parent.
 
-        While one of them is there, even as a zombie, the number can't mean another group.
+        As long as one of them exists, even as a zombie, no other process group can get its number.
         """
         with trio.move_on_after(_REAP_S):
-            while _any_left(self.pid):  # noqa: ASYNC110  (there is no event for their end)
+            while _reap_ended(self.pid):  # noqa: ASYNC110  (no event tells of their exit)
                 await trio.sleep(_REAP_PAUSE_S)
 
     def _signal_group(self, signum: signal.Signals) -> None:
         if self._popen.returncode is not None:
-            return  # reaped: the number may be another's by now
+            return  # reaped: another process may have the pid by now
         try:
             os.killpg(self.pid, signum)
         except ProcessLookupError:
-            logger.debug("%s: nobody is left in the group", self)
-        except PermissionError:  # macOS says this of a group in which only zombies are left
-            logger.debug("%s: the group can't be signalled any more", self)
+            logger.debug("%s: its process group is empty", self)
+        except PermissionError:  # macOS says this of a group that has only zombies
+            logger.debug("%s: its process group can't be signalled", self)
 
     async def _read(self, read_all: trio.Event) -> None:
         try:
             while data := await self._pipe.receive_some(_READ_BYTES):
-                for piece in _in_turns(data):
+                for piece in _chunks(data):
                     self.output.feed(piece)
                     await trio.lowlevel.checkpoint()
         except OSError as error:
-            logger.warning("%s: its output can't be read any more: %s", self, error)
+            logger.warning("%s: can't read its output: %s", self, error)
         read_all.set()
 
 
-def _any_left(group: int) -> bool:
-    """Reap those of our children in that group that have ended; whether others are still to come."""
+def _reap_ended(group: int) -> bool:
+    """Reap our children in that process group that have exited; return whether others still run."""
     try:
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass
@@ -195,9 +159,9 @@ def _any_left(group: int) -> bool:
     return True
 
 
-def _in_turns(data: bytes) -> Iterator[bytes]:
-    """The data in pieces of equal length, on average with as many lines as may be taken in at once."""
-    size = max(1, len(data) * _LINES_A_TURN // max(_LINES_A_TURN, data.count(b"\n")))
+def _chunks(data: bytes) -> Iterator[bytes]:
+    """The data in chunks of equal length, with `_LINES_PER_CHUNK` lines each on average."""
+    size = max(1, len(data) * _LINES_PER_CHUNK // max(_LINES_PER_CHUNK, data.count(b"\n")))
     return (data[at : at + size] for at in range(0, len(data), size))
 
 
@@ -211,18 +175,18 @@ def spawn(
     cpus: frozenset[int] | None = None,
     on_line: Callable[[str], None] = lambda _line: None,
 ) -> Process:
-    """Start the program in a process group of its own, with no input, and both outputs in one pipe.
+    """Start the program in its own process group, with an empty stdin, and stdout and stderr in one pipe.
 
-    Must be called from the main thread. Raises OSError where the program or the CPUs are not there.
+    Call it from the main thread only. Raises OSError if the program or the CPUs don't exist, or the spawn fails.
     """
     program = shutil.which(argv[0], path=env.get("PATH"))
     if program is None:
-        raise FileNotFoundError(f"{argv[0]} is not there, or can't be run")
+        raise FileNotFoundError(f"{argv[0]} does not exist or is not executable")
     read_end, write_end = os.pipe()
     try:
         with _on_cpus(cpus):
             popen = subprocess.Popen(
-                [*_tie(), os.path.abspath(program), *argv[1:]],
+                [*_dies_with_us(), os.path.abspath(program), *argv[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
@@ -238,20 +202,20 @@ def spawn(
     return Process(name, generation, popen, read_end, Output(on_line))
 
 
-def _tie() -> list[str]:
-    """The command that ties what follows it to our life, where the system can."""
+def _dies_with_us() -> list[str]:
+    """The command that sets the parent-death signal and then runs the arguments after it; empty except on Linux."""
     if sys.platform != "linux":
         return []
     setpriv = shutil.which("setpriv")
-    # busybox has a setpriv too, that does not know the signal.
+    # busybox has a setpriv too, without --pdeathsig.
     if setpriv is not None and "busybox" not in os.path.realpath(setpriv):
-        return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _UNLESS_ORPHANED, str(os.getpid())]
-    return [sys.executable, "-I", "-S", "-c", _TIE_BY_PYTHON, str(os.getpid())]
+        return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _EXEC_UNLESS_ORPHANED, str(os.getpid())]
+    return [sys.executable, "-I", "-S", "-c", _SETPRIV_IN_PYTHON, str(os.getpid())]
 
 
 @contextmanager
 def _on_cpus(cpus: frozenset[int] | None) -> Iterator[None]:
-    """Lend the calling thread the affinity that a child spawned now is to inherit: no moment without it."""
+    """Give the calling thread the CPU affinity that a child spawned now inherits, so that it has it from the start."""
     if cpus is None or sys.platform != "linux":
         yield
         return
@@ -267,10 +231,10 @@ def _on_cpus(cpus: frozenset[int] | None) -> Iterator[None]:
 
 
 async def _wait_exit(popen: "subprocess.Popen[bytes]") -> None:
-    """Wait until the process has ended, without reaping it."""
+    """Wait until the process has exited, without reaping it."""
     try:
         pidfd = os.pidfd_open(popen.pid)
-    except (AttributeError, OSError):  # not in this Python, in this kernel, or no descriptor is left
+    except (AttributeError, OSError):  # this Python or kernel has no pidfds, or no file descriptor is free
         await _wait_in_thread(popen.pid)
     else:
         await _wait_pidfd(pidfd)

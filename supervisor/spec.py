@@ -1,38 +1,28 @@
-"""What a child is and how it is to be kept: frozen values, decided before anything runs."""
+"""What a child is and how to keep it alive: frozen values, decided before anything runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisor.probe import Probe
+from supervisor.probe import LivenessPolicy, Probe
 from supervisor.restart import RestartPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class StopPolicy:
-    """SIGTERM to the child's process group, `grace_s` seconds to obey it, then SIGKILL to the group."""
+    """SIGTERM to the child's process group; after `grace_s` seconds, SIGKILL to the group."""
 
     grace_s: float = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class LivenessPolicy:
-    """A ready child is probed each `interval_s`; `failures` probes in a row that fail, or take longer than
-    `timeout_s`, make it unhealthy, and it is replaced."""
-
-    interval_s: float = 5.0
-    timeout_s: float = 5.0
-    failures: int = 3
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
-    """One child to supervise. Durations in seconds.
+    """One child to supervise. Durations are in seconds.
 
-    `group` names the children that share one rising series of generation numbers. `env` is the whole environment.
-    `probe` says when the child is ready and whether it is well. A start that is not ready `start_timeout_s` after its
-    spawn is stopped and counts as failed; while it lasts, probes are at most `probe_interval_s` apart. `cpus` are the
-    CPUs that it may run on (Linux only), None for all.
+    `group` names the children that share one rising series of generation numbers. `env` is the complete environment.
+    `probe` says whether the child is ready, and later whether it is still well. A child that is not ready
+    `start_timeout_s` after its spawn is ended, and that start has failed; until then the probe runs at least every
+    `probe_interval_s`. `cpus` are the CPUs that the child may run on (Linux only), None for all.
     """
 
     child_id: str

@@ -1,7 +1,7 @@
-"""Descendants of a child that left its process group: they are found by a mark in their environment.
+"""Strays: descendants of a child that left its process group. They are found by a mark in their environment.
 
-A subreaper inherits the orphans among its descendants (Linux, prctl(2) PR_SET_CHILD_SUBREAPER), so those that a child
-leaves behind become our own children, where they can be seen and ended.
+On Linux a subreaper inherits its orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER). So whatever a child leaves
+behind becomes our own child, which we can see and reap.
 """
 
 import ctypes
@@ -20,30 +20,30 @@ _GONE_WITHIN_S = 1.0
 
 
 def become_subreaper() -> bool:
-    """Inherit orphaned descendants from now on; False where the system has no such thing."""
+    """Inherit orphaned descendants from now on; False on systems other than Linux, or if the kernel refuses."""
     if sys.platform != "linux":
         return False
     return int(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)) == 0
 
 
 def marked(env: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """The environment with a mark of its own, which every descendant inherits, and the mark."""
+    """The environment with a unique mark, which every descendant inherits, and that mark."""
     mark = secrets.token_hex(8)
     return {**env, MARK_VARIABLE: mark}, mark
 
 
-def end_strays(mark: str) -> list[int]:
-    """Kill and reap what is left of a child that has ended: our own children that carry its mark. Returns their pids.
+def reap_strays(mark: str) -> list[int]:
+    """Kill and reap our descendants that carry the mark of a child that has exited; return their pids.
 
-    Blocks for as long as the kernel takes to end them, a second at most, and only if there are any.
+    Blocks until the kernel has ended them, for a second at most, and only if there are any.
     """
     strays = [process for process in _descendants() if _mark_of(process) == mark]
     for process in strays:
-        logger.warning("ending %s, which a child left behind outside of its group", process)
+        logger.warning("killing %s, which a child left behind outside its process group", process)
         try:
             process.kill()
         except psutil.NoSuchProcess:
-            logger.debug("%s had just ended", process)
+            logger.debug("%s has just ended", process)
     psutil.wait_procs(strays, timeout=_GONE_WITHIN_S)
     return [process.pid for process in strays]
 
@@ -51,8 +51,8 @@ def end_strays(mark: str) -> list[int]:
 def _descendants() -> list[psutil.Process]:
     try:
         return psutil.Process().children(recursive=True)
-    except OSError as error:  # no descriptor is left to look with
-        logger.warning("what children leave behind can't be looked for: %s", error)
+    except OSError as error:  # no file descriptor is free
+        logger.warning("can't look for processes that children left behind: %s", error)
         return []
 
 

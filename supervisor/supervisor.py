@@ -1,4 +1,4 @@
-"""The supervisor: children by their ids, in one nursery."""
+"""The supervisor: children by their ids, each in a task of its own. The public face of this package."""
 
 import itertools
 import logging
@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from supervisor.child import Child, ChildSnapshot, ChildState, GivenUp, Spawner, StartFailed
+from supervisor.child import Child
+from supervisor.errors import GivenUp, StartFailed
 from supervisor.lifecycle import (
     Cause,
     Event,
@@ -21,7 +22,9 @@ from supervisor.lifecycle import (
     Unhealthy,
 )
 from supervisor.records import Records
+from supervisor.snapshot import ChildSnapshot, ChildState
 from supervisor.spawn import spawn
+from supervisor.spawner import Spawner
 from supervisor.spec import ChildSpec
 from supervisor.strays import become_subreaper
 
@@ -31,11 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Keeps children alive. `run` has to be running for anything else to work.
+    """Keeps children alive. `run` must be running before anything else is called.
 
-    `on_event` is told each transition after the state shows it; `on_line` (child id, generation, line) each line that
-    a child prints. Both are called in the event loop and must not block. `records` keeps the children on disk, for
-    `supervisor.records.sweep` of a later life. `spawner` starts the processes.
+    `on_event` is called with each transition, after the snapshot shows it; `on_line` with each line that a child prints
+    (child id, generation, line). Both run in the event loop and must not block. `records` keeps the running children on
+    disk, for `supervisor.records.sweep` in the next run. `spawner` starts the processes.
+
+    What changes: `_children` in `start` and `forget`, `_generations` with each spawn, `_nursery` in `run`.
     """
 
     def __init__(
@@ -55,85 +60,88 @@ class Supervisor:
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Own the children until cancelled; then every one is terminated before this returns."""
+        """Own the children until cancelled; return when each of them has been terminated."""
         become_subreaper()
         try:
             async with trio.open_nursery() as recording:
                 if self._records is not None:
-                    recording.start_soon(self._records.run)
+                    recording.start_soon(self._records.run, name="records")
                 async with trio.open_nursery() as self._nursery:
                     task_status.started()
                     await trio.sleep_forever()
         finally:
             if self._records is not None:
-                self._records.write()  # the children's ends came after that of `recording`'s task
+                self._records.write()  # the "records" task ended before the last children did
 
     async def start(self, spec: ChildSpec) -> Ready:
-        """Return when the child is ready; join its start or restart if one is under way.
+        """Start the child, or join the start or restart in progress; return when it is ready.
 
-        Raises StartFailed as soon as this try failed, with the exit and the last lines (the child is then started
-        again as its policy says), GivenUp while it cools down, having failed too often with this very spec, ValueError
-        if it runs with another one. Cancelling only stops the waiting: `stop` ends the child.
+        Raises StartFailed as soon as this attempt has failed, with the exit and the last lines; the child is then
+        restarted as its policy says. Raises GivenUp while the child cools down after failing too often with the same
+        spec, and ValueError if it runs with a different spec. Cancelling only ends the waiting; `stop` ends the child.
         """
-        # Again after each wait: another start may have been first.
+        # A loop, since another call of `start` may have been faster after each wait.
         while (child := self._children.get(spec.child_id)) and child.snapshot.state is ChildState.STOPPING:
             await child.stop()
-        if child is None or not child.runs:
-            child = self._begin(spec, child)
+        if child is None or not child.is_active:
+            child = self._start_child(spec, child)
         elif child.spec != spec:
-            raise ValueError(f"{spec.child_id} runs with another spec: stop it first")
+            raise ValueError(f"{spec.child_id} runs with a different spec: stop it first")
         return await child.ready()
 
     async def stop(self, child_id: str) -> None:
-        """End the child, in any state; return when all of its process group is gone.
+        """End the child, in any state; return when its whole process group is gone.
 
-        A child that was given up on stays failed. Cancelling only stops the waiting: the child ends all the same.
+        A child that was given up on stays failed. Cancelling only ends the waiting: the child is ended all the same.
         """
         child = self._children.get(child_id)
         if child is not None:
             await child.stop()
 
     def fail(self, child_id: str, generation: int, reason: str) -> None:
-        """Replace a ready child for a reason that its probe can't see; nothing if that generation is not ready now."""
+        """Replace a ready child for a reason that its probe can't see, with cause `stalled`.
+
+        Does nothing unless exactly that generation is ready now.
+        """
         child = self._children.get(child_id)
         if child is not None and child.snapshot.state is ChildState.READY and child.snapshot.generation == generation:
             child.fail(Failure(Cause.STALLED, reason))
 
     def forget(self, child_id: str) -> None:
-        """Drop a child that was given up on or stopped, with its past: it can be started at once, and afresh. Nothing
-        if it runs."""
+        """Drop a failed or stopped child with its history, so that it can be started at once. Does nothing if it is
+        active."""
         child = self._children.get(child_id)
-        if child is not None and not child.runs:
+        if child is not None and not child.is_active:
             del self._children[child_id]
 
     def snapshot(self) -> dict[str, ChildSnapshot]:
-        """Every child that was ever started and is not forgotten, as it is now."""
+        """Every child that was ever started and not forgotten, as it is now."""
         return {child_id: child.snapshot for child_id, child in self._children.items()}
 
     def lines(self, child_id: str, last: int = 1000) -> list[str]:
-        """The last lines that the child's last generation printed, the oldest first."""
+        """The last lines that the child's latest generation printed, oldest first."""
         child = self._children.get(child_id)
         return child.process.output.lines(last) if child is not None and child.process is not None else []
 
-    def _begin(self, spec: ChildSpec, before: Child | None) -> Child:
+    def _start_child(self, spec: ChildSpec, previous: Child | None) -> Child:
         assert self._nursery is not None, "Supervisor.run is not running"
         child = Child(spec, self._generations[spec.group], self._emit, self._on_line, self._spawner)
-        if before is not None and before.spec == spec:  # another spec has no past
-            child.tracker = before.tracker
-            self._half_open(before)
+        if previous is not None and previous.spec == spec:  # a different spec starts with a clean record
+            child.tracker = previous.tracker
+            self._half_open(previous)
         self._children[spec.child_id] = child
-        child.begin()
-        self._nursery.start_soon(child.run)
+        child.prepare()
+        self._nursery.start_soon(child.run, name=f"child {spec.child_id}")
         return child
 
-    def _half_open(self, before: Child) -> None:
-        """One start is allowed after a child was given up on, once it has cooled down."""
-        given_up = before.snapshot
+    def _half_open(self, previous: Child) -> None:
+        """If the child was given up on, allow one start once it has cooled down; raise GivenUp before that."""
+        given_up = previous.snapshot
         if given_up.state is not ChildState.FAILED:
             return
         if given_up.retry_at is not None and trio.current_time() < given_up.retry_at:
             raise GivenUp(given_up.child_id, given_up.reason or "failed", given_up.retry_at)
-        before.tracker.try_again()
+        previous.tracker.half_open()
 
     def _emit(self, event: Event) -> None:
         _log(event)
@@ -158,10 +166,10 @@ def _log(event: Event) -> None:
         case Ready(address=address):
             logger.info("%s is ready at %s", event.child_id, address, extra=extra)
         case Unhealthy(reason=reason):
-            logger.warning("%s is unhealthy and is replaced: %s", event.child_id, reason, extra=extra)
-        case Exited(exit=end):
-            last = end.last_lines[-1] if end.last_lines else "nothing"
-            logger.info("%s %s; it last printed: %s", event.child_id, end.reason, last, extra=extra)
+            logger.warning("%s is unhealthy: %s", event.child_id, reason, extra=extra)
+        case Exited(exit=exit):
+            last = exit.last_lines[-1] if exit.last_lines else "(none)"
+            logger.info("%s %s; last line of output: %s", event.child_id, exit.reason, last, extra=extra)
         case Restarting(reason=reason):
             logger.warning("%s %s", event.child_id, reason, extra=extra)
         case GaveUp(reason=reason):

@@ -5,8 +5,7 @@ import re
 import httpx
 
 from nodeagent.llama_server.control import control_client
-from supervisor.probe import NotReady
-from supervisor.spawn import Process
+from supervisor.probe import NotReady, ProcessView
 
 # What the server prints once it listens, and in this build once its model is loaded: `--port 0` picked the port.
 _LISTENING = re.compile(r"listening on (?:http://)?(127\.0\.0\.1:\d+)")
@@ -32,7 +31,7 @@ class LlamaServerProbe:
     def __hash__(self) -> int:
         return hash(self._alias)
 
-    async def check(self, process: Process) -> str:
+    async def check(self, process: ProcessView) -> str:
         """Return the child's address, host:port; raise NotReady. Identity is asked for once per generation."""
         if self._known is not None and self._known[0] == process.generation:
             address = self._known[1]
@@ -66,7 +65,7 @@ class LlamaServerProbe:
             raise NotReady(f"{path} does not answer: {error!r}") from error
 
 
-def _printed_address(process: Process) -> str:
+def _printed_address(process: ProcessView) -> str:
     for line in process.output.lines():
         if (found := _LISTENING.search(line)) is not None:
             return found[1]

@@ -118,7 +118,7 @@ def test_a_child_of_a_killed_agent_that_got_away_is_ended_by_the_next_start(
     )
     with running_agent(config) as agent:
         assert runaway.wait(5) == -signal.SIGKILL
-        assert any("left behind by an earlier life" in line["message"] for line in agent.lines)
+        assert any("left behind by an earlier run" in line["message"] for line in agent.lines)
         assert post(agent, "tiny").status_code == 200
     show("a recorded process of a dead agent: ended by the next start")
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.spawn import Output
+from supervisor.output import Output
 
 
 def lines_of(*pieces: bytes) -> list[str]:

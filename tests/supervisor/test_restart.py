@@ -40,14 +40,14 @@ def test_a_child_that_fails_too_seldom_to_be_given_up_on_is_tried_for_ever_at_th
     assert 30 <= delay <= 60
 
 
-def test_more_ends_than_allowed_in_the_period_give_up_and_say_when_to_try_again() -> None:
+def test_more_ends_than_allowed_in_the_period_give_up_and_say_when_to_half_open() -> None:
     it = tracker(max_restarts=3, period_s=60, cooldown_s=60)
     for at in range(3):
         assert isinstance(it.decide(CRASH, at), Restart)
     last = it.decide(CRASH, 3)
     assert isinstance(last, GiveUp)
     assert last.retry_at == 63
-    assert "4 ends in 60 s" in last.reason
+    assert "4 exits in 60 s" in last.reason
 
 
 def test_ends_that_are_long_past_do_not_count() -> None:
@@ -66,9 +66,9 @@ def test_the_one_try_after_the_cool_down_gives_up_at_once_if_it_fails_and_counts
     it = tracker(max_restarts=1)
     it.decide(CRASH, 0)
     assert isinstance(it.decide(CRASH, 1), GiveUp)
-    it.try_again()
+    it.half_open()
     assert isinstance(it.decide(FAILED_START, 62), GiveUp)
-    it.try_again()
+    it.half_open()
     assert delay_s(it.decide(CRASH, 130)) == 0
 
 

@@ -16,10 +16,9 @@ import pytest
 import trio
 
 from supervisor.lifecycle import Cause, Event, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
-from supervisor.probe import NotReady
+from supervisor.probe import LivenessPolicy, NotReady, ProcessView
 from supervisor.restart import RestartPolicy
-from supervisor.spawn import Process
-from supervisor.spec import ChildSpec, LivenessPolicy, StopPolicy
+from supervisor.spec import ChildSpec, StopPolicy
 from supervisor.supervisor import ChildState, GivenUp, StartFailed, Supervisor
 
 QUICK = RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.05, max_restarts=2, cooldown_s=0.3)
@@ -29,8 +28,8 @@ READY_THEN_SLEEP = "print('at home', flush=True)\nimport time\ntime.sleep(60)"
 class SaysSo:
     """Ready is: it printed `at <address>`. Well is: it is not stopped."""
 
-    async def check(self, process: Process) -> str:
-        if process.is_stopped():
+    async def check(self, process: ProcessView) -> str:
+        if process.is_suspended():
             raise NotReady("stopped")
         for line in process.output.lines():
             if line.startswith("at "):
@@ -69,7 +68,8 @@ class Watched:
 def spec(script: str, *, child_id: str = "child", **more: Any) -> ChildSpec:
     defaults: dict[str, Any] = {"start_timeout_s": 10.0, "restart": QUICK, "stop": StopPolicy(grace_s=2.0)}
     argv = (sys.executable, "-S", "-c", script)
-    return ChildSpec(child_id, "group", argv, dict(os.environ), SAYS_SO, **(defaults | more))
+    facts: dict[str, Any] = {"child_id": child_id, "group": "group", "argv": argv, "env": dict(os.environ)}
+    return ChildSpec(**facts, probe=SAYS_SO, **(defaults | more))
 
 
 def gone(pid: int) -> bool:
@@ -131,8 +131,8 @@ async def test_a_child_that_exits_while_starting_is_told_at_once_with_its_last_w
 
 
 async def test_a_program_that_is_not_there_is_a_failed_start(watched: Watched) -> None:
-    missing = ChildSpec("child", "group", ("/no/such/program",), {}, SaysSo(), 5.0, restart=QUICK)
-    with pytest.raises(StartFailed, match="/no/such/program is not there") as failed:
+    missing = dataclasses.replace(spec(READY_THEN_SLEEP), argv=("/no/such/program",))
+    with pytest.raises(StartFailed, match="/no/such/program does not exist") as failed:
         await watched.supervisor.start(missing)
     assert failed.value.exit.cause is Cause.SPAWN_FAILED
 
@@ -149,7 +149,7 @@ async def test_a_crash_is_followed_by_one_restart_at_once_then_back_off_then_giv
     child = spec("print('at home', flush=True)\nimport time\ntime.sleep(0.7)\nraise SystemExit(7)")
     await watched.supervisor.start(child)
     gave_up = await watched.until(GaveUp)
-    assert "3 ends in 60 s" in gave_up.reason
+    assert "3 exits in 60 s" in gave_up.reason
     assert "exited with code 7" in gave_up.reason
     delays = [event.delay_s for event in watched.events if isinstance(event, Restarting)]
     assert delays[0] == 0
@@ -207,7 +207,7 @@ async def test_a_killed_child_is_started_again_without_being_asked_for(watched: 
     os.kill((await watched.until(Started)).pid, signal.SIGKILL)
     ready = await watched.until(Ready, 2)
     assert ready.generation == 2
-    assert (await watched.until(Exited)).exit.reason == "was ended by SIGKILL"
+    assert (await watched.until(Exited)).exit.reason == "was killed by SIGKILL"
     assert (await watched.until(Exited)).exit.cause is Cause.KILLED_BY_SIGNAL
 
 
@@ -274,7 +274,7 @@ async def test_a_child_that_is_stopped_by_a_signal_fails_its_liveness_and_is_rep
     quick = LivenessPolicy(interval_s=0.05, timeout_s=1, failures=2)
     await watched.supervisor.start(spec(READY_THEN_SLEEP, liveness=quick, stop=StopPolicy(grace_s=0.1)))
     os.kill((await watched.until(Started)).pid, signal.SIGSTOP)
-    assert (await watched.until(Unhealthy)).reason == "it is stopped by a signal"
+    assert (await watched.until(Unhealthy)).reason == "suspended by a stop signal"
     assert (await watched.until(Unhealthy)).cause is Cause.SUSPENDED
     assert (await watched.until(Restarting)).cause is Cause.SUSPENDED
     assert (await watched.until(Exited)).exit.code == -signal.SIGKILL  # at once: it could not obey SIGTERM
@@ -286,7 +286,7 @@ async def test_a_child_that_is_stopped_by_a_signal_while_it_starts_is_a_failed_s
     async with trio.open_nursery() as nursery:
 
         async def start() -> None:
-            with pytest.raises(StartFailed, match="stopped by a signal") as failed:
+            with pytest.raises(StartFailed, match="suspended by a stop signal") as failed:
                 await watched.supervisor.start(spec("import time; time.sleep(60)", liveness=quick, start_timeout_s=60))
             assert failed.value.exit.cause is Cause.SUSPENDED
 
@@ -299,7 +299,7 @@ async def test_a_child_that_no_longer_passes_its_probe_is_replaced(watched: Watc
     class Fickle(SaysSo):
         ill = False
 
-        async def check(self, process: Process) -> str:
+        async def check(self, process: ProcessView) -> str:
             if self.ill and process.generation == 1:
                 raise NotReady("ill")
             return await super().check(process)
@@ -369,7 +369,7 @@ async def test_a_flood_of_short_lines_leaves_others_their_turn(watched: Watched)
 
 async def test_no_descriptor_left_costs_a_failed_start_and_nothing_else(watched: Watched) -> None:
     class Heard(SaysSo):
-        async def check(self, process: Process) -> str:
+        async def check(self, process: ProcessView) -> str:
             if "at home" not in process.output.lines():
                 raise NotReady("it has not said where")
             return "home"

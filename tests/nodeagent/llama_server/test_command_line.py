@@ -26,7 +26,7 @@ from nodeagent.llama_server.command_line import (
 from supervisor.spec import ChildSpec
 
 if TYPE_CHECKING:
-    from supervisor.spawn import Process
+    from supervisor.probe import ProcessView
 
 BINARY = Path("/opt/llama-server")
 CPU = DeviceRef("cpu:0", "cpu", 0, "CPU")
@@ -52,7 +52,7 @@ KV = Path("/state/kv")
 
 
 class NeverAsked:
-    async def check(self, process: "Process") -> str:
+    async def check(self, process: "ProcessView") -> str:
         raise AssertionError("a specification is only a value")
 
 

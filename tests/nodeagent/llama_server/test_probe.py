@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from nodeagent.llama_server.probe import LlamaServerProbe
-from supervisor.probe import NotReady
-from supervisor.spawn import Output, Process
+from supervisor.output import Output
+from supervisor.probe import NotReady, ProcessView
 
 
 class Printed:
@@ -47,7 +47,7 @@ class Server:
 
 async def check(probe: LlamaServerProbe, process: Printed) -> str:
     with trio.fail_after(5):
-        return await probe.check(cast(Process, process))
+        return await probe.check(cast(ProcessView, process))
 
 
 async def test_a_server_that_is_healthy_and_has_our_name_is_ready_at_the_address_it_printed(
