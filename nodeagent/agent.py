@@ -1,12 +1,12 @@
 """Builds the node from its configuration and runs its tasks from start to stop.
 
 lock the state folder, bind the address, find the devices
-├── signals         SIGTERM and SIGINT end the agent, SIGHUP reloads
+├── signals         SIGTERM and SIGINT stop the agent, SIGHUP reloads the configuration
 ├── supervisor      owns the children
 ├── node            background work that requests start
 ├── monitor         reads the devices
 ├── lanes           one task per device
-├── stall watch     fails servers that are at work and make no progress
+├── stall watch     reports busy servers that make no progress to the supervisor
 ├── front           hypercorn and the Quart-Trio app
 └── dispatcher      registration and heartbeats
 
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import trio
 
-from nodeagent import state_dir
+from nodeagent import reload, state_dir
 from nodeagent.config import NodeConfig, find_llama_server, read_token
 from nodeagent.devices.backend import Backend
 from nodeagent.devices.monitor import DeviceMonitor
@@ -45,7 +45,7 @@ from nodeagent.llama_server.saved_caches import SavedCaches
 from nodeagent.managed_device import BuildSpecs, ManagedDevice
 from nodeagent.node import Node, NodeIdentity
 from nodeagent.shutdown import exit_after, receive_signals, until_drained
-from nodeagent.status import NodeStatus
+from nodeagent.status import Phase
 from supervisor.lifecycle import Event
 from supervisor.records import Records, sweep
 from supervisor.spec import ChildSpec
@@ -53,19 +53,20 @@ from supervisor.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-# Logging what still runs after the children are gone, and the exit itself, take less than this; a client that reads
-# nothing, or a driver that hangs, must not keep the process from ending.
+# The process ends this long after its children had time to stop, even if a client that reads nothing or a driver that
+# hangs holds it up. Everything else on the way out takes less.
 _LAST_RESORT_S = 15.0
-# Once the drain is over, answers under way are cut off; this is for the last bytes of those that just ended.
+# After the drain, responses in progress are cut off; this is for the last bytes of those that have just ended.
 _LAST_BYTES_S = 1.0
 
 
 async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _base_url: None) -> None:
-    """Run the node until SIGTERM or SIGINT has been obeyed; `on_ready` gets the base URL once requests are accepted.
+    """Run the node until SIGTERM or SIGINT has stopped it; `on_ready` gets the base URL once requests are accepted.
 
-    Raises ConfigError or StartupError, before any child was started, if the node can't run here. Cancelling stops
+    Raises ConfigError or StartupError, before any child is started, if the node can't run here. Cancelling stops
     the children and returns.
     """
+    reload.log_warnings(config)
     binary = find_llama_server(config)
     _warn_of_supervisord()
     with state_dir.locked(config.state_dir):
@@ -73,20 +74,17 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
         listeners, port = await bind(config.listen_host, config.listen_port)
         backend = await trio.to_thread.run_sync(select, config.backend, config.devices)
         try:
-            # In threads: drivers can take long to answer.
+            # In threads, here and above: drivers can be slow.
             devices = await trio.to_thread.run_sync(backend.devices, config.devices)
             agent = Agent(config, backend, devices, binary, port)
-            state_dir.say_address(config.state_dir, agent.node.identity.local_url)
+            state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             await agent.run(listeners, on_ready)
         finally:
             backend.close()
 
 
 class Agent:
-    """The parts of the node, and the nursery in which they run.
-
-    What changes: `_last_resort`, in `_stop`.
-    """
+    """The parts of the node, and the nursery in which they run. What changes: `_last_resort`, in `_stop`."""
 
     def __init__(self, config: NodeConfig, backend: Backend, devices: list[DeviceRef], binary: Path, port: int) -> None:
         self._config = config
@@ -100,12 +98,12 @@ class Agent:
         self.node = Node(config, identity, managed, catalogue=self._catalogue, monitor=self._monitor)
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
-        self._front_shuts = trio.Event()
+        self._stop_front = trio.Event()
         self._front_ended = trio.Event()
         self._last_resort: threading.Timer | None = None
 
     async def run(self, listeners: list[trio.SocketListener], on_ready: Callable[[str], None]) -> None:
-        """Run until told to stop by a signal, then drain, stop the children, and return."""
+        """Run until a signal asks for the end, then drain, stop the children, and return."""
         node = self.node
         await self._catalogue.inspect_all(self._config.models)
         async with trio.open_nursery() as nursery:
@@ -115,13 +113,13 @@ class Agent:
             await nursery.start(self._monitor.run, name="monitor")
             for device_id, device in node.devices.items():
                 await nursery.start(device.lane.run, name=f"lane {device_id}")
-            nursery.start_soon(stall_watch.watch, self._workers, self._supervisor.fail, name="stall watch")
+            nursery.start_soon(stall_watch.watch, self._watched_servers, self._supervisor.fail, name="stall watch")
             self._preload()
             await nursery.start(self._serve_front, listeners, name="front")
-            node.enter(NodeStatus.READY)
+            node.enter(Phase.SERVING)
             if self._dispatcher is not None:
                 await nursery.start(self._dispatcher.run, name="dispatcher")
-            logger.info("node %s takes requests at %s", node.node_id, node.identity.base_url)
+            logger.info("node %s accepts requests at %s", node.node_id, node.identity.base_url)
             on_ready(node.identity.base_url)
             await until_drained(node, signals)
             await self._stop()
@@ -132,13 +130,13 @@ class Agent:
         logger.info("node %s has stopped", node.node_id)
 
     async def _stop(self) -> None:
-        self.node.enter(NodeStatus.STOPPING)
+        self.node.enter(Phase.STOPPING)
         self.node.refuse_requests()
         self._last_resort = exit_after(self.node.config.llama_server_stop_grace_s + _LAST_RESORT_S)
-        self._front_shuts.set()
+        self._stop_front.set()
         await self._front_ended.wait()
         if self._dispatcher is not None:
-            await self._dispatcher.farewell()
+            await self._dispatcher.stop()
 
     async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
         node = self.node
@@ -147,7 +145,7 @@ class Agent:
             await serve(
                 front,
                 listeners,
-                shutdown=self._front_shuts,
+                shutdown=self._stop_front,
                 graceful_timeout_s=_LAST_BYTES_S,
                 task_status=task_status,
             )
@@ -157,9 +155,9 @@ class Agent:
     def _preload(self) -> None:
         wanted = [model.model_id for model in self._config.models if model.preload]
         for model_id in self.node.scheduler.preload(wanted):
-            logger.warning("model %s is not preloaded: no device is left for it", model_id)
+            logger.warning("model %s is not preloaded: no free device can run it", model_id)
 
-    def _workers(self) -> list[stall_watch.Worker]:
+    def _watched_servers(self) -> list[stall_watch.Worker]:
         timeout_s = self.node.config.stall_timeout_s
         return [worker for device in self.node.devices.values() for worker in device.servers.workers(timeout_s)]
 
@@ -171,7 +169,7 @@ class Agent:
 
     def _managed(self, ref: DeviceRef, backend: Backend, binary: Path) -> ManagedDevice:
         config = self._config
-        # A key of its own for each device and each start of the agent: nobody else on the host can use the children.
+        # One key per device and start of the agent: nobody else on the host can use the children.
         api_key = secrets.token_urlsafe(32)
         build_specs: BuildSpecs = partial(_child_specs, ref, backend, binary, api_key)
         servers = DeviceServers(
@@ -231,7 +229,7 @@ def _dispatcher_client(config: NodeConfig, node: Node) -> DispatcherClient | Non
 
 
 def _reachable_here(listen_host: str) -> str:
-    """An address at which this host reaches what listens there."""
+    """The address by which this host reaches a listener on `listen_host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen_host, listen_host)
 
 
@@ -242,7 +240,7 @@ def _base_url(host: str, port: int) -> str:
 def _warn_of_supervisord() -> None:
     with suppress(PackageNotFoundError):
         logger.warning(
-            "the package supervisor %s is installed in the same environment: its modules and ours share a folder, and "
-            "either may break the other; give the agent an environment of its own",
+            "the package supervisor %s is in the same environment: its modules and the agent's share a folder "
+            "and can break each other; install the agent into an environment of its own",
             version("supervisor"),
         )

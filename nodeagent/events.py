@@ -1,6 +1,7 @@
-"""What happens on the node, as operators and programs are told: one kind of value for every transition."""
+"""What happens on the node: one event for every transition, and the bounded ring that readers follow."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
@@ -11,14 +12,14 @@ from nodeagent.llama_server.server_id import ServerId
 from supervisor import lifecycle
 
 KEPT = 1000
-
+"""How many events a reader can look back."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """What a reader gets: `items`, the number of the last one, and how many before them are lost to it."""
+    """What a reader gets: `items`, the number of the last one, and how many items before them it missed."""
 
     items: list[T]
     last: int
@@ -26,10 +27,10 @@ class Page(Generic[T]):
 
 
 class Ring(Generic[T]):
-    """Keeps the last `capacity` items, numbered from 1. A reader remembers a number and nothing is kept for it here,
-    so a slow one costs nothing, and learns what it missed.
+    """Keeps the last `capacity` items, numbered from 1.
 
-    What changes: everything, in `append` alone.
+    A reader only remembers the number of the last item it read. So a slow reader costs nothing here, and learns how
+    many items it missed. Only `append` changes anything.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -44,7 +45,7 @@ class Ring(Generic[T]):
         self._more = trio.Event()
 
     def after(self, number: int) -> Page[T]:
-        """What came after the item of that number. A number that was never given counts as 0: it is of another life."""
+        """The items after that number. A number that was never given counts as 0: it is from an earlier run."""
         if not 0 <= number <= self.last:
             number = 0
         wanted = self.last - number
@@ -52,15 +53,19 @@ class Ring(Generic[T]):
         return Page(items, self.last, wanted - len(items))
 
     async def more_than(self, number: int) -> None:
-        """Return once there is an item after the one of that number."""
+        """Return once there is an item after that number."""
         while self.last <= number:
             await self._more.wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeEvent:
-    """One transition. `kind` is a server's new state (`starting`, `ready`, ...), `exited`, or `node` for the node's
-    own word of state; what does not apply is None."""
+    """One transition; what does not apply is None.
+
+    `kind` is a server's new state (`starting`, `ready`, ...), `exited`, `stopped`, or `node` if the status of the node
+    or its reasons changed. `reason` is for people. `reason_code` is for programs: a `supervisor.lifecycle.Cause` of a
+    server, a `status.NodeReason` of the node (the first, if there are several).
+    """
 
     at: datetime
     kind: str
@@ -68,6 +73,7 @@ class NodeEvent:
     model_id: str | None = None
     generation: int | None = None
     reason: str | None = None
+    reason_code: str | None = None
     last_lines: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -78,6 +84,7 @@ class NodeEvent:
             "model_id": self.model_id,
             "generation": self.generation,
             "reason": self.reason,
+            "reason_code": self.reason_code,
             "last_lines": list(self.last_lines),
         }
 
@@ -85,15 +92,20 @@ class NodeEvent:
 EventLog = Ring[NodeEvent]
 
 
-def of_node(status: str, reasons: tuple[str, ...]) -> NodeEvent:
-    """The node came into another state, or has other reasons for it."""
-    return NodeEvent(at=datetime.now(UTC), kind="node", reason="; ".join((status, *reasons)))
+def of_node(status: str, reasons: Sequence[str], reason_codes: Sequence[str]) -> NodeEvent:
+    """The node has another status, or other reasons for it."""
+    return NodeEvent(
+        at=datetime.now(UTC),
+        kind="node",
+        reason="; ".join((status, *reasons)),
+        reason_code=next(map(str, reason_codes), None),
+    )
 
 
 def of_child(event: lifecycle.Event) -> NodeEvent:
-    """A supervisor's event in the node's words."""
+    """A supervisor's event as an event of the node."""
     server = ServerId.parse(event.child_id)
-    kind, reason, last_lines = _facts(event)
+    kind, cause, reason, last_lines = _facts(event)
     return NodeEvent(
         at=datetime.now(UTC),
         kind=kind,
@@ -101,25 +113,27 @@ def of_child(event: lifecycle.Event) -> NodeEvent:
         model_id=server.model_id,
         generation=event.generation,
         reason=reason,
+        reason_code=None if cause is None else cause.value,
         last_lines=last_lines,
     )
 
 
-def _facts(event: lifecycle.Event) -> tuple[str, str | None, tuple[str, ...]]:
+def _facts(event: lifecycle.Event) -> tuple[str, lifecycle.Cause | None, str | None, tuple[str, ...]]:
+    """Kind, cause, reason, last lines."""
     match event:
         case lifecycle.Started():
-            return "starting", None, ()
+            return "starting", None, None, ()
         case lifecycle.Ready():
-            return "ready", None, ()
-        case lifecycle.Unhealthy(reason=reason):
-            return "unhealthy", reason, ()
+            return "ready", None, None, ()
+        case lifecycle.Unhealthy(cause=cause, reason=reason):
+            return "unhealthy", cause, reason, ()
         case lifecycle.Stopping():
-            return "stopping", None, ()
+            return "stopping", None, None, ()
         case lifecycle.Exited(exit=end):
-            return "exited", end.reason, end.last_lines
-        case lifecycle.Restarting(reason=reason):
-            return "backing_off", reason, ()
-        case lifecycle.GaveUp(reason=reason):
-            return "failed", reason, ()
-        case _:
-            return "stopped", None, ()
+            return "exited", end.cause, end.reason, end.last_lines
+        case lifecycle.Restarting(cause=cause, reason=reason):
+            return "backing_off", cause, reason, ()
+        case lifecycle.GaveUp(cause=cause, reason=reason):
+            return "failed", cause, reason, ()
+        case _:  # Stopped
+            return "stopped", None, None, ()

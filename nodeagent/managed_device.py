@@ -1,4 +1,4 @@
-"""A device at work: its servers, its lane, and what its servers printed."""
+"""One device as the node runs it: its servers, its lane, and what its servers printed."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,44 +15,48 @@ from nodeagent.status import DeviceStatus
 from supervisor.lifecycle import Event
 from supervisor.spec import ChildSpec
 
+# For `/v1/node/devices/{device_id}/logs`, which shows 1000 lines at most.
 _LINES_KEPT = 2000
 
 BuildSpecs = Callable[[NodeConfig], Mapping[str, ChildSpec]]
-"""From a configuration to the child that serves each model on one device, by model id."""
+"""Builds, from a configuration, the spec of the child that serves each model on one device, by model id."""
 
 
 class ManagedDevice:
-    """One device with all that the node keeps for it. `specs` says which child serves a model there."""
+    """One device with everything that the node keeps for it. `build_specs` describes the child for each model here.
 
-    def __init__(self, ref: DeviceRef, servers: DeviceServers, specs: BuildSpecs, config: NodeConfig) -> None:
+    What changes: `lines` in `Node.on_child_line`, the lane's rules and the servers' configuration in `reconfigure`.
+    """
+
+    def __init__(self, ref: DeviceRef, servers: DeviceServers, build_specs: BuildSpecs, config: NodeConfig) -> None:
         self.ref = ref
         self.servers = servers
         self.lane: Lane[Upstream] = Lane(ref.device_id, servers, lane_rules(config))
         self.lines: Ring[str] = Ring(_LINES_KEPT)
-        self._specs = specs
+        self._build_specs = build_specs
 
     def __repr__(self) -> str:
         return f"<ManagedDevice {self.ref.device_id}: {self.lane!r}>"
 
     def handle(self, event: Event) -> None:
-        """Take in what the supervisor says of a server of this device."""
+        """Handle a supervisor's event about a server of this device."""
         self.servers.handle(event)
         self.lane.nudge()
 
     def reconfigure(self, config: NodeConfig) -> list[str]:
-        """Follow another configuration; return the models whose running server has to go for it."""
+        """Apply another configuration; return the models whose running server it does not allow any more."""
         self.lane.rules = lane_rules(config)
         models = {model.model_id: model for model in config.models}
-        return self.servers.replace(models, self._specs(config), config.llama_server_startup_timeout_s)
+        return self.servers.replace(models, self._build_specs(config), config.llama_server_startup_timeout_s)
 
     def status(self, monitor: DeviceMonitor) -> DeviceStatus:
-        """The device as it is reported."""
+        """The device at this moment."""
         metrics = monitor.latest(self.ref.device_id)
         return DeviceStatus(self.ref, metrics, self.lane.view(), tuple(self.servers.views()))
 
 
 def lane_rules(config: NodeConfig) -> LaneRules:
-    """What the configuration says of every lane."""
+    """The configuration's rules for every lane."""
     swap_aware = SwapAware(config.swap_fairness_s, config.min_residency_s)
     return LaneRules(
         max_pending=config.max_pending_requests_per_device,

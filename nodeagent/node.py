@@ -1,6 +1,6 @@
-"""The node: everything that the front, the dispatcher and the shutdown may ask of it.
+"""The node as a whole: what the front, the dispatcher's client, the shutdown and the supervisor call.
 
-It holds no task of its own but the background work that it was asked for; `agent` builds and runs the parts.
+`agent` builds and runs the parts. The node's own task only holds the background work that requests start.
 """
 
 import logging
@@ -28,24 +28,27 @@ from nodeagent.llama_server.server_id import ServerId
 from nodeagent.managed_device import ManagedDevice
 from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.scheduler import Scheduler
-from nodeagent.status import MODEL_ENDPOINTS, ModelStatus, NodeSnapshot, NodeState, NodeStatus, node_state
+from nodeagent.status import MODEL_ENDPOINTS, ModelStatus, NodeSnapshot, NodeState, Phase, node_state
 from supervisor.lifecycle import Event
 
 logger = logging.getLogger(__name__)
 
 
 class Dispatcher(Protocol):
-    """The dispatcher's client, as the node uses it."""
+    """What the node needs of the dispatcher's client (`dispatcher.client.DispatcherClient`)."""
 
-    def notice(self) -> None: ...
+    def heartbeat_soon(self) -> None: ...
 
     def register_again(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeIdentity:
-    """What does not change while the agent runs. `base_url` is where others reach the node; `local_url`, where this
-    host does; `incarnation` is random for each start."""
+    """What does not change while the agent runs.
+
+    Other hosts reach the node at `base_url`, this host reaches it at `local_url`. `incarnation` is random for each
+    start.
+    """
 
     base_url: str
     local_url: str
@@ -58,8 +61,8 @@ class NodeIdentity:
 class Node:
     """Implements `front.seam.Node` and `dispatcher.client.NodeSource`.
 
-    What changes: `_phase` in `enter`, `drain` and `undrain`; `_config` in `reload`; `_told` in `_tell_state`;
-    `dispatcher` once, by whoever builds the node.
+    What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`; `dispatcher` once, by
+    `agent`.
     """
 
     def __init__(
@@ -82,14 +85,13 @@ class Node:
         self._config = config
         self._catalogue = catalogue
         self._monitor = monitor
-        self._phase = NodeStatus.STARTING
-        self._drained_by_operator = False
-        self._told: NodeState | None = None
+        self._phase = Phase.STARTING
+        self._last_state: NodeState | None = None
         self._reloading = trio.Lock()
         self._background: trio.Nursery
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Own the background work that requests start (loads and unloads without a waiter) until cancelled."""
+        """Own the background work that requests start (loads, unloads, reloads) until cancelled."""
         async with trio.open_nursery() as self._background:
             task_status.started()
             await trio.sleep_forever()
@@ -98,7 +100,7 @@ class Node:
     def config(self) -> NodeConfig:
         return self._config
 
-    # What the front asks (front.seam.Node).
+    # What the front calls (front.seam.Node).
 
     @property
     def node_id(self) -> str:
@@ -154,18 +156,16 @@ class Node:
         return [device.ref.device_id for device in devices]
 
     def drain(self) -> None:
-        if self._phase is NodeStatus.READY:
+        if self._phase is Phase.SERVING:
             logger.info("draining at an operator's request")
-            self._drained_by_operator = True
             self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s, by_operator=True))
-            self.enter(NodeStatus.DRAINING)
+            self.enter(Phase.DRAINED)
 
     def undrain(self) -> None:
-        if self._drained_by_operator and self._phase is NodeStatus.DRAINING:
+        if self._phase is Phase.DRAINED:
             logger.info("accepting requests again at an operator's request")
-            self._drained_by_operator = False
             self.scheduler.accept_new()
-            self.enter(NodeStatus.READY)
+            self.enter(Phase.SERVING)
 
     async def reload(self) -> Reloaded:
         async with self._reloading:  # one at a time, in the order of the requests
@@ -183,7 +183,7 @@ class Node:
         self.dispatcher.register_again()
         return True
 
-    # What the dispatcher's client asks (dispatcher.client.NodeSource).
+    # What the dispatcher's client calls (dispatcher.client.NodeSource).
 
     def register_payload(self) -> Register:
         return register(self.snapshot())
@@ -208,41 +208,40 @@ class Node:
             models=tuple(self._model_status(model) for model in config.models),
         )
 
-    # What the shutdown asks.
+    # What the agent and its shutdown call (shutdown.Drainable).
 
     @property
     def admitted(self) -> int:
         """Requests in flight or queued on the whole node."""
         return self.scheduler.admitted
 
-    def enter(self, phase: NodeStatus) -> None:
-        """Go into the next phase of the node's life."""
+    def enter(self, phase: Phase) -> None:
+        """Begin another phase, and publish the status that follows from it."""
         self._phase = phase
-        self._tell_state()
+        self._publish_state()
 
     def begin_shutdown(self) -> None:
-        """Say that the node is on its way out, while requests are still accepted; an operator can't undo it."""
-        self._drained_by_operator = False
-        self.enter(NodeStatus.DRAINING)
+        """Report that the node is shutting down, while requests are still accepted; an operator can't undo it."""
+        self.enter(Phase.SHUTTING_DOWN)
 
     def refuse_requests(self) -> None:
         """Refuse new requests: the node is about to stop."""
         self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s))
 
     def reload_soon(self) -> None:
-        """Reload in the background; what comes of it is logged."""
+        """Reload in the background; the result is logged."""
         self._background.start_soon(self._reload_in_background, name="reload the configuration")
 
-    # What the supervisor tells.
+    # What the supervisor calls.
 
     def on_child_event(self, event: Event) -> None:
-        """One transition of a server: whoever depends on it looks again."""
+        """Handle one transition of a server: its device first, then the event log, the dispatcher last."""
         self.devices[ServerId.parse(event.child_id).device_id].handle(event)
         self.events.append(events.of_child(event))
-        self._tell_state()
+        self._publish_state()
 
     def on_child_line(self, child_id: str, generation: int, line: str) -> None:
-        """A line that a server printed."""
+        """Keep and log a line that a server printed."""
         server = ServerId.parse(child_id)
         self.devices[server.device_id].lines.append(line)
         logs.child_line(server.device_id, server.model_id, generation, line)
@@ -250,9 +249,10 @@ class Node:
     # Inside.
 
     async def _reconfigure(self, config: NodeConfig) -> Reloaded:
-        """Take over another configuration; what it does not change goes on as it is."""
+        """Apply another configuration; what it does not change goes on as it is."""
+        reload.log_warnings(config)
         await self._catalogue.inspect_all(config.models)
-        # From here on nothing is awaited: no request sees half of it.
+        # Nothing is awaited from here on, so no request sees half of the change.
         what = reload.compare(self._config, config)
         self._config = reload.merge(self._config, config)
         for device_id, device in self.devices.items():
@@ -266,7 +266,7 @@ class Node:
         return what
 
     async def _reload_in_background(self) -> None:
-        with suppress(ReloadRefused):  # it has been logged, and there is nobody to tell
+        with suppress(ReloadRefused):  # `reload` has logged it, and nobody waits for the result
             await self.reload()
 
     async def _load_in_background(self, model_id: str, device_id: str | None) -> None:
@@ -283,14 +283,14 @@ class Node:
     def _lane(self, device_id: str) -> Lane[Upstream]:
         return self._device(device_id).lane
 
-    def _tell_state(self) -> None:
-        """Something changed: tell the dispatcher, and the event log if it changed the node's own state."""
+    def _publish_state(self) -> None:
+        """Something changed: record the node's state if it is another one, and send a heartbeat soon."""
         state = self.state()
-        if state != self._told:
-            self._told = state
-            self.events.append(events.of_node(state.status.value, state.reasons))
+        if state != self._last_state:
+            self._last_state = state
+            self.events.append(events.of_node(state.status.value, state.reasons, state.reason_codes))
         if self.dispatcher is not None:
-            self.dispatcher.notice()
+            self.dispatcher.heartbeat_soon()
 
     def _model_status(self, model: ModelConfig) -> ModelStatus:
         header = self._catalogue.header(model.model_id)

@@ -1,13 +1,17 @@
-"""A changed configuration file: read again, compared, and merged with what only a restart can change. Blocking or pure.
+"""A changed configuration file: read again, compared, and merged with the keys that only a restart can change.
 
-`Node.reload` carries the result out.
+`Node.reload` applies the result.
 """
+
+import logging
 
 from nodeagent.config import NodeConfig, find_llama_server, load_config, with_keys
 from nodeagent.errors import ConfigError, Problem
 from nodeagent.front.seam import Reloaded
 
-# Keys that running parts were built on: a new value takes effect when the agent is restarted.
+logger = logging.getLogger(__name__)
+
+# Running parts were built with these keys: a new value takes effect when the agent is restarted.
 FIXED_KEYS = (
     "listen_host",
     "listen_port",
@@ -27,7 +31,8 @@ FIXED_KEYS = (
 
 
 def read_again(config: NodeConfig) -> NodeConfig:
-    """Read the file that this configuration came from. Blocks on the disk; raises ConfigError."""
+    """Read the file that this configuration came from, and look for the server's binary. Blocks on the disk; raises
+    ConfigError."""
     if config.source.file is None:
         raise ConfigError([Problem("this configuration did not come from a file")])
     again = load_config(config.source.file)
@@ -50,3 +55,9 @@ def compare(before: NodeConfig, after: NodeConfig) -> Reloaded:
 def merge(before: NodeConfig, after: NodeConfig) -> NodeConfig:
     """`after`, with the keys that need a restart as they are in `before`."""
     return with_keys(after, {key: getattr(before, key) for key in FIXED_KEYS})
+
+
+def log_warnings(config: NodeConfig) -> None:
+    """Log what the configuration's file has that is not an error, such as a key that no longer has any effect."""
+    for warning in config.source.warnings:
+        logger.warning("%s", warning)

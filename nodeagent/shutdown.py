@@ -1,8 +1,9 @@
-"""How the agent ends: the signals, the drain, and the last resort if something hangs.
+"""How the agent stops: the signals, the drain, and the last resort if something hangs.
 
 SIGTERM, SIGINT ──> draining: requests are accepted for drain_grace_s (SIGTERM only), then refused
-              ──> requests in flight have shutdown_timeout_s; a second signal ends the waiting
-              ──> `agent` stops the front, then the servers
+                ──> requests in flight get shutdown_timeout_s; a second signal ends the waiting
+                ──> `agent` stops the front, then the servers
+SIGHUP          ──> the configuration is reloaded, before and during the drain
 """
 
 import logging
@@ -18,11 +19,12 @@ from nodeagent.config import NodeConfig
 
 logger = logging.getLogger(__name__)
 
-_IDLE_LOOK_S = 0.05
+# How often the drain looks whether requests are left.
+_POLL_S = 0.05
 
 
 class Drainable(Protocol):
-    """The node, as its shutdown sees it (`node.Node`)."""
+    """What the shutdown needs of the node (`node.Node`)."""
 
     @property
     def config(self) -> NodeConfig: ...
@@ -38,54 +40,58 @@ class Drainable(Protocol):
 
 
 async def receive_signals(*, task_status: trio.TaskStatus[AsyncIterator[int]]) -> None:
-    """Catch the signals that the agent obeys, and hand over the iterator that yields them."""
+    """Catch the signals that the agent handles; `started` gets the iterator that yields them."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started(signals)
         await trio.sleep_forever()
 
 
 async def until_drained(node: Drainable, signals: AsyncIterator[int]) -> None:
-    """Return once a signal has asked for the end, and the requests in flight are done, out of time, or cut off by a
-    second signal."""
-    signum = await _next_end(node, signals)
+    """Return when the node may stop: SIGTERM or SIGINT came, and then the requests in flight ended, or their time did,
+    or a second signal came."""
+    signum = await _next_stop_signal(node, signals)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_drain, node, signal.Signals(signum), nursery.cancel_scope, name="drain")
-        signum = await _next_end(node, signals)
+        signum = await _next_stop_signal(node, signals)
         logger.warning("%s again: not waiting for %d requests", signal.Signals(signum).name, node.admitted)
         nursery.cancel_scope.cancel()
 
 
-async def _next_end(node: Drainable, signals: AsyncIterator[int]) -> int:
-    """The next signal that asks for the end; those that ask for a reload are obeyed on the way."""
+async def _next_stop_signal(node: Drainable, signals: AsyncIterator[int]) -> int:
+    """Wait for the next SIGTERM or SIGINT; reload the configuration on each SIGHUP before it."""
     while (signum := await anext(signals)) == signal.SIGHUP:
         logger.info("SIGHUP: reloading the configuration")
         node.reload_soon()
     return signum
 
 
-async def _drain(node: Drainable, asked_by: signal.Signals, done: trio.CancelScope) -> None:
-    # Load balancers need time to notice; a person at a terminal does not want to wait for it.
-    grace_s = node.config.drain_grace_s if asked_by is signal.SIGTERM else 0.0
-    logger.info("%s: draining, accepting requests for %g s more", asked_by.name, grace_s)
+async def _drain(node: Drainable, signum: signal.Signals, done: trio.CancelScope) -> None:
+    # Load balancers need time to notice; a person at a terminal does not want to wait for them.
+    grace_s = node.config.drain_grace_s if signum is signal.SIGTERM else 0.0
+    logger.info("%s: draining, accepting requests for %g s more", signum.name, grace_s)
     node.begin_shutdown()
     await trio.sleep(grace_s)
     node.refuse_requests()
     with trio.move_on_after(node.config.shutdown_timeout_s):
-        while node.admitted:  # noqa: ASYNC110  (an event for this alone would burden each release)
-            await trio.sleep(_IDLE_LOOK_S)
+        while node.admitted:  # noqa: ASYNC110  (an event just for this would cost every release of a lease)
+            await trio.sleep(_POLL_S)
     if node.admitted:
-        logger.warning("shutdown_timeout_s is over: ending %d requests", node.admitted)
+        logger.warning("shutdown_timeout_s is over: cutting off %d requests", node.admitted)
     done.cancel()
 
 
 def exit_after(after_s: float) -> threading.Timer:
-    """End the process after that time in any case: a thread's timer, which nothing in the event loop can hold up."""
+    """End the process after that time with exit code 70, unless the timer is cancelled.
+
+    It runs in a thread, so nothing in the event loop can hold it up.
+    """
 
     def end() -> None:
-        logger.critical("still not stopped after %g s; exiting now", after_s)
+        logger.critical("still not stopped after %g s: exiting now", after_s)
         os._exit(70)
 
     timer = threading.Timer(after_s, end)
+    timer.name = "last resort"
     timer.daemon = True
     timer.start()
     return timer

@@ -1,4 +1,4 @@
-"""The agent's folder on disk: the lock that keeps it to one agent, the admin token, where the agent answers."""
+"""The agent's folder on disk: the lock that allows one agent only, the admin token, the address of the agent."""
 
 import fcntl
 import logging
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def locked(state_dir: Path) -> Iterator[None]:
-    """Hold the folder, made if need be, for this process alone; StartupError if it can't be had.
+    """Create the folder if necessary, and lock it for this process. Raises StartupError.
 
-    The lock is flock's: the kernel drops it when the process ends, however it ends.
+    The lock is a flock(2): the kernel drops it when the process ends, however it ends.
     """
     lock = state_dir / "lock"
     try:
@@ -33,7 +33,7 @@ def locked(state_dir: Path) -> Iterator[None]:
             raise StartupError(
                 f"state_dir {state_dir} is in use by another agent (pid {holder}); give each agent its own"
             ) from None
-        with suppress(OSError):  # a full disk: the number is only for what the next one is told
+        with suppress(OSError):  # on a full disk; the pid is only for the error message of another agent
             os.ftruncate(file, 0)
             os.write(file, f"{os.getpid()}\n".encode())
         yield
@@ -42,24 +42,24 @@ def locked(state_dir: Path) -> Iterator[None]:
 
 
 def children_file(state_dir: Path) -> Path:
-    """Where the running children are recorded."""
+    """The file in which the running children are recorded."""
     return state_dir / "children.json"
 
 
 def kv_folder(state_dir: Path) -> Path:
-    """Where the caches of servers lie between two loads of their model (`keep_kv`)."""
+    """The folder for the KV caches of models that are not loaded now (`keep_kv`)."""
     return state_dir / "kv"
 
 
 def admin_token(state_dir: Path) -> str:
-    """The token of this folder's agent, made at the first start; only the agent's own user can read it.
+    """The admin token, created on first use; only the agent's own user can read it.
 
-    Raises StartupError where it can't be made or read.
+    Raises StartupError if it can't be created or read.
     """
     path = state_dir / "admin.token"
     try:
         if not path.exists():
-            # Under another name first: nobody sees it half written, or before its mode is right.
+            # Under another name first: nobody sees it half written.
             scratch = path.with_suffix(".new")
             scratch.unlink(missing_ok=True)
             with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -69,12 +69,12 @@ def admin_token(state_dir: Path) -> str:
     except (OSError, ValueError) as error:
         raise StartupError(f"{path} can't be used: {error}") from error
     if not token:
-        raise StartupError(f"{path} is empty; remove it, and a new token is made")
+        raise StartupError(f"{path} is empty; remove it to get a new token")
     return token
 
 
-def say_address(state_dir: Path, base_url: str) -> None:
-    """Leave word of where the agent answers, for the command line; where that can't be (a full disk), warn."""
+def write_address(state_dir: Path, base_url: str) -> None:
+    """Record the agent's address for the command line. If that fails (on a full disk), log a warning."""
     path = state_dir / "address"
     scratch = path.with_suffix(".new")
     try:
@@ -85,7 +85,7 @@ def say_address(state_dir: Path, base_url: str) -> None:
 
 
 def read_address(state_dir: Path) -> str:
-    """Where the agent of this folder answers; StartupError if it never did."""
+    """The address of this folder's agent. Raises StartupError if no agent has run with it."""
     try:
         return (state_dir / "address").read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:

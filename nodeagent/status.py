@@ -1,25 +1,31 @@
-"""The node as it is now: one snapshot of everything, and the word for its state.
+"""The node at one moment: a snapshot of everything, and its status with the reasons for it.
 
-    STARTING ──listener bound──> READY <──a device or model fails, or recovers──> DEGRADED
-        └────────────┴────────────────┴──SIGTERM, SIGINT──> DRAINING ──work done──> STOPPING
+    STARTING ──listener bound──> READY <──a model fails on a device, or recovers──> DEGRADED
+        │                         │ ▲
+        │                   drain │ │ undrain (operator)
+        │                         ▼ │
+        └──SIGTERM, SIGINT──> DRAINING ──SIGTERM, SIGINT, requests ended──> STOPPING
 
-READY means that requests are taken, not that a model is loaded.
+READY means that requests are accepted, not that a model is loaded. `Phase` is what the node itself does; `node_state`
+derives the status from it and from the state of the servers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.scheduling.seam import LaneView, ServerState, ServerView
 
 MODEL_ENDPOINTS = ("chat", "completions")
-"""The endpoints of OpenAI's API that each model serves, as the wire names them."""
+"""The OpenAI endpoints that each model serves, as the dispatcher protocol names them."""
 
 
 class NodeStatus(Enum):
+    """The status of the node, as the dispatcher protocol names it."""
+
     STARTING = "starting"
     READY = "ready"
     DEGRADED = "degraded"
@@ -27,18 +33,43 @@ class NodeStatus(Enum):
     STOPPING = "stopping"
 
 
+class NodeReason(StrEnum):
+    """Why the node has its status, as a closed set of codes for programs; the text beside it is for people."""
+
+    SERVER_FAILED = "server_failed"
+    """A model has failed on a device."""
+    DRAINED_BY_OPERATOR = "drained_by_operator"
+    """An operator drained the node; `undrain` ends that."""
+    SHUTTING_DOWN = "shutting_down"
+    """The agent was asked to end."""
+
+
+class Phase(Enum):
+    """What the node itself does, whatever the state of its servers."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINED = "drained"
+    SHUTTING_DOWN = "shutting_down"
+    STOPPING = "stopping"
+
+
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """The node's word of state. `can_serve` is False when every model has failed everywhere."""
+    """The node's status. Each of `reasons` has its code at the same place in `reason_codes`.
+
+    `can_serve` is False if every model has failed on every device.
+    """
 
     status: NodeStatus
     reasons: tuple[str, ...]
     can_serve: bool
+    reason_codes: tuple[NodeReason, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus:
-    """One device: what it is, the last reading (None before the first), its lane and its servers."""
+    """One device with its last reading (None before the first), its lane and its servers."""
 
     ref: DeviceRef
     metrics: DeviceMetrics | None
@@ -46,11 +77,12 @@ class DeviceStatus:
     servers: tuple[ServerView[Any], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model: what the configuration and its file say, and its average load time in seconds where measured.
+    """One model: what its configuration and its file say, and its average load time in seconds (None: not measured).
 
-    `problem` is what is wrong with its file, None where nothing is known to be. `ctx_size` is in tokens.
+    `problem` is what is wrong with its file, None if nothing is known. `ctx_size` is in tokens. `arguments` are those
+    of llama-server.
     """
 
     model_id: str
@@ -66,9 +98,10 @@ class ModelStatus:
     load_time_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSnapshot:
-    """Everything about the node at one moment; `now` is `trio.current_time()`, the other times are wall clock."""
+    """Everything about the node at one moment. `now` is `trio.current_time()`, as are the times of servers and
+    readings; `started_at` is wall clock."""
 
     now: float
     node_id: str
@@ -91,10 +124,20 @@ class NodeSnapshot:
         ]
 
 
-def node_state(phase: NodeStatus, devices: Sequence[tuple[str, Sequence[ServerView[Any]]]], models: int) -> NodeState:
-    """The word for a node in this phase (STARTING, READY, DRAINING or STOPPING) with these servers on its devices.
+_BY_PHASE: dict[Phase, tuple[NodeStatus, tuple[NodeReason, ...]]] = {
+    Phase.STARTING: (NodeStatus.STARTING, ()),
+    Phase.SERVING: (NodeStatus.READY, ()),
+    Phase.DRAINED: (NodeStatus.DRAINING, (NodeReason.DRAINED_BY_OPERATOR,)),
+    Phase.SHUTTING_DOWN: (NodeStatus.DRAINING, (NodeReason.SHUTTING_DOWN,)),
+    Phase.STOPPING: (NodeStatus.STOPPING, (NodeReason.SHUTTING_DOWN,)),
+}
+_TEXTS = {NodeReason.DRAINED_BY_OPERATOR: "drained by an operator", NodeReason.SHUTTING_DOWN: "shutting down"}
 
-    `models` is how many are configured. A READY node with a failed server is DEGRADED, and says which.
+
+def node_state(phase: Phase, devices: Sequence[tuple[str, Sequence[ServerView[Any]]]], models: int) -> NodeState:
+    """The status of a node in this phase with these servers on its devices; the phase's own reason comes first.
+
+    `models` is how many are configured. A node that serves with a failed server is DEGRADED.
     """
     failed = [
         (device_id, server)
@@ -102,7 +145,11 @@ def node_state(phase: NodeStatus, devices: Sequence[tuple[str, Sequence[ServerVi
         for server in servers
         if server.state is ServerState.FAILED
     ]
-    reasons = tuple(f"{server.model_id} on {device_id}: {server.reason}" for device_id, server in failed)
-    can_serve = bool(devices) and models > 0 and len(failed) < models * len(devices)
-    status = NodeStatus.DEGRADED if phase is NodeStatus.READY and failed else phase
-    return NodeState(status, reasons, can_serve)
+    status, codes = _BY_PHASE[phase]
+    failures = [f"{server.model_id} on {device_id}: {server.reason}" for device_id, server in failed]
+    return NodeState(
+        NodeStatus.DEGRADED if status is NodeStatus.READY and failed else status,
+        (*(_TEXTS[code] for code in codes), *failures),
+        can_serve=bool(devices) and models > 0 and len(failed) < models * len(devices),
+        reason_codes=(*codes, *(NodeReason.SERVER_FAILED for _ in failed)),
+    )

@@ -1,8 +1,8 @@
-"""Keeps a dispatcher told about this node. Serving never depends on it.
+"""Registers the node with a dispatcher and sends heartbeats. Serving never depends on it.
 
-register ──accepted──> heartbeat, each interval or soon after a change
+register ──accepted──> heartbeat, each interval and soon after a change
     ▲                      │
-    └──the node is unknown─┘      refused, or no answer: back off, and try the same again
+    └──the node is unknown─┘      refused, or no response: back off, then repeat the call
 """
 
 import ipaddress
@@ -21,15 +21,15 @@ from nodeagent.dispatcher.wire import Heartbeat, Payload, Register, as_json
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
-FAREWELL_TIMEOUT_S = 1.0
-ANSWER_MAX_BYTES = 64 * 1024
-# Changes that come together are told together, and a node that changes all the time tells it 5 times a second.
+LAST_HEARTBEAT_TIMEOUT_S = 1.0
+RESPONSE_MAX_BYTES = 64 * 1024
+# Changes within 0.1 s share one heartbeat, and a node that changes all the time sends 5 a second.
 COALESCE_S = 0.1
 CHANGE_INTERVAL_S = 0.2
 
 
 class NodeSource(Protocol):
-    """The node, as it is told about."""
+    """What the client needs of the node: the payloads that it sends."""
 
     def register_payload(self) -> Register: ...
 
@@ -37,10 +37,10 @@ class NodeSource(Protocol):
 
 
 class DispatcherClient:
-    """One node's registration and heartbeats. What changes is written by `run`, and at the end by `farewell`.
+    """One node's registration and heartbeats.
 
-    `registered` says that the dispatcher took the last registration and has not forgotten it; `trouble` what is wrong
-    with it now, None if nothing is.
+    `registered` is True while the dispatcher knows this node, as far as its responses say. `problem` is what is wrong
+    with the dispatcher now, None if nothing is. Only `run` changes them, and `register_again`.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class DispatcherClient:
         rng: random.Random | None = None,
     ) -> None:
         self.registered = False
-        self.trouble: str | None = None
+        self.problem: str | None = None
         self._base_url = base_url.rstrip("/")
         self._node = node
         self._interval_s = heartbeat_interval_s
         self._random = rng or random.Random()
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._transport = transport
-        # Made once: loading the certificates takes 40 ms.
+        # Created once: loading the certificates takes 40 ms.
         self._tls = httpx.create_ssl_context()
         self._sequence = 0
         self._failures = 0
@@ -72,35 +72,35 @@ class DispatcherClient:
         self._loop_ended.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Register and send heartbeats until cancelled, or until `farewell`. Raises nothing of its own."""
+        """Register and send heartbeats until cancelled, or until `stop`. Raises no errors of the dispatcher's."""
         self._loop_ended = trio.Event()
         task_status.started()
         try:
             with self._loop:
                 while True:
-                    await self._one_call()
+                    await self._call_once()
         finally:
             self._loop_ended.set()
 
-    def notice(self) -> None:
-        """Something about the node changed that the dispatcher should hear of soon."""
+    def heartbeat_soon(self) -> None:
+        """The node has changed: don't wait for the end of the interval."""
         self._changed.set()
 
     def register_again(self) -> None:
-        """What registration tells has changed, or an operator wants it: register at the next turn, which is soon."""
+        """The registration has changed, or an operator asks for one: register soon instead of sending a heartbeat."""
         self.registered = False
         self._changed.set()
 
-    async def farewell(self) -> None:
-        """End the loop and send one last heartbeat, if the dispatcher knows this node; bounded, never raises."""
+    async def stop(self) -> None:
+        """End `run`, and send a last heartbeat if the dispatcher knows this node. Takes 1 s at most, never raises."""
         self._loop.cancel()
         await self._loop_ended.wait()
         if self.registered:
-            response = await self._post("heartbeat", self._next_heartbeat(), FAREWELL_TIMEOUT_S)
-            logger.debug("the last heartbeat: %s", interpret(response))
+            response = await self._post("heartbeat", self._next_heartbeat(), LAST_HEARTBEAT_TIMEOUT_S)
+            logger.debug("dispatcher %s: last heartbeat: %s", self._base_url, interpret(response))
 
-    async def _one_call(self) -> None:
-        """Register or send a heartbeat, whichever is due, and wait until the next one is."""
+    async def _call_once(self) -> None:
+        """Register or send a heartbeat, whichever is due, and wait until the next call is due."""
         self._changed = trio.Event()
         began = trio.current_time()
         if self.registered:
@@ -109,15 +109,15 @@ class DispatcherClient:
             self._registered_at = began
             verdict = interpret(await self._post("register", self._node.register_payload(), CALL_TIMEOUT_S))
         was_registered = self.registered
-        self._take_in(verdict)
+        self._update(verdict)
         match verdict:
             case Accepted() if was_registered:
                 await self._until_due(began)
             case Accepted():
                 pass  # the first heartbeat follows at once
             case Unknown():
-                # At once, but not in step with all the other nodes that a restarted dispatcher forgot, and not over
-                # and over where it forgets them at once.
+                # With jitter, because a restarted dispatcher has forgotten all its nodes at the same time. And at most
+                # once an interval, in case it forgets this node again at once.
                 soonest = self._registered_at + self._interval_s
                 await trio.sleep_until(max(began + self._random.uniform(0, 1), soonest))
             case Refused(wait_s=wait_s):
@@ -129,36 +129,36 @@ class DispatcherClient:
             await trio.sleep(COALESCE_S)
             await trio.sleep_until(began + CHANGE_INTERVAL_S)
 
-    def _take_in(self, verdict: Verdict) -> None:
-        """Bring the state up to date; log what changed, not what goes on."""
+    def _update(self, verdict: Verdict) -> None:
+        """Follow a response. Only changes are logged, not each call."""
         match verdict:
             case Accepted(interval_s):
-                if self.trouble is not None or not self.registered:
+                if self.problem is not None or not self.registered:
                     logger.info("dispatcher %s: %s", self._base_url, "back" if self.registered else "registered")
-                self.registered, self.trouble, self._failures = True, None, 0
+                self.registered, self.problem, self._failures = True, None, 0
                 self._interval_s = interval_s or self._interval_s
             case Unknown(reason):
-                self._complain(reason, logging.WARNING)
+                self._report(reason, logging.WARNING)
                 self.registered = False
             case Refused(reason, error=error):
-                self._complain(reason, logging.ERROR if error else logging.WARNING)
+                self._report(reason, logging.ERROR if error else logging.WARNING)
                 self._failures += 1
 
-    def _complain(self, reason: str, level: int) -> None:
-        if reason != self.trouble:
-            logger.log(level, "dispatcher %s: %s; serving goes on", self._base_url, reason)
-        self.trouble = reason
+    def _report(self, reason: str, level: int) -> None:
+        if reason != self.problem:
+            logger.log(level, "dispatcher %s: %s; requests are still served", self._base_url, reason)
+        self.problem = reason
 
     def _next_heartbeat(self) -> Heartbeat:
         self._sequence += 1
         return self._node.heartbeat_payload(self._sequence)
 
     async def _post(self, what: str, payload: Payload, timeout_s: float) -> DispatcherResponse:
-        """One call with a deadline for all of it. Never raises; the answer is read up to a bound."""
+        """Make one call within `timeout_s`, the reading of the response included. Never raises."""
         with trio.move_on_after(timeout_s):
             try:
-                # A client for each call: calls are seconds apart, and there is no pool to be wedged by a cancelled
-                # one. The environment's proxies are for the world outside, and a dispatcher is on the mesh's network.
+                # One client per call: calls are seconds apart, and a cancelled call can't leave a broken pool behind.
+                # The environment's proxies are for other networks than the dispatcher's.
                 async with (
                     httpx.AsyncClient(
                         transport=self._transport,
@@ -167,31 +167,31 @@ class DispatcherClient:
                         trust_env=False,
                         headers=self._headers,
                     ) as http,
-                    http.stream("POST", f"{self._base_url}/v1/nodes/{what}", json=as_json(payload)) as answer,
+                    http.stream("POST", f"{self._base_url}/v1/nodes/{what}", json=as_json(payload)) as response,
                 ):
-                    return await _read(answer)
+                    return await _read(response)
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-                return DispatcherResponse(fault=f"it can't be reached: {error!r}")
-        return DispatcherResponse(fault=f"no whole answer within {timeout_s:g} s")
+                return DispatcherResponse(failure=f"call failed: {error!r}")
+        return DispatcherResponse(failure=f"no complete response within {timeout_s:g} s")
 
 
-async def _read(answer: httpx.Response) -> DispatcherResponse:
+async def _read(response: httpx.Response) -> DispatcherResponse:
     body = b""
-    async for chunk in answer.aiter_bytes():
-        # Read to the end and not kept: to leave the iteration would leave httpx's generators unfinished.
-        body = (body + chunk)[: ANSWER_MAX_BYTES + 1]
-    if len(body) > ANSWER_MAX_BYTES:
-        return DispatcherResponse(fault=f"its answer is longer than {ANSWER_MAX_BYTES} bytes")
-    return DispatcherResponse(answer.status_code, answer.headers, body)
+    async for chunk in response.aiter_bytes():
+        # The rest is read but not kept: leaving the iteration early would leave httpx's generators unfinished.
+        body = (body + chunk)[: RESPONSE_MAX_BYTES + 1]
+    if len(body) > RESPONSE_MAX_BYTES:
+        return DispatcherResponse(failure=f"response is longer than {RESPONSE_MAX_BYTES} bytes")
+    return DispatcherResponse(response.status_code, response.headers, body)
 
 
 def loopback_warning(base_url: str, dispatcher_base_url: str) -> str | None:
-    """What is odd about telling a dispatcher elsewhere that this node is on loopback, None if nothing is."""
+    """A warning if a dispatcher on another host is to reach this node on its loopback address, else None."""
     if not _is_loopback(base_url) or _is_loopback(dispatcher_base_url):
         return None
     return (
-        f"the dispatcher at {dispatcher_base_url} is told that this node is at {base_url}, which only this host can "
-        "reach; set listen_host or advertise_url"
+        f"the dispatcher at {dispatcher_base_url} can't reach this node at {base_url}, a loopback address; "
+        "set listen_host or advertise_url"
     )
 
 

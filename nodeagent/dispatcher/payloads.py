@@ -1,4 +1,4 @@
-"""From the node's snapshot to what goes on the wire."""
+"""Builds the payloads from a snapshot of the node. Pure, but for the time of sending."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,6 +25,7 @@ def heartbeat(node: NodeSnapshot, sequence: int) -> wire.Heartbeat:
         sent_at=sent_at,
         status=node.state.status.value,
         reasons=list(node.state.reasons),
+        reason_codes=[code.value for code in node.state.reason_codes],
         devices=[wire.DeviceState(**_device_state(device, node.now, sent_at)) for device in node.devices],
         models=[wire.ModelState(**_model_state(node, model)) for model in node.models],
     )
@@ -54,6 +55,7 @@ def inventory(node: NodeSnapshot) -> wire.Inventory:
         sent_at=sent_at,
         status=node.state.status.value,
         reasons=list(node.state.reasons),
+        reason_codes=[code.value for code in node.state.reason_codes],
         devices=devices,
         models=models,
     )
@@ -120,6 +122,7 @@ def _server(server: ServerView[Any], now: float, sent_at: datetime) -> wire.Serv
         ready_in_s=None if server.retry_at is None else round(max(0.0, server.retry_at - now), 3),
         slots=server.slots,
         reason=server.reason,
+        reason_code=server.reason_code,
     )
 
 

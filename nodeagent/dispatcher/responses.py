@@ -1,4 +1,4 @@
-"""What a dispatcher's answer means for the node: the pure part of its client."""
+"""What a dispatcher's response means for the node: the pure part of its client."""
 
 import email.utils
 import random
@@ -16,17 +16,17 @@ BACKOFF_LONGEST_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class DispatcherResponse:
-    """What came back of a call: the answer, or why there was none (`fault`)."""
+    """The response to a call; `failure` says why there is none."""
 
     status: int = 0
     headers: Mapping[str, str] | None = None
     body: bytes = b""
-    fault: str | None = None
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """All is well; `interval_s` is the heartbeat interval that the dispatcher asks for, None if it does not."""
+    """The call succeeded. `interval_s` is the heartbeat interval that the dispatcher asks for, None if it does not."""
 
     interval_s: float | None = None
 
@@ -40,9 +40,9 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Try again later: after `wait_s` if the dispatcher said so, else by back-off.
+    """The call failed: repeat it after `wait_s` if the dispatcher gave one, else after a back-off.
 
-    `error` marks what a person has to mend: another incarnation is newer, or the token is wrong.
+    `error` marks what a person has to fix: another incarnation is newer, or the token is wrong.
     """
 
     reason: str
@@ -54,26 +54,26 @@ Verdict = Accepted | Unknown | Refused
 
 
 def interpret(response: DispatcherResponse) -> Verdict:
-    """What follows from a response to a registration or a heartbeat."""
-    if response.fault is not None:
-        return Refused(response.fault)
+    """What the node does after this response to a registration or a heartbeat."""
+    if response.failure is not None:
+        return Refused(response.failure)
     match response.status:
         case status if 200 <= status < 300:
             return _accepted(response)
         case 404 | 410:
-            return Unknown(f"it answers {response.status}: the node is not known there")
+            return Unknown(f"responded with {response.status}: it doesn't know this node")
         case 409:
-            return Refused("it answers 409: a newer incarnation of this node_id is registered", error=True)
+            return Refused("responded with 409: a newer incarnation of this node_id is registered", error=True)
         case 401 | 403:
-            return Refused(f"it answers {response.status}: the token is missing or wrong", error=True)
+            return Refused(f"responded with {response.status}: the token is missing or wrong", error=True)
         case 429 | 503:
-            return Refused(f"it answers {response.status}", _retry_after_s(response.headers or {}))
+            return Refused(f"responded with {response.status}", _retry_after_s(response.headers or {}))
         case _:
-            return Refused(f"it answers {response.status}")
+            return Refused(f"responded with {response.status}")
 
 
 def backoff_s(failures: int, rng: random.Random) -> float:
-    """How long to wait after so many failures in a row: full jitter, over 1 s doubling to 60 s."""
+    """How long to wait after this many failures in a row: full jitter, up to 1 s, doubling to 60 s."""
     longest = min(BACKOFF_LONGEST_S, BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10))
     return rng.uniform(0, longest)
 
@@ -84,14 +84,14 @@ def _accepted(response: DispatcherResponse) -> Verdict:
     try:
         interval_s = HeartbeatResponse.model_validate_json(response.body).heartbeat_interval_s
     except ValidationError as error:
-        return Refused(f"it answers {response.status} with no JSON object that we know: {error.errors()[0]['msg']}")
+        return Refused(f"responded with {response.status} and an unusable body: {error.errors()[0]['msg']}")
     if interval_s is None:
         return Accepted()
     return Accepted(min(max(interval_s, INTERVAL_MIN_S), INTERVAL_MAX_S))
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """`Retry-After`, in seconds or as a date, within bounds; None where it says nothing."""
+    """`Retry-After`, given in seconds or as a date, within bounds; None if it is missing or unusable."""
     value = headers.get("retry-after", "")
     try:
         wait_s = float(value)

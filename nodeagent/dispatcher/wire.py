@@ -1,7 +1,7 @@
-"""What goes over the wire between a node and the dispatcher, and out of `/v1/node/inventory`.
+"""The payloads between node and dispatcher, and of `/v1/node/inventory`; README.md shows an example of each.
 
 Sizes in bytes, durations in seconds, times in RFC 3339 and UTC; what is unknown is null. Writers send every field,
-readers pass over those that they don't know. `protocol` rises when a field changes its meaning.
+readers ignore fields that they don't know. `protocol` rises when a field changes its meaning.
 """
 
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
 
 
 class Payload(BaseModel):
-    """Part of a message."""
+    """A message, or part of one."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -48,7 +48,7 @@ class RegisteredModel(Payload):
 
 
 class Register(Payload):
-    """`POST /v1/nodes/register`: the node and what it has. Replaces what was there under the same `node_id`."""
+    """`POST /v1/nodes/register`: the node and what it has. It replaces an earlier one with the same `node_id`."""
 
     protocol: int = PROTOCOL
     node_id: str
@@ -76,7 +76,7 @@ class Metrics(Payload):
 
 
 class LaneLoad(Payload):
-    """Requests of one device. `estimated_wait_s`: when one that came now would start."""
+    """The requests of one device. `estimated_wait_s`: when a request that arrives now would start."""
 
     in_flight: int
     waiting: int
@@ -86,7 +86,7 @@ class LaneLoad(Payload):
 
 
 class Server(Payload):
-    """One server. `ready_in_s`: when one that is backing off is started again."""
+    """One server. `ready_in_s`: when a server that is backing off restarts, or a failed one may be started again."""
 
     model_id: str
     state: str
@@ -95,6 +95,7 @@ class Server(Payload):
     ready_in_s: float | None
     slots: int
     reason: str | None
+    reason_code: str | None
 
 
 class DeviceState(Payload):
@@ -105,7 +106,8 @@ class DeviceState(Payload):
 
 
 class ModelState(Payload):
-    """Where a model is; `load_time_s` is the shortest average of the devices, null before the first load."""
+    """The devices on which a model is loaded. `load_time_s` is the shortest average of the devices, null before the
+    first load."""
 
     model_id: str
     loaded_on: list[str]
@@ -115,7 +117,10 @@ class ModelState(Payload):
 
 
 class Heartbeat(Payload):
-    """`POST /v1/nodes/heartbeat`: how the node is. `sequence` rises; a reader drops one that is older."""
+    """`POST /v1/nodes/heartbeat`: the status of the node. `reason_codes` has one code for each of `reasons`, in order.
+
+    `sequence` rises with each heartbeat; a reader drops one that is older.
+    """
 
     protocol: int = PROTOCOL
     node_id: str
@@ -124,25 +129,26 @@ class Heartbeat(Payload):
     sent_at: Time
     status: str
     reasons: list[str]
+    reason_codes: list[str]
     devices: list[DeviceState]
     models: list[ModelState]
 
 
 class HeartbeatResponse(Payload):
-    """What a dispatcher may answer to either."""
+    """The response to both calls; the body may also be empty."""
 
     heartbeat_interval_s: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class InventoryDevice(RegisteredDevice, DeviceState):
-    """A device with its state and what the configuration says of it."""
+    """A device with its state and its configuration."""
 
     threads: int | None
     cpus: list[int] | None
 
 
 class InventoryModel(RegisteredModel, ModelState):
-    """A model with its state and what the configuration says of it; `arguments` are llama-server's."""
+    """A model with its state and its configuration; `arguments` are llama-server's."""
 
     path: str
     arguments: list[str]
@@ -150,7 +156,7 @@ class InventoryModel(RegisteredModel, ModelState):
 
 
 class Inventory(Payload):
-    """`GET /v1/node/inventory`: registration and heartbeat in one, with facts of the configuration."""
+    """`GET /v1/node/inventory`: registration and heartbeat in one, with parts of the configuration."""
 
     protocol: int = PROTOCOL
     node_id: str
@@ -164,10 +170,11 @@ class Inventory(Payload):
     roles: list[str]
     status: str
     reasons: list[str]
+    reason_codes: list[str]
     devices: list[InventoryDevice]
     models: list[InventoryModel]
 
 
 def as_json(payload: Payload) -> dict[str, Any]:
-    """The payload as it is sent, every field of it."""
+    """The payload as it is sent, with every field."""
     return payload.model_dump(mode="json")

@@ -44,7 +44,7 @@ class AgentProcess:
         self.base_url = ""
 
     def wait_ready(self, timeout_s: float = 30.0) -> "AgentProcess":
-        line = self.wait_for_line(lambda line: " takes requests at " in line["message"], timeout_s)
+        line = self.wait_for_line(lambda line: " accepts requests at " in line["message"], timeout_s)
         self.base_url = str(line["message"]).rpartition(" ")[2]
         return self
 

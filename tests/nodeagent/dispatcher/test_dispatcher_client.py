@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from fakes.box import Box
+from fakes.node_source import FakeNodeSource
 from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
 
 Answer = Callable[[str, int], httpx.Response]
@@ -54,7 +54,7 @@ def client_of(dispatcher: Dispatcher, token: str | None = None) -> DispatcherCli
     return DispatcherClient(
         "http://dispatcher:9000/",
         token=token,
-        node=Box(),
+        node=FakeNodeSource(),
         heartbeat_interval_s=10,
         transport=dispatcher,
         rng=random.Random(1),
@@ -87,12 +87,12 @@ async def test_changes_are_told_soon_together_and_at_most_five_times_a_second(au
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_for, client, 3.5)
         await trio.sleep(2)
-        client.notice()
-        client.notice()
+        client.heartbeat_soon()
+        client.heartbeat_soon()
         await trio.sleep(0.15)
         assert dispatcher.times("heartbeat") == [0, 2.1]
         for _ in range(100):
-            client.notice()
+            client.heartbeat_soon()
             await trio.sleep(0.01)
     told = dispatcher.times("heartbeat")[1:]
     assert all(later - earlier >= 0.2 - 1e-9 for earlier, later in itertools.pairwise(told))
@@ -118,7 +118,7 @@ async def test_failures_are_retried_ever_more_slowly_logged_once_and_its_return_
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("nodeagent")]
     assert [message.split(": ", 1)[1] for message in messages] == [
         "registered",
-        "it answers 500; serving goes on",
+        "responded with 500; requests are still served",
         "back",
     ]
 
@@ -130,20 +130,20 @@ async def test_a_dispatcher_that_hangs_costs_one_call_at_a_time_and_five_seconds
     client = client_of(dispatcher)
     await run_for(client, 30)
     assert len(dispatcher.calls) <= 6
-    assert client.trouble == "no whole answer within 5 s"
+    assert client.problem == "no complete response within 5 s"
 
 
 async def test_an_answer_that_is_too_long_is_no_answer(autojump_clock: MockClock) -> None:
     client = client_of(Dispatcher(lambda _what, _number: httpx.Response(200, content=b" " * 70_000)))
     await run_for(client, 1)
-    assert client.trouble == "its answer is longer than 65536 bytes"
+    assert client.problem == "response is longer than 65536 bytes"
 
 
 async def test_redirects_are_not_followed(autojump_clock: MockClock) -> None:
     dispatcher = Dispatcher(lambda _what, _number: httpx.Response(307, headers={"location": "http://elsewhere/"}))
     client = client_of(dispatcher)
     await run_for(client, 0.2)
-    assert client.trouble == "it answers 307"
+    assert client.problem == "responded with 307"
     assert {call for call, _at in dispatcher.calls} == {"register"}
 
 
@@ -155,26 +155,26 @@ async def test_a_wrong_token_is_an_error_in_the_log_once(
     assert "secret" not in caplog.text
 
 
-async def test_farewell_ends_the_loop_with_one_last_heartbeat_within_a_second(autojump_clock: MockClock) -> None:
+async def test_stopping_sends_one_last_heartbeat_within_a_second(autojump_clock: MockClock) -> None:
     dispatcher = Dispatcher(ok)
     client = client_of(dispatcher)
     async with trio.open_nursery() as nursery:
         await nursery.start(client.run)
         await trio.sleep(5)
         dispatcher.takes_s = 1000
-        await client.farewell()
+        await client.stop()
         assert trio.current_time() == pytest.approx(6)
     assert dispatcher.times("heartbeat") == [0, 5]
 
 
-async def test_farewell_says_nothing_to_a_dispatcher_that_does_not_know_the_node(autojump_clock: MockClock) -> None:
+async def test_stopping_sends_nothing_to_a_dispatcher_that_does_not_know_the_node(autojump_clock: MockClock) -> None:
     dispatcher = Dispatcher(lambda _what, _number: httpx.Response(500))
     client = client_of(dispatcher)
     async with trio.open_nursery() as nursery:
         await nursery.start(client.run)
         await trio.sleep(5)
         calls = len(dispatcher.calls)
-        await client.farewell()
+        await client.stop()
     assert len(dispatcher.calls) == calls
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import trio
 
-from fakes.box import Box
+from fakes.node_source import FakeNodeSource
 from nodeagent.dispatcher.client import DispatcherClient
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -16,12 +16,12 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 MISDEEDS: dict[str, tuple[bytes, str]] = {
     "404": (b"HTTP/1.1 404 X\r\nContent-Length: 0\r\n\r\n", "404"),
     "500": (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "500"),
-    "garbage": (b"SSH-2.0-OpenSSH_9.2\r\n", "can't be reached"),
-    "garbage body": (b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n<html/>", "no JSON"),
+    "garbage": (b"SSH-2.0-OpenSSH_9.2\r\n", "call failed"),
+    "garbage body": (b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n<html/>", "unusable body"),
     "huge": (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b" " * 100_000, "longer than 65536"),
     "redirect": (b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", "302"),
-    "half": (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", "can't be reached"),
-    "nothing": (b"", "can't be reached"),
+    "half": (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", "call failed"),
+    "nothing": (b"", "call failed"),
 }
 
 
@@ -57,7 +57,7 @@ class Impatient(random.Random):
 
 def client_at(port: int) -> DispatcherClient:
     url = f"http://127.0.0.1:{port}"
-    return DispatcherClient(url, token=None, node=Box(), heartbeat_interval_s=0.05, rng=Impatient())
+    return DispatcherClient(url, token=None, node=FakeNodeSource(), heartbeat_interval_s=0.05, rng=Impatient())
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -74,11 +74,11 @@ async def test_whatever_it_answers_the_client_names_it_and_is_back_when_it_is(mi
             await nursery.start(client.run)
             await until(lambda: "heartbeat" in server.asked)
             server.answer, said = MISDEEDS[misdeed]
-            await until(lambda: client.trouble is not None)
-            assert said in str(client.trouble)
+            await until(lambda: client.problem is not None)
+            assert said in str(client.problem)
             server.answer = OK
             server.asked.clear()
-            await until(lambda: client.trouble is None and "heartbeat" in server.asked)
+            await until(lambda: client.problem is None and "heartbeat" in server.asked)
             assert ("register" in server.asked) == (misdeed == "404")
             nursery.cancel_scope.cancel()
 
@@ -91,9 +91,9 @@ async def test_a_dispatcher_may_come_late_and_go_and_come_again() -> None:
         async with trio.open_nursery() as nursery:
             client = client_at(port)
             await nursery.start(client.run)
-            await until(lambda: client.trouble is not None)
+            await until(lambda: client.problem is not None)
             for _ in range(2):
                 async with server.listening(port):
-                    await until(lambda: client.trouble is None and client.registered)
-                await until(lambda: client.trouble is not None)
+                    await until(lambda: client.problem is None and client.registered)
+                await until(lambda: client.problem is not None)
             nursery.cancel_scope.cancel()

@@ -1,12 +1,12 @@
-"""A node for a dispatcher's client to tell about."""
+"""A node for the dispatcher's client to report on: it never changes and has no devices."""
 
 from datetime import UTC, datetime
 
 from nodeagent.dispatcher.wire import Heartbeat, Register
 
 
-class Box:
-    """A node that is told about."""
+class FakeNodeSource:
+    """Implements `dispatcher.client.NodeSource`."""
 
     def register_payload(self) -> Register:
         return Register(
@@ -30,6 +30,7 @@ class Box:
             sent_at=datetime.now(UTC),
             status="ready",
             reasons=[],
+            reason_codes=[],
             devices=[],
             models=[],
         )
