@@ -1,5 +1,6 @@
 """The configuration: its keys, reading them from a YAML file, and checking what they name on this host."""
 
+from nodeagent.config.help_flags import parse_help, unknown_to_binary
 from nodeagent.config.host_checks import (
     check_config,
     find_llama_server,
@@ -25,6 +26,8 @@ __all__ = [
     "markdown_reference",
     "missing_models",
     "parse_config",
+    "parse_help",
     "read_token",
+    "unknown_to_binary",
     "with_keys",
 ]

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from nodeagent.config.keys import NodeConfig
 from nodeagent.config.loading import in_order, read_source, validated
 from nodeagent.config.problems import shown
+from nodeagent.config.server_flags import file_args, must_exist
 from nodeagent.config.values import AbsolutePath
 from nodeagent.config.yaml_source import KeyPath, Source, where
 from nodeagent.errors import ConfigError, Problem
@@ -89,9 +90,32 @@ def missing_models(config: NodeConfig) -> list[Problem]:
     return list(_missing(config.source, named))
 
 
+def missing_files(config: NodeConfig) -> list[Problem]:
+    """A problem for each file in `server_args` that a server would fail to read (a missing LoRA makes it crash)."""
+    problems = []
+    for index, model in enumerate(config.models):
+        for name, value in model.server_args.items():
+            for file in file_args(name, value) if must_exist(name) else ():
+                if (fault := _unreadable(Path(file.path))) is not None:
+                    key = ("models", index, "server_args", name)
+                    problems.append(config.problem(key, f"can't be used: {file.path}: {fault}"))
+    return problems
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why this file can't be read, None if it can."""
+    try:
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # a NUL in the path
+        return str(error)
+
+
 def host_problems(config: NodeConfig) -> list[Problem]:
     """What the configuration names and this host lacks: the binary, the token file, CPUs, models."""
-    problems = [*_missing_cpus(config), *missing_models(config)]
+    problems = [*_missing_cpus(config), *missing_models(config), *missing_files(config)]
     for look in (find_llama_server, read_token):
         try:
             look(config)

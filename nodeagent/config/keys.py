@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, 
 
 from nodeagent.config.checks import MAX_SLOTS
 from nodeagent.config.problems import DEVICE_ID, MODEL_NAME, NODE_ID
+from nodeagent.config.server_flags import FlagValue, with_files
 from nodeagent.config.values import (
     AbsolutePath,
     AsTuple,
@@ -22,11 +23,15 @@ from nodeagent.config.values import (
     Command,
     Cpus,
     FlashAttn,
+    GpuLayers,
     Host,
     Label,
     MainGpu,
     ServerArg,
     TensorSplit,
+    Threads,
+    absolute,
+    folder_of,
 )
 from nodeagent.config.yaml_source import KeyPath, Source
 from nodeagent.errors import Problem
@@ -131,15 +136,12 @@ class ModelConfig(Keys):
     )
     batch_size: int | None = Field(default=None, ge=1, le=_INT_MAX, description="Logical batch size in tokens (-b).")
     ubatch_size: int | None = Field(default=None, ge=1, le=_INT_MAX, description="Physical batch size in tokens (-ub).")
-    threads: int | None = Field(default=None, ge=1, le=4096, description="CPU threads for generation (-t).")
-    threads_batch: int | None = Field(
-        default=None,
-        ge=1,
-        le=4096,
-        description="CPU threads for prompt processing (-tb); the same as `threads` by default.",
+    threads: Threads | None = Field(default=None, description="CPU threads for generation (-t); -1 uses all cores.")
+    threads_batch: Threads | None = Field(
+        default=None, description="CPU threads for prompt processing (-tb); the same as `threads` by default."
     )
-    gpu_layers: int | None = Field(
-        default=None, ge=0, le=100_000, description="Number of layers to keep on the GPU (-ngl)."
+    gpu_layers: GpuLayers | None = Field(
+        default=None, description="Number of layers to keep on the GPU (-ngl), or all, or auto (also -1)."
     )
     main_gpu: MainGpu | None = Field(
         default=None, description="Main GPU (-mg); only 0, since a server sees one device."
@@ -184,6 +186,20 @@ class ModelConfig(Keys):
         description="Any other flag of llama-server, written with _ or -: true gives a bare flag, false or null omits "
         "it, a list repeats it.",
     )
+
+    @field_validator("server_args")
+    @classmethod
+    def _resolve_files(cls, value: dict[str, FlagValue], info: ValidationInfo) -> dict[str, FlagValue]:
+        """Files in flags are resolved like `path`."""
+        folder = folder_of(info)
+        return {name: with_files(name, one, lambda path: absolute(path, folder)) for name, one in value.items()}
+
+    @property
+    def gpu_layer_count(self) -> int | None:
+        """How many layers are asked for on the GPU, at most; None if llama-server decides."""
+        if self.gpu_layers == "all":
+            return _INT_MAX
+        return self.gpu_layers if isinstance(self.gpu_layers, int) and self.gpu_layers >= 0 else None
 
     @property
     def server_name(self) -> str:

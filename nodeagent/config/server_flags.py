@@ -5,8 +5,9 @@ in the table is used as it is, since other builds have other flags.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 FlagValue = bool | int | float | str | tuple[int | float | str, ...] | None
 
@@ -92,12 +93,45 @@ _OWNED = {
     "ssl-key-file ssl-cert-file": "the agent speaks plain HTTP to its server on the loopback",
     "path api-prefix ui": "the server has no user but the agent",
     "slots": "the agent asks the server for its slots",
-    "log-disable": "the agent learns the server's address from its log",
+    "log-disable log-file": "the agent reads the server's output",
+    "tools tools-runtime agent ui-mcp-proxy mcp-servers-config mcp-servers-json": (
+        "it lets clients run commands on this host, or reach others through it"
+    ),
+    "media-path": "it lets clients read files of this host",
+    "props": "it lets clients change the server's settings for all others",
+    "cors-origins cors-methods cors-headers cors-credentials": "no web page reaches the server directly",
+    "log-prompts-dir": "it writes every client's prompts to files",
+    "sleep-idle-seconds": (
+        "it has known vulnerabilities (CVE-2026-43631, CVE-2026-43632); use the key `idle_unload_s`"
+    ),
     "help version license cache-list completion-bash list-devices": "the server would print something and exit",
 }
 
 # The least of llama-server's verbosities at which it prints where it listens.
 _VERBOSITY_INFO = 3
+
+# The flags whose value is a file that the server reads when it starts.
+_READS_FILE = frozenset(
+    {
+        "chat-template-file",
+        "control-vector",
+        "control-vector-scaled",
+        "grammar-file",
+        "json-schema-file",
+        "lookup-cache-static",
+        "lora",
+        "lora-scaled",
+        "mmproj",
+        "model-vocoder",
+        "spec-draft-model",
+        "ui-config-file",
+    }
+)
+# And one that it writes: the file need not exist.
+_WRITES_FILE = frozenset({"lookup-cache-dynamic"})
+# Comma-separated files, and files that are followed by a number: FILE:SCALE.
+_SEVERAL_FILES = frozenset({"control-vector", "control-vector-scaled", "lora", "lora-scaled"})
+_SCALED_FILES = frozenset({"control-vector-scaled", "lora-scaled"})
 
 # The flags that have a key of their own in `models[]`.
 _STRUCTURED = {
@@ -191,6 +225,43 @@ def sets_flag(server_args: Mapping[str, FlagValue], name: str) -> bool:
     return any(
         value is not None and value is not False and find_flag(key) == flag for key, value in server_args.items()
     )
+
+
+@dataclass(frozen=True, slots=True)
+class FileArg:
+    """A file in a flag's value; `scale` is what follows it in the value (":0.5"), "" if nothing does."""
+
+    path: str
+    scale: str = ""
+
+
+def file_args(name: str, value: FlagValue) -> list[FileArg]:
+    """The files that this flag's value names, in order; none if the flag takes no file."""
+    flag = find_flag(name)
+    if flag is None or flag.name not in _READS_FILE | _WRITES_FILE:
+        return []
+    texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str) and item]
+    if flag.name in _SEVERAL_FILES:
+        texts = [part for text in texts for part in text.split(",") if part]
+    if flag.name not in _SCALED_FILES:
+        return [FileArg(text) for text in texts]
+    parts = [text.rpartition(":") for text in texts]
+    return [FileArg(path, f":{scale}") if colon else FileArg(scale) for path, colon, scale in parts]
+
+
+def must_exist(name: str) -> bool:
+    """Whether the files of this flag must exist when the server starts."""
+    flag = find_flag(name)
+    return flag is not None and flag.name in _READS_FILE
+
+
+def with_files(name: str, value: FlagValue, resolve: Callable[[str], Path]) -> FlagValue:
+    """The value with its files resolved; as it is if the flag takes no file."""
+    files = file_args(name, value)
+    if not files:
+        return value
+    resolved = tuple(f"{resolve(file.path)}{file.scale}" for file in files)
+    return resolved if isinstance(value, tuple) else ",".join(resolved)
 
 
 def check_server_args(server_args: Mapping[str, object], model: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -16,11 +16,16 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator, Validation
 from nodeagent.config.problems import shown
 from nodeagent.config.server_flags import FlagValue
 
+# llama-server reads its numbers as 32-bit integers.
+_INT_MAX = 2**31 - 1
+_THREADS_MAX = 4096
+
 # A host name that no resolver takes for a number ("0" is 0.0.0.0 to most): its last label starts with a letter.
 _HOST_NAME = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)*[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")
 
 
-def _absolute(value: object, info: ValidationInfo) -> Path:
+def absolute(value: object, folder: Path) -> Path:
+    """A path as it is configured: `~` expanded, a relative one from the folder on. Raises ValueError."""
     if isinstance(value, Path):
         return value
     if not isinstance(value, str) or not value or "\0" in value:
@@ -29,9 +34,17 @@ def _absolute(value: object, info: ValidationInfo) -> Path:
         path = Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError(f"starts in a home folder that is not known here, found {shown(value)}") from error
-    folder = info.context if isinstance(info.context, Path) else Path.cwd()
     # Lexically: a symbolic link in the path may be switched on purpose, and `..` is rare.
     return Path(os.path.normpath(folder / path))
+
+
+def folder_of(info: ValidationInfo) -> Path:
+    """Where relative paths start: the validation context."""
+    return info.context if isinstance(info.context, Path) else Path.cwd()
+
+
+def _absolute(value: object, info: ValidationInfo) -> Path:
+    return absolute(value, folder_of(info))
 
 
 def _command(value: object, info: ValidationInfo) -> str:
@@ -43,7 +56,8 @@ def _command(value: object, info: ValidationInfo) -> str:
 def _base_url(value: str) -> str:
     try:
         parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and value.isprintable()
+        usable = parts.scheme in ("http", "https") and parts.port != 0 and value.isprintable()
+        usable = usable and is_host(parts.hostname or "")
     except ValueError:
         usable = False
     if not usable or " " in value:
@@ -55,6 +69,16 @@ def _base_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def is_host(value: str) -> bool:
+    """Whether this is an IP address or a host name within DNS limits (RFC 1035: 63 bytes a label, 253 in all)."""
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        labels = value.removesuffix(".").split(".")
+        return len(value) <= 253 and all(len(label) <= 63 for label in labels) and bool(_HOST_NAME.fullmatch(value))
+    return True
+
+
 def is_unspecified(host: str) -> bool:
     """Whether this address means all addresses of the host (0.0.0.0, ::)."""
     try:
@@ -64,13 +88,10 @@ def is_unspecified(host: str) -> bool:
 
 
 def _host(value: str) -> str:
-    try:
-        ipaddress.ip_address(value)
-    except ValueError as error:
-        if not _HOST_NAME.fullmatch(value):
-            raise ValueError(
-                f"must be an IP address without brackets or a host's name (0.0.0.0 or :: for all), found {shown(value)}"
-            ) from error
+    if not is_host(value):
+        raise ValueError(
+            f"must be an IP address without brackets or a host name (0.0.0.0 or :: for all), found {shown(value)}"
+        )
     return value
 
 
@@ -82,9 +103,23 @@ def _label(value: str) -> str:
 
 def _on_off_auto(value: object) -> str:
     word = ("off", "on")[value] if isinstance(value, bool) else value
+    word = word.lower() if isinstance(word, str) else word
     if not isinstance(word, str) or word not in ("on", "off", "auto"):
         raise ValueError(f"must be true, false, on, off or auto, found {shown(value)}")
     return word
+
+
+def _gpu_layers(value: object) -> int | str:
+    word = value.lower() if isinstance(value, str) else value
+    if word in ("all", "auto") or (type(word) is int and -1 <= word <= _INT_MAX):
+        return word
+    raise ValueError(f"must be a whole number from -1 on, all or auto, found {shown(value)}")
+
+
+def _threads(value: object) -> int:
+    if type(value) is int and (value == -1 or 1 <= value <= _THREADS_MAX):
+        return value
+    raise ValueError(f"must be a whole number from 1 to {_THREADS_MAX}, or -1 for all cores, found {shown(value)}")
 
 
 def check_main_gpu(value: object) -> None:
@@ -159,6 +194,10 @@ FlashAttn = Annotated[
     Literal["on", "off", "auto"],
     PlainValidator(_on_off_auto, json_schema_input_type=bool | Literal["on", "off", "auto"]),
 ]
+GpuLayers = Annotated[
+    int | Literal["all", "auto"], PlainValidator(_gpu_layers, json_schema_input_type=int | Literal["all", "auto"])
+]
+Threads = Annotated[int, PlainValidator(_threads, json_schema_input_type=int)]
 MainGpu = Annotated[int, AfterValidator(_main_gpu)]
 TensorSplit = Annotated[tuple[float, ...], PlainValidator(split_shares, json_schema_input_type=list[float] | str)]
 Cpus = Annotated[frozenset[int], PlainValidator(_cpus, json_schema_input_type=list[int])]

@@ -5,14 +5,16 @@ words (llama-server has flags with such values), and `1:30` and `2026-11-23` sta
 key `<<` is kept, because several models often share their settings.
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
+from nodeagent.config.variables import expand
 from nodeagent.errors import Problem
 
 KeyPath = tuple[str | int, ...]
@@ -92,13 +94,16 @@ def where(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
-def read_yaml(text: str, file: Path) -> Source:
-    """Parse `text`. Never raises for its content: everything that is wrong is in `problems` of the result."""
+def read_yaml(text: str, file: Path, environ: Mapping[str, str] = os.environ) -> Source:
+    """Parse `text`, with references to variables replaced from `environ`.
+
+    Never raises for its content: everything that is wrong is in `problems` of the result.
+    """
     source = Source(file)
     try:
         node = _Loader(text).get_single_node()
         if node is not None:
-            source.value = _Builder(source).build(node, ())
+            source.value = _Builder(source, environ).build(node, ())
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         said = ", ".join(part for part in (error.context, error.problem) if part)
@@ -113,8 +118,9 @@ def read_yaml(text: str, file: Path) -> Source:
 class _Builder:
     """Turns the nodes of one document into values. Writes the lines and problems of its `Source`."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, environ: Mapping[str, str]) -> None:
         self._source = source
+        self._environ = environ
         self._built = 0  # rises with every value
         self._open: set[int] = set()  # the nodes being built, by identity: an anchor may hold itself
 
@@ -145,7 +151,12 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> object:
         text = str(node.value)
+        if "${" in text:
+            node, text = self._expanded(node, path)
         if node.tag == _STR:
+            if not _is_encodable(text):
+                self._report(node, path, "holds a character that can't be encoded in UTF-8 (a lone surrogate)")
+                return ""
             return text
         pattern = _CORE_SCHEMA.get(node.tag)
         if pattern is None or not pattern[0].fullmatch(text):
@@ -162,6 +173,16 @@ class _Builder:
         if node.tag == _FLOAT:
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         return None
+
+    def _expanded(self, node: yaml.ScalarNode, path: KeyPath) -> tuple[yaml.ScalarNode, str]:
+        """The scalar with its variables replaced; an unquoted one gets the type of what it then says."""
+        try:
+            text = expand(str(node.value), self._environ)
+        except ValueError as error:
+            self._report(node, path, str(error))
+            return node, str(node.value)
+        tag = _plain_tag(text) if node.style is None and node.tag == _STR else node.tag
+        return yaml.ScalarNode(tag, text, node.start_mark, node.end_mark, node.style), text
 
     def _sequence(self, node: yaml.SequenceNode, path: KeyPath) -> list[object]:
         values: list[object] = []
@@ -204,6 +225,20 @@ class _Builder:
                 else:
                     self._report(part, path, "<< takes a mapping or a list of mappings")
         return values
+
+
+def _plain_tag(text: str) -> str:
+    """The tag of an unquoted scalar."""
+    return next((tag for tag, (pattern, _first) in _CORE_SCHEMA.items() if pattern.fullmatch(text)), _STR)
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether the text can be an argument, a file name or a header: a lone surrogate can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_merge(node: yaml.Node) -> bool:

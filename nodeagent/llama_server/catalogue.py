@@ -84,7 +84,7 @@ def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | N
     if total is None or any(sets_flag(model.server_args, flag) for flag in _SPARING):
         return None
     on_cpu = device.backend == "cpu"
-    if not on_cpu and (model.gpu_layers is None or model.gpu_layers < header.layers):
+    if not on_cpu and (model.gpu_layer_count is None or model.gpu_layer_count < header.layers):
         return None
     needed = header.estimate_bytes(ctx_size=model.ctx_size) - (header.size_bytes if on_cpu else 0)
     if needed <= total:

@@ -1,5 +1,7 @@
+import json
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from nodeagent.config import (
     parse_config,
     read_token,
 )
+from nodeagent.config.server_flags import flags_argv
 from nodeagent.errors import ConfigError
 
 FILE = Path("/etc/node/agent.yaml")
@@ -270,10 +273,10 @@ def test_a_wrong_value_is_refused_with_what_was_found_and_what_would_be_right(ke
         ("ctx_size", "99999999999", "must be at most 2147483647, found 99999999999"),
         ("batch_size", "0", "must be at least 1, found 0"),
         ("ubatch_size", "0", "must be at least 1, found 0"),
-        ("threads", "-1", "must be at least 1, found -1"),
-        ("threads_batch", "0", "must be at least 1, found 0"),
-        ("gpu_layers", "-1", "must be at least 0, found -1"),
-        ("gpu_layers", "all", "must be a whole number, found 'all'"),
+        ("threads", "-2", "must be a whole number from 1 to 4096, or -1 for all cores, found -2"),
+        ("threads_batch", "0", "must be a whole number from 1 to 4096, or -1 for all cores, found 0"),
+        ("gpu_layers", "-2", "must be a whole number from -1 on, all or auto, found -2"),
+        ("gpu_layers", "some", "must be a whole number from -1 on, all or auto, found 'some'"),
         ("main_gpu", "1", "must be 0, found 1: a server sees one device only"),
         ("main_gpu", "'0'", "must be a whole number, found '0'"),
         ("tensor_split", "[1, 1]", "must give everything to one device, like [1], found [1, 1]"),
@@ -324,7 +327,7 @@ def test_a_wrong_key_of_a_model_is_refused(key: str, value: str, said: str) -> N
         *((name, "x", "has no user but the agent") for name in ("path", "api_prefix", "ui", "no-webui")),
         *((name, "true", "asks the server for its slots") for name in ("slots", "no-slots")),
         *((name, "true", "would print something and exit") for name in ("h", "help", "version", "list_devices", "cl")),
-        ("log_disable", "true", "learns the server's address from its log"),
+        ("log_disable", "true", "reads the server's output"),
         ("log_verbosity", "2", "must be at least 3, found 2"),
         *((name, "true", "needs a value, found true") for name in ("fa", "ctk", "cache_type_k", "temp", "fit", "np")),
         ("flash-attn", "true", "needs a value, found true (on, off or auto)"),
@@ -638,3 +641,40 @@ def test_tiny_models_are_good_models(models_dir: Path) -> None:
     path = tiny_models.write_model(tiny_models.TINY, models_dir)
 
     assert missing_models(parse(f"models: [{{model_id: a, path: {path}}}]")) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "held"),
+    [
+        ("gpu_layers", "-1", -1),
+        ("gpu_layers", "all", "all"),
+        ("gpu_layers", "AUTO", "auto"),
+        ("gpu_layers", "99999999", 99_999_999),
+        ("threads", "-1", -1),
+        ("flash_attn", "On", "on"),
+    ],
+)
+def test_what_a_flag_takes_its_key_takes(key: str, value: str, held: object) -> None:
+    assert getattr(parse(f"models: [{{model_id: a, path: a, {key}: {value}}}]").models[0], key) == held
+
+
+@pytest.mark.parametrize(("value", "count"), [("all", 2**31 - 1), ("auto", None), ("-1", None), ("7", 7)])
+def test_the_number_of_layers_asked_for_is_known_unless_the_server_decides(value: str, count: int | None) -> None:
+    assert parse(f"models: [{{model_id: a, path: a, gpu_layers: {value}}}]").models[0].gpu_layer_count == count
+
+
+@pytest.mark.parametrize("host", ["a..b", ".a", f"{'a' * 64}.example", ".".join(["a" * 50] * 6)])
+@pytest.mark.parametrize("key", ["listen_host", "dispatcher_base_url", "advertise_url"])
+def test_a_host_name_that_dns_can_not_carry_is_refused(key: str, host: str) -> None:
+    value = host if key == "listen_host" else f"http://{host}:8080"
+    assert f"{key}: must be" in the_complaint(f"{key}: {value}\n{MINIMAL}")
+
+
+@given(text=st.text(max_size=40), name=st.from_regex(r"[a-z][a-z-]{0,12}", fullmatch=True))
+def test_whatever_text_a_flag_has_the_command_line_can_be_encoded(text: str, name: str) -> None:
+    document = json.dumps({"models": [{"model_id": "a", "path": "a.gguf", "server_args": {name: text}}]})
+    arguments: list[str] = []
+    with suppress(ConfigError):
+        config = parse_config(document, Path("/etc/node/agent.yaml"))
+        arguments = flags_argv(config.models[0].server_args)
+    assert all(b"\0" not in argument.encode() for argument in arguments)
