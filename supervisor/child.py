@@ -9,6 +9,7 @@
 Every state but FAILED ──stop──> STOPPING ──process group gone──> STOPPED.
 """
 
+import random
 import signal
 from collections.abc import Callable, Iterator
 
@@ -82,9 +83,10 @@ class Child:
         emit: Callable[[Event], None],
         on_line: Callable[[str, int, str], None],
         spawner: Spawner,
+        rng: random.Random | None = None,
     ) -> None:
         self.spec = spec
-        self.tracker = RestartTracker(spec.restart)
+        self.tracker = RestartTracker(spec.restart, rng)
         self.process: ChildProcess | None = None
         self._spawner = spawner
         self._generations = generations

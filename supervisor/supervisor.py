@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -38,7 +39,8 @@ class Supervisor:
 
     `on_event` is called with each transition, after the snapshot shows it; `on_line` with each line that a child prints
     (child id, generation, line). Both run in the event loop and must not block. `records` keeps the running children on
-    disk, for `supervisor.records.sweep` in the next run. `spawner` starts the processes.
+    disk, for `supervisor.records.sweep` in the next run. `spawner` starts the processes, and `rng` gives the back-off
+    its jitter.
 
     What changes: `_children` in `start` and `forget`, `_generations` with each spawn, `_nursery` in `run`.
     """
@@ -50,11 +52,13 @@ class Supervisor:
         on_line: Callable[[str, int, str], None] = lambda _child_id, _generation, _line: None,
         records: Records | None = None,
         spawner: Spawner = spawn,
+        rng: random.Random | None = None,
     ) -> None:
         self._on_event = on_event
         self._on_line = on_line
         self._records = records
         self._spawner = spawner
+        self._rng = rng
         self._children: dict[str, Child] = {}
         self._generations: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._nursery: trio.Nursery | None = None
@@ -125,7 +129,7 @@ class Supervisor:
 
     def _start_child(self, spec: ChildSpec, previous: Child | None) -> Child:
         assert self._nursery is not None, "Supervisor.run is not running"
-        child = Child(spec, self._generations[spec.group], self._emit, self._on_line, self._spawner)
+        child = Child(spec, self._generations[spec.group], self._emit, self._on_line, self._spawner, self._rng)
         if previous is not None and previous.spec == spec:  # a different spec starts with a clean record
             child.tracker = previous.tracker
             self._half_open(previous)

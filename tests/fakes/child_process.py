@@ -47,6 +47,9 @@ class FakeProcess:
         self.output = Output(self.on_line)
         self._killed = trio.Event()
 
+    def __str__(self) -> str:
+        return f"{self.name} (generation {self.generation}, pid {self.pid})"
+
     def has(self, after_s: float | None) -> bool:
         """Whether that much time has passed since the spawn."""
         return after_s is not None and trio.current_time() >= self.spawned_at + after_s
