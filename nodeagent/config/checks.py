@@ -23,6 +23,7 @@ def check_document(document: Document) -> Iterator[Finding]:
     yield from _reachable(document)
     yield from _devices(document)
     yield from _model_names(document)
+    yield from _default_models(document)
     for index, model in _entries(document, "models"):
         for key, message in _server_args(model):
             yield ("models", index, "server_args", *key), message
@@ -95,6 +96,12 @@ def _model_names(document: Document) -> Iterator[Finding]:
                     f"{name!r} is already the {first[name]}; each name must belong to one model",
                 )
             first.setdefault(name, f"{key} of models[{index}]")
+
+
+def _default_models(document: Document) -> Iterator[Finding]:
+    defaults = [index for index, model in _entries(document, "models") if model.get("default") is True]
+    for index in defaults[1:]:
+        yield ("models", index, "default"), f"is true for models[{defaults[0]}] already; one model can be the default"
 
 
 def _server_args(model: Document) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ from nodeagent.config.values import (
     Host,
     Label,
     MainGpu,
+    Origin,
     ServerArg,
     TensorSplit,
     Threads,
@@ -156,6 +157,9 @@ class ModelConfig(Keys):
     alias: str | None = Field(
         default=None, pattern=MODEL_NAME, description="Another name of the model in requests (-a)."
     )
+    default: bool = Field(
+        default=False, description="The model for requests without `model`; a single model is the default anyway."
+    )
     preload: bool = Field(
         default=False, description="Load the model when the agent starts instead of on its first request."
     )
@@ -282,7 +286,8 @@ class NodeConfig(Keys):
         default=2,
         ge=1,
         le=100_000,
-        description="Requests in flight and queued per device; one more is refused with 429.",
+        description="Requests in flight and queued per device; one more is refused with 429. Chat UIs send several "
+        "requests at once: 8 suits them.",
     )
     queue_timeout_s: float = Field(
         default=300.0,
@@ -313,6 +318,24 @@ class NodeConfig(Keys):
         description="How long a load goes on after the last request that waited for it has left, in seconds.",
     )
     max_request_bytes: int = Field(default=64 * 2**20, ge=1, le=64 * _GIB, description="Largest request body in bytes.")
+    max_connections: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Client connections at a time; by default as many as the limit of file descriptors allows.",
+    )
+    stream_ping_s: float = Field(
+        default=15.0,
+        gt=0,
+        le=_HOUR_S,
+        description="A streamed request that waits gets a comment each time this long has passed, in seconds.",
+    )
+    cors_origins: Annotated[tuple[Origin, ...], AsTuple] = Field(
+        default=(), description="Web pages that may use the API, by origin, like https://chat.example; none by default."
+    )
+    preload_ready_timeout_s: float = Field(
+        default=300.0, ge=0, le=_DAY_S, description="How long /readyz waits for the models with `preload`, in seconds."
+    )
     drain_grace_s: float = Field(
         default=5.0, ge=0, le=_HOUR_S, description="How long requests are still accepted after SIGTERM, in seconds."
     )

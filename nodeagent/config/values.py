@@ -16,6 +16,9 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator, Validation
 from nodeagent.config.problems import shown
 from nodeagent.config.server_flags import FlagValue
 
+# Default ports by scheme.
+_PORTS = {"http": 80, "https": 443}
+
 # llama-server reads its numbers as 32-bit integers.
 _INT_MAX = 2**31 - 1
 _THREADS_MAX = 4096
@@ -67,6 +70,23 @@ def _base_url(value: str) -> str:
     if "?" in value or "#" in value:
         raise ValueError(f"must end before any ? or #, found {shown(value)}")
     return value.rstrip("/")
+
+
+def _origin(value: str) -> str:
+    """An origin as browsers send it (RFC 6454): lower case, with the port only if it is not the default one."""
+    message = f"must be the origin of a web page like https://chat.example, found {shown(value)}"
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise ValueError(message) from None
+    host = parts.hostname or ""
+    if parts.scheme not in _PORTS or not is_host(host) or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError(message)
+    if parts.username is not None:
+        raise ValueError(message)
+    name = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{name}" + ("" if port in (None, _PORTS[parts.scheme]) else f":{port}")
 
 
 def is_host(value: str) -> bool:
@@ -188,6 +208,7 @@ Command = Annotated[str, PlainValidator(_command, json_schema_input_type=str)]
 """A bare name, looked up on PATH as a shell does; anything with a slash is a path."""
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 """An http or https URL that paths can be appended to; held without its last slash."""
+Origin = Annotated[str, AfterValidator(_origin)]
 Host = Annotated[str, AfterValidator(_host)]
 Label = Annotated[str, AfterValidator(_label)]
 FlashAttn = Annotated[

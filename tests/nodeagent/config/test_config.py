@@ -89,6 +89,10 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         "min_residency_s": 2.0,
         "abandoned_load_grace_s": 30.0,
         "max_request_bytes": 64 * 1024 * 1024,
+        "max_connections": None,
+        "stream_ping_s": 15.0,
+        "cors_origins": (),
+        "preload_ready_timeout_s": 300.0,
         "drain_grace_s": 5.0,
         "shutdown_timeout_s": 30.0,
         "backend": "auto",
@@ -108,6 +112,7 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
                 "tensor_split": None,
                 "flash_attn": None,
                 "alias": None,
+                "default": False,
                 "preload": False,
                 "parallel": 1,
                 "restart": None,
@@ -678,3 +683,28 @@ def test_whatever_text_a_flag_has_the_command_line_can_be_encoded(text: str, nam
         config = parse_config(document, Path("/etc/node/agent.yaml"))
         arguments = flags_argv(config.models[0].server_args)
     assert all(b"\0" not in argument.encode() for argument in arguments)
+
+
+@pytest.mark.parametrize(
+    ("origin", "held"),
+    [
+        ("https://chat.example", "https://chat.example"),
+        ("https://Chat.Example:443/", "https://chat.example"),
+        ("http://127.0.0.1:3000", "http://127.0.0.1:3000"),
+        ("http://[::1]:80", "http://[::1]"),
+    ],
+)
+def test_an_origin_is_held_as_browsers_send_it(origin: str, held: str) -> None:
+    assert parse(f"cors_origins: ['{origin}']\n{MINIMAL}").cors_origins == (held,)
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "chat.example", "ftp://chat.example", "https://a/path", "https://a?q", "https://u@a", "https://a:x"]
+)
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    assert "must be the origin of a web page like" in the_complaint(f"cors_origins: ['{origin}']\n{MINIMAL}")
+
+
+def test_only_one_model_can_be_the_default() -> None:
+    text = "models: [{model_id: a, path: a, default: true}, {model_id: b, path: b, default: true}]"
+    assert "models[1].default: is true for models[0] already" in the_complaint(text)
