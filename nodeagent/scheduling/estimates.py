@@ -15,10 +15,11 @@ _UNMEASURED_LOAD_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A request in flight for `so_far_s`."""
+    """A request in flight for `so_far_s`, on that many slots."""
 
     model_id: str
     so_far_s: float
+    slots: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,7 @@ class LaneTimes:
             work_s = sum(map(self.service_s, backlog.queued)) + sum(map(self.load_s, loads))
             return max(left_s, default=0.0) + backlog.load_left_s + work_s
         before = [self.service_s(queued) for queued in backlog.queued if queued == model_id]
-        free = backlog.slots - len(left_s)
+        free = backlog.slots - sum(running.slots for running in backlog.running)
         if len(before) < free:
             return backlog.load_left_s
         first_s = left_s[0] if free <= 0 and left_s else 0.0

@@ -43,7 +43,7 @@ class _Simulation:
         self._servers = dict(lane.servers)
         self._loading = lane.loading
         self._loaded_at = lane.now + load_left_s if lane.loading is not None else math.inf
-        self._ends = [(lane.now + lane.times.left_s(it), it.model_id) for it in running]
+        self._ends = [(lane.now + lane.times.left_s(it), it.model_id, it.slots) for it in running]
 
     def lane(self) -> LaneSnapshot:
         return LaneSnapshot(
@@ -61,8 +61,9 @@ class _Simulation:
             (at, it if it.passed_since else replace(it, passed_since=self.now)) for at, it in self.waiting[:index]
         ]
         self.waiting[:index] = passed
-        self._use(granted.model_id, 1)
-        self._ends.append((self.now + self._times.service_s(granted.model_id), granted.model_id))
+        slots = min(granted.slots, self._servers[granted.model_id].slots)
+        self._use(granted.model_id, slots)
+        self._ends.append((self.now + self._times.service_s(granted.model_id), granted.model_id, slots))
         return place
 
     def load(self, model_id: str) -> None:
@@ -71,13 +72,13 @@ class _Simulation:
 
     def advance(self, until: float) -> bool:
         """Go on to the next thing that happens; False if nothing will."""
-        at = min([end for end, _model_id in self._ends] + [self._loaded_at, until])
+        at = min([end for end, _model_id, _slots in self._ends] + [self._loaded_at, until])
         if math.isinf(at):
             return False
         self.now = max(self.now, at)
         for end in [end for end in self._ends if end[0] <= self.now]:
             self._ends.remove(end)
-            self._use(end[1], -1)
+            self._use(end[1], -end[2])
         if self._loading is not None and self._loaded_at <= self.now:
             # With one slot: how many it will have is not known here, and one at a time is never too optimistic.
             self._servers = {self._loading: ServerUse(ready=True, slots=1, in_flight=0, since=self.now)}

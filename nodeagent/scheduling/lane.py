@@ -90,11 +90,13 @@ class Lane(Generic[E]):
     def limit(self) -> int:
         return self.rules.max_pending
 
-    def submit(self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL) -> Ticket[E]:
-        """Take a place; raise QueueFull if every place is taken."""
+    def submit(
+        self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL, *, slots: int = 1
+    ) -> Ticket[E]:
+        """Take a place; raise QueueFull if every place is taken. `slots` is how many slots of the server are needed."""
         if self._admitted >= self.rules.max_pending:
             raise QueueFull(model_id, self.rules.max_pending, self.place_free_in_s())
-        ticket = self._ticket(request_id, model_id, priority)
+        ticket = self._ticket(request_id, model_id, priority, slots)
         self._queue.post(ticket)
         self._admitted += 1
         return ticket
@@ -282,7 +284,13 @@ class Lane(Generic[E]):
         return min(unload_at, self.on_idle() if self.is_idle else math.inf)
 
     def _ticket(
-        self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL, *, counted: bool = True
+        self,
+        request_id: str,
+        model_id: str,
+        priority: Priority = Priority.NORMAL,
+        slots: int = 1,
+        *,
+        counted: bool = True,
     ) -> Ticket[E]:
         return Ticket(
             lane=self,
@@ -291,6 +299,7 @@ class Lane(Generic[E]):
             model_id=model_id,
             admitted_at=trio.current_time(),
             priority=priority,
+            slots=slots,
             counted=counted,
         )
 
@@ -312,7 +321,7 @@ class Lane(Generic[E]):
             view.model_id: ServerUse(
                 ready=view.state is ServerState.READY,
                 slots=view.slots,
-                in_flight=sum(ticket.model_id == view.model_id for ticket in self._in_flight),
+                in_flight=sum(min(it.slots, view.slots) for it in self._in_flight if it.model_id == view.model_id),
                 held=self._loads.is_held(view.model_id),
                 since=view.since,
                 backing_off=view.state is ServerState.BACKING_OFF and view.retry_at is not None and view.retry_at > now,
@@ -322,7 +331,7 @@ class Lane(Generic[E]):
 
     def _running(self) -> list[Running]:
         now = trio.current_time()
-        return [Running(ticket.model_id, now - (ticket.granted_at or now)) for ticket in self._in_flight]
+        return [Running(it.model_id, now - (it.granted_at or now), it.slots) for it in self._in_flight]
 
     def _in_use(self, model_id: str) -> bool:
         return any(ticket.model_id == model_id for ticket in self._in_flight)

@@ -57,8 +57,9 @@ class Ticket(Generic[E]):
     """One request's place in a lane, from its admission to `close()`.
 
     `number` rises with each ticket of the lane that made it. `counted` says whether it takes up one of the lane's
-    places and a slot; a ticket that only asks for a load does not. Written by the lane alone: `lane`, `state`, `lease`,
-    `refusal`, `granted_at`, `passed_since` (when a later request was first granted ahead of it), `load_s`.
+    places and `slots` slots of a server; a ticket that only asks for a load does not. Written by the lane alone:
+    `lane`, `state`, `lease`, `refusal`, `granted_at`, `passed_since` (when a later request was first granted ahead of
+    it), `load_s`.
     """
 
     lane: Lane[E]
@@ -67,6 +68,7 @@ class Ticket(Generic[E]):
     model_id: str
     admitted_at: float
     priority: Priority = Priority.NORMAL
+    slots: int = 1
     state: TicketState = TicketState.WAITING
     lease: Lease[E] | None = None
     refusal: Refusal | None = None
@@ -108,7 +110,13 @@ class Ticket(Generic[E]):
 
     def as_queued(self) -> QueuedRequest:
         """The request as a policy sees it."""
-        return QueuedRequest(self.model_id, self.admitted_at, self.priority, self.passed_since)
+        return QueuedRequest(
+            model_id=self.model_id,
+            admitted_at=self.admitted_at,
+            priority=self.priority,
+            passed_since=self.passed_since,
+            slots=self.slots,
+        )
 
     def view(self, now: float, position: int | None = None, starts_in_s: float | None = None) -> TicketView:
         """The request as it is shown to people."""

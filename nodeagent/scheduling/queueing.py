@@ -23,25 +23,28 @@ class Priority(IntEnum):
     BATCH = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedRequest:
     """A queued request as a policy sees it. Times are `trio.current_time()`.
 
-    `passed_since` is when a later request was first granted ahead of it, None if none was.
+    `passed_since` is when a later request was first granted ahead of it, None if none was. `slots` is how many slots of
+    the server it wants (as many as the server has, at most).
     """
 
     model_id: str
     admitted_at: float = 0.0
     priority: Priority = Priority.NORMAL
     passed_since: float | None = None
+    slots: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerUse:
     """A server of the device as a policy sees it.
 
-    `slots` is how many requests it may serve at once. `since` is when it entered its state (became ready, for example).
-    `held`: it is being unloaded, and nothing more may be granted on it. `backing_off`: its next start is not due yet.
+    `slots` is how many requests it may serve at once, `in_flight` how many of them are in use. `since` is when it
+    entered its state (became ready, for example). `held`: it is being unloaded, and nothing more may be granted on it.
+    `backing_off`: its next start is not due yet.
     """
 
     ready: bool
@@ -124,11 +127,10 @@ def step(lane: LaneSnapshot, index: int, reason: str) -> Decision:
         return Wait(f"{in_use[0]} is in use; next is {wanted}: {reason}", then=wanted)
     # The load of another model may just be stopping this server: that load is cancelled before anything is granted.
     if server is not None and server.ready and lane.loading in (None, wanted):
-        if server.in_flight < server.slots:
-            return Grant(
-                index, f"{wanted} has {server.slots - server.in_flight} of {server.slots} slots free; {reason}"
-            )
-        return Wait(f"all {server.slots} slots of {wanted} are in use")
+        free, needed = server.slots - server.in_flight, min(lane.waiting[index].slots, server.slots)
+        if needed <= free:
+            return Grant(index, f"{wanted} has {free} of {server.slots} slots free; {reason}")
+        return Wait(f"{wanted} has {free} of {server.slots} slots free, {needed} are needed: {reason}")
     if lane.loading == wanted:
         return Wait(f"{wanted} is loading")
     return Load(wanted, reason + (f"; replaces the load of {lane.loading}" if lane.loading else ""))

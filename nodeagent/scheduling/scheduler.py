@@ -54,14 +54,18 @@ class Scheduler(Generic[E]):
         model_id: str,
         priority: Priority = Priority.NORMAL,
         conversation: str | None = None,
+        *,
+        slots: int = 1,
     ) -> Ticket[E]:
         """Give a request a place in the best lane; the caller closes the ticket in the end.
+
+        `slots` is how many slots of the server it needs: one for each completion that it asks for.
 
         Raises QueueFull, BackendUnavailable or Draining. Does not wait.
         """
         if self._closed_for is not None:
             raise self._closed_for
-        ticket = self.lanes[self.place(model_id, conversation)].submit(request_id, model_id, priority)
+        ticket = self.lanes[self.place(model_id, conversation)].submit(request_id, model_id, priority, slots=slots)
         self._nudge_helpers(ticket)
         return ticket
 

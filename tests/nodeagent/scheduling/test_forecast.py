@@ -17,7 +17,7 @@ def times() -> LaneTimes:
 def lane(waiting: str, servers: dict[str, ServerUse], loading: str | None = None) -> LaneSnapshot:
     return LaneSnapshot(
         now=100.0,
-        waiting=[QueuedRequest(model_id, 100.0) for model_id in waiting],
+        waiting=[QueuedRequest(model_id=model_id, admitted_at=100.0) for model_id in waiting],
         servers=servers,
         loading=loading,
         times=times(),

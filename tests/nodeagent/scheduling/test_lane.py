@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from fakes.servers import FakeServers
@@ -455,3 +456,21 @@ async def test_a_lane_shows_its_load_in_its_repr(lane: Lane[str], autojump_clock
     assert repr(lane) == "<Lane cpu:0: 0 in flight, 2 waiting, limit 3, loading a>"
     await first.granted()
     assert repr(lane) == "<Lane cpu:0: 1 in flight, 1 waiting, limit 3>"
+
+
+async def test_a_request_for_several_completions_takes_as_many_slots(
+    lane: Lane[str], servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.slots = 4
+    lane.rules = replace(RULES, max_pending=10)
+    wide, wider, narrow = lane.submit("r1", "a", slots=3), lane.submit("r2", "a", slots=99), lane.submit("r3", "a")
+    await wide.granted()
+    await trio.testing.wait_all_tasks_blocked()
+    assert [ticket.state for ticket in (wider, narrow)] == [TicketState.WAITING, TicketState.WAITING]
+    wide.close()
+    await wider.granted()
+    await trio.testing.wait_all_tasks_blocked()
+    assert narrow.state is TicketState.WAITING, "no slot is left beside a request that takes all of them"
+    wider.close()
+    await narrow.granted()
+    narrow.close()

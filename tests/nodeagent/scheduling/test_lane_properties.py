@@ -23,13 +23,14 @@ RULES = LaneRules(max_pending=3, queue_timeout_s=20, startup_timeout_s=5)
 
 @dataclass(frozen=True)
 class Visit:
-    """A client: when it comes, what it wants, how long it is served, and when it loses patience."""
+    """A client: when it arrives, what it wants, how long it is served, and when it leaves."""
 
     at: float
     model_id: str
     service_s: float
     patience_s: float
     priority: Priority = Priority.NORMAL
+    slots: int = 1
 
 
 POLICIES = st.sampled_from([FirstCome(), SwapAware(), SwapAware(1.0, 0.5), SwapAware(5.0, 0.0)])
@@ -41,6 +42,7 @@ VISITS = st.builds(
     service_s=TIMES,
     patience_s=TIMES,
     priority=st.sampled_from(Priority),
+    slots=st.sampled_from([1, 1, 2, 5]),
 )
 
 
@@ -91,6 +93,7 @@ async def _scenario(
     lane: Lane[str] = Lane("cpu:0", servers, rules)
     served = 0
     running: list[Lease[str]] = []
+    slots_of: dict[int, int] = {}
 
     def on_change() -> None:
         lane.nudge()
@@ -108,7 +111,7 @@ async def _scenario(
         await trio.sleep(visit.at)
         with trio.move_on_after(visit.patience_s):
             try:
-                ticket = lane.submit(str(number), visit.model_id, visit.priority)
+                ticket = lane.submit(str(number), visit.model_id, visit.priority, slots=visit.slots)
             except Refusal:
                 return
             assert lane.admitted <= RULES.max_pending
@@ -116,7 +119,8 @@ async def _scenario(
                 lease = await ticket.granted()
                 assert lease.model_id == visit.model_id
                 running.append(lease)
-                assert len(running) <= slots
+                slots_of[id(lease)] = min(visit.slots, slots)
+                assert sum(slots_of[id(it)] for it in running) <= slots
                 try:
                     await trio.sleep(visit.service_s)
                     served += 1

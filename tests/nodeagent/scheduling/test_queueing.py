@@ -12,7 +12,7 @@ HELD = ServerUse(ready=True, slots=1, in_flight=0, held=True)
 def lane(waiting: str, servers: dict[str, ServerUse], loading: str | None = None) -> LaneSnapshot:
     return LaneSnapshot(
         now=0.0,
-        waiting=[QueuedRequest(model_id) for model_id in waiting],
+        waiting=[QueuedRequest(model_id=model_id) for model_id in waiting],
         servers=servers,
         loading=loading,
         times=LaneTimes(),
@@ -68,3 +68,13 @@ def test_waiting_for_what_is_in_use_names_the_model_that_comes_after_it() -> Non
     decision = FirstCome().decide(lane("b", {"a": BUSY}))
     assert isinstance(decision, Wait)
     assert decision.then == "b"
+
+
+@pytest.mark.parametrize(("slots", "in_flight", "decision"), [(2, 2, Grant), (2, 3, Wait), (9, 0, Grant), (9, 1, Wait)])
+def test_a_request_is_granted_only_with_all_the_slots_that_it_needs(
+    slots: int, in_flight: int, decision: type[object]
+) -> None:
+    server = ServerUse(ready=True, slots=4, in_flight=in_flight)
+    request = QueuedRequest(model_id="a", slots=slots)
+    snapshot = LaneSnapshot(now=0.0, waiting=[request], servers={"a": server}, loading=None, times=LaneTimes())
+    assert isinstance(FirstCome().decide(snapshot), decision)

@@ -25,7 +25,8 @@ def ready(since_s: float = 0.0, *, in_flight: int = 0, slots: int = 1) -> Server
 def request(
     model_id: str, age_s: float = 0.0, priority: Priority = Priority.NORMAL, passed_s: float | None = None
 ) -> QueuedRequest:
-    return QueuedRequest(model_id, NOW - age_s, priority, None if passed_s is None else NOW - passed_s)
+    passed_since = None if passed_s is None else NOW - passed_s
+    return QueuedRequest(model_id=model_id, admitted_at=NOW - age_s, priority=priority, passed_since=passed_since)
 
 
 def decide(
