@@ -1,50 +1,27 @@
-"""OpenAI's surface: the models, and requests for inference relayed to the server that a lane grants.
+"""The routes of OpenAI's API, and the validation of their bodies. `inference.py` serves what is valid.
 
-A body is forwarded as it came; only `model` and `stream` are read out of it.
+A body is forwarded unchanged; only `model` and `stream` are read, and what identifies the conversation.
 """
 
-import logging
-from dataclasses import dataclass
 from typing import Any
 
 import pydantic_core
-import trio
 from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
 
-from nodeagent.errors import (
-    BackendCrashed,
-    BackendUnavailable,
-    InvalidRequest,
-    ModelLoadTimeout,
-    PoisonedRequest,
-    Refusal,
-    UpstreamLost,
-)
+from nodeagent.errors import InvalidRequest
 from nodeagent.front.asgi import exit_stack, request_id
 from nodeagent.front.conversation import conversation_of
-from nodeagent.front.poison import PoisonGuard
-from nodeagent.front.refusals import error_event
+from nodeagent.front.inference import Inference, InferenceRequest
 from nodeagent.front.seam import ModelCard, Node, find_card
-from nodeagent.front.server import AbortResponse
 from nodeagent.llama_server.headers import forwardable
-from nodeagent.llama_server.relay import Upstream, UpstreamResponse, is_loading_answer
-from nodeagent.scheduling.lease import Lease, Ticket
 from nodeagent.scheduling.queueing import Priority
-
-logger = logging.getLogger(__name__)
-
-# A killed child's sockets close a moment before its exit is known. This is how long its end may take to show; a
-# connection that broke while the server lives on (a fault of its own) is tried again after it.
-_EXIT_NOTICE_S = 1.0
-_LOADING_RETRY_S = 1.0
-_STOPPED_RETRY_S = 1.0
 
 
 def blueprint(node: Node) -> Blueprint:
     """The routes under `/v1` that OpenAI's clients use."""
     routes = Blueprint("openai", __name__)
-    poison = PoisonGuard()
+    inference = Inference(node.scheduler)
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -56,52 +33,43 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.post("/v1/chat/completions")
     async def chat_completions() -> Response:
-        return await _infer(node, poison, needs="messages")
+        return await _infer(node, inference, needs="messages")
 
     @routes.post("/v1/completions")
     async def completions() -> Response:
-        return await _infer(node, poison, needs="prompt")
+        return await _infer(node, inference, needs="prompt")
 
     return routes
 
 
-async def _infer(node: Node, poison: PoisonGuard, *, needs: str) -> Response:
-    """One request for inference, from its bytes to the answer's first bytes."""
+async def _infer(node: Node, inference: Inference, *, needs: str) -> Response:
+    answer = await inference.serve(await _read_request(node, needs), exit_stack())
+    return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
+
+
+async def _read_request(node: Node, needs: str) -> InferenceRequest:
     body = await request.get_data(cache=False)
     assert isinstance(body, bytes)
-    wanted = read_wanted(body, needs=needs)
-    card = find_card(node, wanted.model)
-    priority = read_priority(request.headers.get("X-Priority"))
-    _refuse_poison(poison, body, card.model_id)
-    conversation = None
-    if len(node.scheduler.lanes) > 1:  # else there is nothing to choose by it
-        conversation = conversation_of(request.headers.get("X-Session-Id"), wanted.body)
-    ticket = node.scheduler.admit(request_id(), card.model_id, priority, conversation)
-    exit_stack().callback(ticket.close)
-    message = _Message(request.path, forwardable(request.headers), body)
-    lease, answer = await _first_answer(node, ticket, message, poison)
-    node.scheduler.conversations.served(conversation, lease.device_id)
-    exit_stack().callback(answer.close)
-    return Response(
-        _Relay(answer, lease, body, poison),
-        status=answer.status,
-        headers=Headers([*answer.headers, *_headers(lease, answer)]),
+    fields = parse_body(body, needs=needs)
+    # On one device there is nothing to choose, so its requests need not be told apart.
+    several = len(node.scheduler.lanes) > 1
+    return InferenceRequest(
+        request_id=request_id(),
+        model_id=find_card(node, fields["model"]).model_id,
+        priority=read_priority(request.headers.get("X-Priority")),
+        conversation=conversation_of(request.headers.get("X-Session-Id"), fields) if several else None,
+        slots=_completions_wanted(fields),
+        path=request.path,
+        headers=forwardable(request.headers),
+        body=body,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the agent itself reads of a request for inference: `model` as the client wrote it, and the whole `body`."""
+def parse_body(body: bytes, *, needs: str) -> dict[str, Any]:
+    """Parse a request for inference and check the fields that decide where it goes: the result has a `model`.
 
-    model: str
-    stream: bool
-    body: dict[str, Any]
-
-
-def read_wanted(body: bytes, *, needs: str) -> Wanted:
-    """Read the fields that decide where a request goes; `needs` is the one without which no server could answer.
-
-    Raises InvalidRequest. What else is in the body is the server's to judge.
+    `needs` is the field that every such request must have. Raises InvalidRequest. Everything else in the body is
+    checked by the server.
     """
     try:
         data = pydantic_core.from_json(body, allow_inf_nan=False)
@@ -119,11 +87,11 @@ def read_wanted(body: bytes, *, needs: str) -> Wanted:
         raise InvalidRequest(f"'{needs}' is missing.", param=needs)
     if needs == "messages":
         _check_messages(data["messages"])
-    return Wanted(model, bool(stream), data)
+    return data
 
 
 def read_priority(header: str | None) -> Priority:
-    """The value of `X-Priority`, normal where there is none; raises InvalidRequest."""
+    """The priority that `X-Priority` names, normal without that header. Raises InvalidRequest."""
     if header is None:
         return Priority.NORMAL
     try:
@@ -135,118 +103,19 @@ def read_priority(header: str | None) -> Priority:
         ) from None
 
 
+def _completions_wanted(fields: dict[str, Any]) -> int:
+    """How many completions the request asks for. The server judges a bad `n`; until then it counts as one."""
+    wanted = fields.get("n")
+    return wanted if type(wanted) is int and wanted > 0 else 1
+
+
 def _check_messages(messages: object) -> None:
-    """The shape alone; llama-server's own word on it would not name the field."""
+    """Check the shape only. llama-server checks it too, but its error does not name the field."""
     if not isinstance(messages, list):
         raise InvalidRequest(f"'messages' must be a list of objects, not {_kind(messages)}.", param="messages")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidRequest(f"'messages[{index}]' must be an object, not {_kind(message)}.", param="messages")
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """A request as it is forwarded."""
-
-    path: str
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-
-async def _first_answer(
-    node: Node, ticket: Ticket[Upstream], message: _Message, poison: PoisonGuard
-) -> tuple[Lease[Upstream], UpstreamResponse]:
-    """Wait for the lease and the answer's first bytes; a server that dies before them is forgiven once."""
-    lease = await ticket.granted()
-    _refuse_poison(poison, message.body, lease.model_id)
-    try:
-        return lease, await _ask(lease, message)
-    except UpstreamLost as lost:
-        _refuse_if_stopped(lease, lost)
-        logger.warning("%s: lost %s before it answered (%s); trying once more", lease.device_id, lease.model_id, lost)
-        await _note_fall(poison, message.body, lease)
-    node.scheduler.requeue(ticket)
-    lease = await ticket.granted()
-    _refuse_poison(poison, message.body, lease.model_id)
-    try:
-        return lease, await _ask(lease, message)
-    except UpstreamLost as lost:
-        _refuse_if_stopped(lease, lost)
-        await _note_fall(poison, message.body, lease)
-        raise BackendCrashed(lease.model_id, lease.device_id, lost.reason) from lost
-
-
-def _refuse_if_stopped(lease: Lease[Upstream], lost: UpstreamLost) -> None:
-    """Where the server was told to end under its requests, to try again would undo that, and no request is to blame."""
-    if lease.endpoint.ends_as_asked:
-        raise _stopped(lease) from lost
-
-
-def _stopped(lease: Lease[Upstream]) -> BackendUnavailable:
-    return BackendUnavailable(lease.model_id, f"its server on {lease.device_id} was stopped", _STOPPED_RETRY_S)
-
-
-def _refuse_poison(poison: PoisonGuard, body: bytes, model_id: str) -> None:
-    """Looked at when a request comes and again when it is to be sent: others of the same body may have felled since."""
-    blocked_s = poison.blocked_s(body, trio.current_time())
-    if blocked_s:
-        raise PoisonedRequest(model_id, blocked_s)
-
-
-async def _ask(lease: Lease[Upstream], message: _Message) -> UpstreamResponse:
-    answer = await lease.endpoint.open("POST", message.path, message.headers, message.body)
-    if is_loading_answer(answer):
-        answer.close()
-        raise ModelLoadTimeout(lease.model_id, lease.device_id, 0.0, _LOADING_RETRY_S)
-    return answer
-
-
-async def _note_fall(poison: PoisonGuard, body: bytes, lease: Lease[Upstream]) -> None:
-    """Wait until the end of the lease's server shows, so that the next grant is not of the same dead server."""
-    with trio.move_on_after(_EXIT_NOTICE_S):
-        await lease.endpoint.closed.wait()
-        poison.felled(body, trio.current_time())
-
-
-class _Relay:
-    """The answer's body as the client gets it, chunk by chunk as it comes.
-
-    An event stream that breaks ends with an error event, and no body that breaks ends cleanly: clients take a clean
-    end for success.
-    """
-
-    def __init__(self, answer: UpstreamResponse, lease: Lease[Upstream], body: bytes, poison: PoisonGuard) -> None:
-        self._answer = answer
-        self._lease = lease
-        self._body = body
-        self._poison = poison
-        self._broken: UpstreamLost | None = None
-
-    def __aiter__(self) -> "_Relay":
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._broken is not None:
-            raise AbortResponse(str(self._broken)) from self._broken
-        try:
-            chunk = await self._answer.next_chunk()
-        except UpstreamLost as lost:
-            logger.warning("%s: lost %s in mid-answer: %s", self._lease.device_id, self._lease.model_id, lost)
-            self._broken = lost
-            if not self._lease.endpoint.ends_as_asked:
-                await _note_fall(self._poison, self._body, self._lease)
-            if not self._answer.event_stream:
-                raise AbortResponse(str(lost)) from lost
-            return error_event(self._why(lost), request_id())
-        if chunk is None:
-            self._poison.survived(self._body)
-            raise StopAsyncIteration
-        return chunk
-
-    def _why(self, lost: UpstreamLost) -> Refusal:
-        if self._lease.endpoint.ends_as_asked:
-            return _stopped(self._lease)
-        return BackendCrashed(self._lease.model_id, self._lease.device_id, lost.reason)
 
 
 def _card_json(card: ModelCard) -> dict[str, Any]:
@@ -259,24 +128,8 @@ def _card_json(card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _headers(lease: Lease[Upstream], answer: UpstreamResponse) -> list[tuple[str, str]]:
-    server_s = trio.current_time() - lease.granted_at
-    phases = {"queue": lease.queued_s, "load": lease.load_s, "server": server_s}
-    headers = [
-        ("X-Node-Device", lease.device_id),
-        ("X-Node-Queue-Ms", f"{lease.queued_s * 1000:.0f}"),
-        ("X-Node-Load-Ms", f"{lease.load_s * 1000:.0f}"),
-        # Up to the first byte of the answer, in milliseconds: https://www.w3.org/TR/server-timing/
-        ("Server-Timing", ", ".join(f"{phase};dur={took_s * 1000:.1f}" for phase, took_s in phases.items())),
-    ]
-    if answer.event_stream:
-        # nginx would buffer the stream, and others might cache it.
-        headers += [("X-Accel-Buffering", "no"), ("Cache-Control", "no-cache")]
-    return headers
-
-
 def _kind(value: object) -> str:
-    """What a person would call a JSON value, short enough for an error."""
+    """A JSON value in words, short enough for an error message."""
     match value:
         case None:
             return "null or missing"

@@ -1,44 +1,49 @@
-"""Keeps one request from felling every server: a body that two servers died under is refused for a while. Pure.
+"""Quarantine for poison requests: after two crashes on the same body, that body is rejected for 60 s. Pure.
 
-Only after a crash is anything hashed, so that ordinary requests pay nothing. A body that was answered after all is
-forgiven: its server died of something else.
+Without it one request, sent again and again, could crash every server of the node. Only after a crash is anything
+hashed, so that ordinary requests pay nothing. A body that is answered after all is forgiven: the crash had another
+cause.
 """
 
 import hashlib
 from dataclasses import dataclass
 
 BLOCKED_S = 60.0
-_FALLS = 2
+_CRASHES_TO_BLOCK = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    falls: int
-    until: float
+    crashes: int
+    expires_at: float
 
 
 class PoisonGuard:
-    """The bodies that servers died under, by their SHA-256. `now` is monotonic, in seconds."""
+    """The bodies that servers crashed on, by their SHA-256. `now` is monotonic, in seconds."""
 
     def __init__(self) -> None:
         self._records: dict[bytes, _Record] = {}
 
-    def felled(self, body: bytes, now: float) -> None:
-        """A server died under this body."""
-        digest = hashlib.sha256(body).digest()
+    def record_crash(self, body: bytes, now: float) -> None:
+        """A server crashed while it handled this body."""
+        digest = _digest(body)
         before = self._records.get(digest)
-        falls = 1 + (before.falls if before is not None and before.until > now else 0)
-        self._records[digest] = _Record(falls, now + BLOCKED_S)
+        crashes = 1 + (before.crashes if before is not None and before.expires_at > now else 0)
+        self._records[digest] = _Record(crashes, now + BLOCKED_S)
 
-    def survived(self, body: bytes) -> None:
-        """This body was answered."""
+    def record_success(self, body: bytes) -> None:
+        """This body was answered completely."""
         if self._records:
-            self._records.pop(hashlib.sha256(body).digest(), None)
+            self._records.pop(_digest(body), None)
 
     def blocked_s(self, body: bytes, now: float) -> float:
-        """For how long this body is still refused; 0 where it is not."""
-        self._records = {digest: record for digest, record in self._records.items() if record.until > now}
+        """For how many more seconds this body is rejected; 0 if it is not."""
+        self._records = {digest: record for digest, record in self._records.items() if record.expires_at > now}
         if not self._records:
             return 0.0
-        record = self._records.get(hashlib.sha256(body).digest())
-        return record.until - now if record is not None and record.falls >= _FALLS else 0.0
+        record = self._records.get(_digest(body))
+        return record.expires_at - now if record is not None and record.crashes >= _CRASHES_TO_BLOCK else 0.0
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()

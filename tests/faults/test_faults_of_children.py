@@ -114,7 +114,7 @@ def test_a_request_whose_server_is_killed_before_its_first_byte_succeeds(
             killer.join()
             assert answer.status_code == 200, answer.text
             assert_gone([child])
-        retried = sum("trying once more" in line["message"] for line in agent.lines)
+        retried = sum("retrying once" in line["message"] for line in agent.lines)
         # A kill may also come when the answer is whole; then there is nothing to try again.
         assert retried >= times(50) / 2
     show(f"{times(50)} requests whose server was killed: all answered, {retried} of them by the one retry")
