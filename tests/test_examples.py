@@ -1,0 +1,65 @@
+"""The examples are accepted by the programs that they are written for."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nodeagent.config import NodeConfig, parse_config
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+UNIT = EXAMPLES / "systemd" / "rolemesh-node-agent.service"
+HAPROXY = EXAMPLES / "haproxy" / "haproxy.cfg"
+
+
+def program(name: str) -> str:
+    """A program of the test's host; CI installs it."""
+    found = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
+    assert found is not None, f"{name} is missing: install its package"
+    return found
+
+
+def settings_of_unit() -> dict[str, str]:
+    lines = UNIT.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if re.match(r"[A-Za-z]+=", line))
+
+
+def defaults() -> NodeConfig:
+    return parse_config("models: [{model_id: a, path: a.gguf}]", Path("/a.yaml"))
+
+
+@pytest.mark.real
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    # verify looks for the program itself, which is not installed under /opt here.
+    text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    unit = tmp_path / UNIT.name
+    unit.write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [program("systemd-analyze"), "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=60
+    )
+    complaints = [line for line in done.stderr.splitlines() if unit.name in line]
+    assert (done.returncode, complaints) == (0, [])
+
+
+def test_the_unit_signals_the_agent_alone_and_waits_for_its_drain() -> None:
+    settings, config = settings_of_unit(), defaults()
+    needed_s = config.drain_grace_s + config.shutdown_timeout_s + config.llama_server_stop_grace_s
+    assert settings["KillMode"] == "mixed"
+    assert float(settings["TimeoutStopSec"]) > needed_s
+    assert settings["RestartPreventExitStatus"] == "78"
+
+
+@pytest.mark.real
+def test_haproxy_accepts_its_configuration() -> None:
+    done = subprocess.run([program("haproxy"), "-c", "-f", str(HAPROXY)], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[WARNING]" not in done.stdout + done.stderr
+
+
+def test_haproxy_waits_longer_than_a_request_may() -> None:
+    config = defaults()
+    longest_s = config.queue_timeout_s + config.llama_server_startup_timeout_s
+    timeouts = re.findall(r"timeout (?:client|server) (\d+)m", HAPROXY.read_text(encoding="utf-8"))
+    assert [60 * float(minutes) > longest_s for minutes in timeouts] == [True, True]
