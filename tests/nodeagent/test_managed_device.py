@@ -1,0 +1,77 @@
+"""One device of the node: how it looks, and what a new configuration changes for it."""
+
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from fakes.child_process import Fate
+from fakes.node_with_fakes import NodeWithFakes
+from nodeagent.managed_device import ManagedDevice, lane_rules
+from nodeagent.scheduling.queueing import FirstCome
+from nodeagent.scheduling.seam import LaneView, ServerState
+from nodeagent.scheduling.swap_aware import SwapAware
+
+
+def device_of(parts: NodeWithFakes) -> ManagedDevice:
+    return parts.node.devices["cpu:0"]
+
+
+async def test_its_repr_shows_its_lane(autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path) -> None:
+    parts = NodeWithFakes(tmp_path, [Fate(ready_after_s=5.0)], max_pending_requests_per_device=3)
+    node = await parts.start(nursery)
+    device = device_of(parts)
+    assert repr(device) == "<ManagedDevice cpu:0: <Lane cpu:0: 0 in flight, 0 waiting, limit 3>>"
+    node.load_soon("a", None)
+    ticket = node.scheduler.admit("request", "a")
+    await trio.sleep(1)
+    assert repr(device) == "<ManagedDevice cpu:0: <Lane cpu:0: 0 in flight, 1 waiting, limit 3, loading a>>"
+    await ticket.granted()
+    assert repr(device) == "<ManagedDevice cpu:0: <Lane cpu:0: 1 in flight, 0 waiting, limit 3>>"
+    ticket.close()
+
+
+async def test_its_status_has_its_lane_and_its_servers(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    await node.load("a", None)
+    [status] = node.snapshot().devices
+    assert status.ref is device_of(parts).ref
+    assert status.lane == LaneView(0, 0, 2, 0.0)
+    assert [(server.model_id, server.state) for server in status.servers] == [("a", ServerState.READY)]
+
+
+async def test_a_new_configuration_replaces_the_lanes_rules_and_names_the_servers_to_stop(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    await node.load("a", None)
+    device = device_of(parts)
+    assert device.reconfigure(parts.write_config(max_pending_requests_per_device=9)) == []
+    assert device.lane.limit == 9
+    changed = parts.write_config(models=[{"model_id": "a", "path": "a.gguf", "ctx_size": 512}])
+    assert device.reconfigure(changed) == ["a"]
+
+
+@pytest.mark.parametrize(("scheduling", "policy"), [("fifo", FirstCome), ("swap_aware", SwapAware)])
+def test_a_lane_follows_the_configuration(tmp_path: Path, scheduling: str, policy: type) -> None:
+    config = NodeWithFakes(
+        tmp_path,
+        scheduling=scheduling,
+        max_pending_requests_per_device=7,
+        queue_timeout_s=11,
+        llama_server_startup_timeout_s=13,
+        abandoned_load_grace_s=17,
+        swap_fairness_s=19,
+        min_residency_s=1,
+    ).config
+    rules = lane_rules(config)
+    assert (rules.max_pending, rules.queue_timeout_s) == (7, 11)
+    assert (rules.startup_timeout_s, rules.abandoned_load_grace_s) == (13, 17)
+    assert isinstance(rules.policy, policy)
+    if scheduling == "swap_aware":
+        assert rules.policy == SwapAware(19, 1)

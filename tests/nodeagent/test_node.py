@@ -1,0 +1,421 @@
+"""The whole node over fake processes: what the front, the dispatcher and the shutdown call, in virtual time."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from fakes.child_process import Fate
+from fakes.node_with_fakes import FakeDispatcherClient, NodeWithFakes
+from nodeagent.dispatcher.wire import Inventory
+from nodeagent.errors import BackendUnavailable, Draining, NoSuchDevice, ReloadRefused
+from nodeagent.front.seam import ModelCard
+from nodeagent.llama_server.relay import Upstream
+from nodeagent.node import Node
+from nodeagent.scheduling.lease import Ticket
+from nodeagent.scheduling.seam import ServerState
+from nodeagent.status import NodeReason, NodeStatus, Phase
+from supervisor.lifecycle import Cause
+from supervisor.probe import LivenessPolicy
+
+EXITS = Fate(ready_after_s=None, exits_after_s=0.5)
+SLOW = Fate(ready_after_s=5.0)
+
+
+def loaded(node: Node) -> list[str]:
+    """Every ready server, as `device/model`."""
+    return [
+        f"{device_id}/{server.model_id}"
+        for device_id, device in node.devices.items()
+        for server in device.servers.views()
+        if server.state is ServerState.READY
+    ]
+
+
+# Loading and unloading.
+
+
+async def test_a_load_returns_the_device_on_which_the_model_is_ready(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path, [SLOW])
+    node = await parts.start(nursery)
+    assert await node.load("a", None) == "cpu:0"
+    assert trio.current_time() == pytest.approx(5, abs=1)
+    assert loaded(node) == ["cpu:0/a"]
+    assert parts.event_kinds() == ["node", "starting", "ready"]
+
+
+async def test_a_load_goes_to_the_named_device_only(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path, device_ids=["cpu:0", "cpu:1"]).start(nursery)
+    assert await node.load("a", "cpu:1") == "cpu:1"
+    assert loaded(node) == ["cpu:1/a"]
+    with pytest.raises(NoSuchDevice) as refusal:
+        await node.load("a", "gpu:7")
+    assert refusal.value.known == ["cpu:0", "cpu:1"]
+
+
+async def test_a_load_without_waiting_goes_on_in_the_background(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path, [SLOW]).start(nursery)
+    node.load_soon("a", None)
+    assert loaded(node) == []
+    await trio.sleep(6)
+    assert loaded(node) == ["cpu:0/a"]
+
+
+async def test_a_background_load_that_fails_is_logged(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await NodeWithFakes(tmp_path, [EXITS], restart={"max_restarts": 0}).start(nursery)
+    node.load_soon("a", "cpu:0")
+    await trio.sleep(1)
+    assert any(message.startswith("loading a: ") for message in messages(caplog, "nodeagent.node"))
+
+
+async def test_a_load_retries_a_model_that_has_failed(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path, [EXITS], restart={"max_restarts": 0, "cooldown_s": 300}).start(nursery)
+    with pytest.raises(BackendUnavailable):
+        await node.load("a", None)
+    state = node.state()
+    assert (state.status, state.reason_codes) == (NodeStatus.DEGRADED, (NodeReason.SERVER_FAILED,))
+    with pytest.raises(BackendUnavailable):
+        node.scheduler.place("a")  # a request is refused during the cool-down
+    assert await node.load("a", None) == "cpu:0"
+    assert node.state().status is NodeStatus.READY
+
+
+async def request_in_flight(node: Node, model_id: str) -> Ticket[Upstream]:
+    ticket = node.scheduler.admit("request", model_id)
+    await ticket.granted()
+    return ticket
+
+
+async def test_an_unload_waits_for_the_requests_in_flight(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path).start(nursery)
+    ticket = await request_in_flight(node, "a")
+    unloaded: list[str] = []
+
+    async def unload() -> None:
+        unloaded.extend(await node.unload("a", force=False))
+
+    nursery.start_soon(unload, name="unload")
+    await trio.sleep(100)
+    assert (loaded(node), unloaded) == (["cpu:0/a"], [])
+    ticket.close()
+    await trio.sleep(1)
+    assert (loaded(node), unloaded) == ([], ["cpu:0"])
+
+
+async def test_a_forced_unload_waits_for_no_request(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path).start(nursery)
+    ticket = await request_in_flight(node, "a")
+    assert await node.unload("a", force=True) == ["cpu:0"]
+    assert loaded(node) == []
+    ticket.close()
+
+
+async def test_an_unload_names_the_devices_that_had_the_model(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path, device_ids=["cpu:0", "cpu:1"]).start(nursery)
+    assert await node.unload("a", force=False) == []
+    for device_id in ("cpu:0", "cpu:1"):
+        await node.load("a", device_id)
+    assert await node.unload("a", force=False) == ["cpu:0", "cpu:1"]
+    assert loaded(node) == []
+
+
+async def test_an_unload_of_a_failed_model_resets_its_failure(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path, [EXITS], restart={"max_restarts": 0}).start(nursery)
+    with pytest.raises(BackendUnavailable):
+        await node.load("a", None)
+    assert await node.unload("a", force=False) == ["cpu:0"]
+    assert node.state().status is NodeStatus.READY
+    assert node.scheduler.place("a") == "cpu:0"
+
+
+# The state of the node, and its events.
+
+
+async def test_a_drain_refuses_new_requests_until_undrain(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    for _ in range(2):  # the second drain changes nothing
+        node.drain()
+    state = node.state()
+    assert (state.status, state.reasons) == (NodeStatus.DRAINING, ("drained by an operator",))
+    assert state.reason_codes == (NodeReason.DRAINED_BY_OPERATOR,)
+    with pytest.raises(Draining) as refusal:
+        node.scheduler.admit("request", "a")
+    assert refusal.value.by_operator
+    for _ in range(2):
+        node.undrain()
+    assert (node.state().status, node.state().reasons) == (NodeStatus.READY, ())
+    node.scheduler.admit("request", "a").close()
+    assert [(event.reason, event.reason_code) for event in node.events.after(0).items] == [
+        ("ready", None),
+        ("draining; drained by an operator", "drained_by_operator"),
+        ("ready", None),
+    ]
+
+
+async def test_an_operator_can_not_undo_a_shutdown(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path).start(nursery)
+    node.drain()
+    node.begin_shutdown()
+    node.refuse_requests()
+    for order in (node.undrain, node.drain):
+        order()
+        assert (node.state().status, node.state().reasons) == (NodeStatus.DRAINING, ("shutting down",))
+        assert node.state().reason_codes == (NodeReason.SHUTTING_DOWN,)
+    with pytest.raises(Draining) as refusal:
+        node.scheduler.admit("request", "a")
+    assert not refusal.value.by_operator
+    node.enter(Phase.STOPPING)
+    assert (node.state().status, node.state().reasons) == (NodeStatus.STOPPING, ("shutting down",))
+
+
+async def test_requests_are_still_accepted_when_a_shutdown_begins(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path).start(nursery)
+    node.begin_shutdown()
+    ticket = await request_in_flight(node, "a")
+    assert node.admitted == 1
+    ticket.close()
+    assert node.admitted == 0
+
+
+async def test_a_change_of_state_is_one_event_however_many_transitions_follow(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path, [EXITS], restart={"max_restarts": 0})
+    node = await parts.start(nursery)
+    with pytest.raises(BackendUnavailable):
+        await node.load("a", None)
+    await node.load("b", None)
+    await node.unload("b", force=False)
+    kinds = parts.event_kinds()
+    assert kinds[:5] == ["node", "starting", "exited", "failed", "node"]
+    assert kinds.count("node") == 2
+    failed = node.events.after(3).items[0]
+    assert (failed.kind, failed.device_id, failed.model_id, failed.generation) == ("failed", "cpu:0", "a", 1)
+    assert failed.reason_code == Cause.EXITED
+
+
+async def test_every_code_that_is_sent_is_of_its_closed_set(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    fates: list[Fate | OSError] = [
+        OSError(12, "no memory"),
+        EXITS,
+        Fate(ready_after_s=None),
+        Fate(ill_after_s=1.0),
+        Fate(suspended_after_s=1.0),
+        Fate(exits_after_s=1.0, code=-11),
+    ]
+    liveness = LivenessPolicy(interval_s=1, timeout_s=1, failures=2)
+    parts = NodeWithFakes(tmp_path, fates, liveness=liveness, restart={"max_restarts": 100})
+    node = await parts.start(nursery)
+    sent: set[str | None] = set()
+    node.load_soon("a", None)
+    for _ in range(4000):
+        await trio.sleep(0.25)
+        beat = node.heartbeat_payload(1)
+        sent |= {*beat.reason_codes, *(it.reason_code for device in beat.devices for it in device.servers)}
+    node.drain()
+    await node.unload("a", force=True)
+    node.begin_shutdown()
+    sent |= {event.reason_code for event in node.events.after(0).items}
+    causes = {"spawn_failed", "exited", "start_timeout", "liveness_failed", "suspended", "stopped"}
+    assert sent >= causes | {"drained_by_operator", "shutting_down"}
+    assert sent - {None} <= {*Cause, *NodeReason}
+
+
+async def test_what_a_server_prints_is_kept_by_device(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    await node.load("a", None)
+    parts.spawner.processes[0].output.feed(b"loading\nready\n")
+    assert node.log_of("cpu:0").after(0).items == ["loading", "ready"]
+    with pytest.raises(NoSuchDevice):
+        node.log_of("cpu:1")
+
+
+# The dispatcher.
+
+
+async def test_the_dispatcher_gets_a_heartbeat_after_each_transition_and_a_registration_on_request(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path).start(nursery)
+    assert not node.register()
+    node.dispatcher = client = FakeDispatcherClient()
+    await node.load("a", None)
+    assert client.calls == ["heartbeat_soon", "heartbeat_soon"]  # starting, ready
+    assert node.register()
+    assert client.calls[2:] == ["register_again"]
+
+
+# Snapshots.
+
+
+async def test_a_snapshot_holds_everything_about_the_node(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    models = [
+        {"model_id": "a", "path": "a.gguf", "alias": "planner", "roles": ["plan"], "ctx_size": 512, "parallel": 2},
+        {"model_id": "b", "path": "b.gguf"},
+    ]
+    parts = NodeWithFakes(tmp_path, [SLOW], models=models)
+    node = await parts.start(nursery)
+    parts.catalogue.unusable["b"] = "no such file"
+    await node.load("a", None)
+    snapshot = node.snapshot()
+    assert (snapshot.node_id, snapshot.base_url, snapshot.incarnation) == ("box", "http://10.0.0.5:8081", "b1d0")
+    assert snapshot.now == trio.current_time()
+    a, b = snapshot.models
+    assert (a.aliases, a.roles, a.ctx_size, a.parallel) == (("planner",), ("plan",), 512, 2)
+    assert a.load_time_s == pytest.approx(5, abs=1)
+    assert (b.aliases, b.ctx_size, b.size_bytes, b.load_time_s) == ((), None, None, None)
+    assert (a.problem, b.problem) == (None, "no such file")
+    assert snapshot.devices_with("a", ServerState.READY) == ["cpu:0"]
+    assert snapshot.devices_with("b", ServerState.FAILED) == ["cpu:0"]
+    [device] = snapshot.devices
+    assert (device.ref.device_id, device.metrics, device.lane.in_flight) == ("cpu:0", None, 0)
+    assert snapshot.state.reasons == ("b on cpu:0: no such file",)
+
+
+async def test_the_inventory_is_the_payload_as_json(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path).start(nursery)
+    inventory = json.loads(node.inventory_json())
+    assert inventory.keys() == Inventory.model_fields.keys()
+    assert (inventory["node_id"], inventory["status"]) == ("box", "ready")
+    assert node.register_payload().node_id == node.heartbeat_payload(7).node_id == "box"
+    assert node.heartbeat_payload(7).sequence == 7
+
+
+def test_every_model_has_a_card(tmp_path: Path) -> None:
+    models = [{"model_id": "a", "path": "a.gguf", "alias": "planner"}, {"model_id": "b", "path": "b.gguf"}]
+    node = NodeWithFakes(tmp_path, models=models, max_request_bytes=1000).node
+    created = int(node.identity.started_at.timestamp())
+    assert node.cards() == [ModelCard("a", ("planner",), created), ModelCard("b", (), created)]
+    assert (node.node_id, node.max_request_bytes, node.admin_token) == ("box", 1000, "token")
+
+
+# Reloading. The file is read in a thread; no deadline is pending meanwhile, so the clock does not jump.
+
+
+async def test_a_reload_adds_changes_and_removes_models(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path, device_ids=["cpu:0", "cpu:1"])
+    node = await parts.start(nursery)
+    node.dispatcher = client = FakeDispatcherClient()
+    await node.load("a", "cpu:0")
+    await node.load("b", "cpu:1")
+    parts.write_config(
+        models=[{"model_id": "b", "path": "b.gguf", "ctx_size": 512}, {"model_id": "c", "path": "c.gguf"}],
+        listen_port=1,
+        queue_timeout_s=7,
+    )
+    what = await node.reload()
+    assert (what.added, what.changed, what.removed) == (("c",), ("b",), ("a",))
+    assert what.needs_restart == ("listen_port",)
+    assert (node.config.listen_port, node.config.queue_timeout_s) == (8081, 7)
+    assert [card.model_id for card in node.cards()] == ["b", "c"]
+    assert client.calls[-1] == "register_again"
+    await trio.sleep(1)
+    assert loaded(node) == []
+    await node.load("b", "cpu:1")
+    assert parts.spawner.running == {"cpu:1/b"}
+
+
+async def test_a_reload_leaves_unchanged_models_alone_and_lets_requests_on_changed_ones_end(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path, device_ids=["cpu:0", "cpu:1"])
+    node = await parts.start(nursery)
+    await node.load("a", "cpu:0")
+    await node.load("b", "cpu:1")
+    ticket = await request_in_flight(node, "b")
+    a = {"model_id": "a", "path": "a.gguf"}
+    parts.write_config(models=[a, {"model_id": "b", "path": "b.gguf", "ctx_size": 512}])
+    assert (await node.reload()).changed == ("b",)
+    await wait_all_tasks_blocked()
+    assert loaded(node) == ["cpu:0/a", "cpu:1/b"]
+    ticket.close()
+    await trio.sleep(1)
+    assert loaded(node) == ["cpu:0/a"]
+    assert parts.spawner.processes[0].returncode is None
+
+
+async def test_a_bad_configuration_is_refused_and_the_old_one_stays(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    before = node.config
+    parts.file.write_text('{"queue_timeout_s": "soon"}')
+    with pytest.raises(ReloadRefused) as refusal:
+        await node.reload()
+    assert any("queue_timeout_s" in problem for problem in refusal.value.problems)
+    assert node.config is before
+    [line] = messages(caplog, "nodeagent.node")
+    assert line.startswith("configuration not reloaded, the old one stays in effect: ")
+
+
+async def test_a_background_reload_that_is_refused_only_logs_it(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    parts.file.write_text("{}")
+    node.reload_soon()
+    while not messages(caplog, "nodeagent.node"):
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    assert "not reloaded" in messages(caplog, "nodeagent.node")[0]
+    parts.write_config(queue_timeout_s=9)
+    await node.reload()  # the node goes on
+    assert node.config.queue_timeout_s == 9
+
+
+async def test_each_reload_logs_the_warnings_about_the_file(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    parts.write_config(residency_linger_s=1)
+    for count in (1, 2):
+        await node.reload()
+        warnings = [it for it in caplog.records if it.name == "nodeagent.reload"]
+        assert [it.levelname for it in warnings] == ["WARNING"] * count
+        assert "residency_linger_s" in warnings[-1].getMessage()
+
+
+def messages(caplog: pytest.LogCaptureFixture, logger: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == logger]
