@@ -5,8 +5,8 @@
     # in a node's configuration:  dispatcher_base_url: http://127.0.0.1:9000
     curl http://127.0.0.1:9000/nodes
 
-It shows the protocol from the other side, and is no more than that: it forgets everything when it stops, and every
-node registers again within a heartbeat.
+It shows the dispatcher's side of the protocol, and only that. It keeps everything in memory: after a restart of the
+dispatcher every node registers again with its next heartbeat.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from quart import request
 from quart_trio import QuartTrio
 
 INTERVAL_S = 5.0
-# A node is late when this many of its heartbeats are missing.
+# A node that missed this many heartbeats is late.
 MISSED = 3
 
 
 @dataclass
-class Known:
-    """A node: what it registered, its last heartbeat, and when that came (monotonic seconds)."""
+class Node:
+    """A node: its registration, its last heartbeat, and when that arrived (monotonic seconds)."""
 
     registered: dict[str, Any]
-    heard_at: float = field(default_factory=time.monotonic)
+    last_heard_at: float = field(default_factory=time.monotonic)
     heartbeat: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        silent_s = time.monotonic() - self.heard_at
+        silent_s = time.monotonic() - self.last_heard_at
         return {
             "base_url": self.registered["base_url"],
             "status": "late" if silent_s > MISSED * INTERVAL_S else self.heartbeat.get("status", "registered"),
@@ -49,9 +49,9 @@ class Known:
 
 
 def create_app(token: str | None) -> QuartTrio:
-    """The dispatcher as an application; with a token, nodes must show it."""
+    """The dispatcher as an application; if `token` is set, every request needs it."""
     app = QuartTrio(__name__)
-    nodes: dict[str, Known] = {}
+    nodes: dict[str, Node] = {}
 
     @app.before_request
     async def authenticate() -> tuple[str, int] | None:
@@ -62,9 +62,9 @@ def create_app(token: str | None) -> QuartTrio:
 
     @app.post("/v1/nodes/register")
     async def register() -> tuple[dict[str, float], int]:
-        node = await request.get_json(force=True)
-        nodes[node["node_id"]] = Known(node)
-        print(f"{node['node_id']} registered: {node['base_url']}", flush=True)
+        registration = await request.get_json(force=True)
+        nodes[registration["node_id"]] = Node(registration)
+        print(f"{registration['node_id']} registered: {registration['base_url']}", flush=True)
         return {"heartbeat_interval_s": INTERVAL_S}, 200
 
     @app.post("/v1/nodes/heartbeat")
@@ -78,7 +78,7 @@ def create_app(token: str | None) -> QuartTrio:
         if beat["sequence"] > node.heartbeat.get("sequence", 0):
             if beat["status"] != node.heartbeat.get("status"):
                 print(f"{beat['node_id']} is {beat['status']} {'; '.join(beat['reasons'])}".rstrip(), flush=True)
-            node.heartbeat, node.heard_at = beat, time.monotonic()
+            node.heartbeat, node.last_heard_at = beat, time.monotonic()
         return {}, 200
 
     @app.get("/nodes")
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)
-    parser.add_argument("--token-file", type=Path, help="nodes must show the token in this file")
+    parser.add_argument("--token-file", type=Path, help="file with a token that every request needs")
     args = parser.parse_args()
     token = args.token_file.read_text().strip() if args.token_file else None
     config = Config()

@@ -16,7 +16,7 @@ from supervisor.supervisor import GivenUp, StartFailed, Supervisor
 
 
 class TcpProbe:
-    """Ready is: somebody listens on that port."""
+    """The child is ready, and well, if that port accepts connections."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -25,14 +25,14 @@ class TcpProbe:
         try:
             await (await trio.open_tcp_stream("127.0.0.1", self.port)).aclose()
         except OSError as error:
-            raise NotReady(f"nobody listens on port {self.port}") from error
+            raise NotReady(f"port {self.port} refuses connections") from error
         return f"127.0.0.1:{self.port}"
 
 
 async def main(port: int, command: list[str]) -> None:
     supervisor = Supervisor(on_line=lambda _child, _generation, line: print("|", line))
     async with trio.open_nursery() as nursery:
-        await nursery.start(supervisor.run)
+        await nursery.start(supervisor.run, name="supervisor")
         child = ChildSpec(
             child_id="command",
             group="commands",
@@ -45,7 +45,7 @@ async def main(port: int, command: list[str]) -> None:
             await supervisor.start(child)
         except (StartFailed, GivenUp) as failure:
             print(f"not started: {failure}")
-        await trio.sleep_forever()  # it is started again whenever it ends, until Ctrl-C
+        await trio.sleep_forever()  # until Ctrl-C; the supervisor restarts the command whenever it exits
 
 
 if __name__ == "__main__":
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        # At a checkpoint of `main` only: anywhere else the interrupt could come between a spawn and its supervision.
+        # Ctrl-C interrupts only at a checkpoint: elsewhere it could hit between a spawn and its supervision.
         trio.run(main, arguments.port, arguments.command, restrict_keyboard_interrupt_to_checkpoints=True)
     except* KeyboardInterrupt:
         print("stopped")

@@ -173,9 +173,9 @@ def _log(event: Event) -> None:
             logger.warning("%s is unhealthy: %s", event.child_id, reason, extra=extra)
         case Exited(exit=exit):
             last = exit.last_lines[-1] if exit.last_lines else "(none)"
-            logger.info("%s %s; last line of output: %s", event.child_id, exit.reason, last, extra=extra)
+            logger.info("%s ended: %s; last line of output: %s", event.child_id, exit.reason, last, extra=extra)
         case Restarting(reason=reason):
-            logger.warning("%s %s", event.child_id, reason, extra=extra)
+            logger.warning("%s: %s", event.child_id, reason, extra=extra)
         case GaveUp(reason=reason):
             logger.error("%s has failed: %s", event.child_id, reason, extra=extra)
         case Stopped():

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from supervisor.lifecycle import (
     Unhealthy,
 )
 from supervisor.probe import LivenessPolicy
+from supervisor.records import Records
 from supervisor.restart import RestartPolicy
 from supervisor.snapshot import ChildState
 from supervisor.spec import ChildSpec, StopPolicy
@@ -229,7 +231,7 @@ async def test_a_probe_without_an_answer_counts_as_failed_at_its_timeout(
 ) -> None:
     watched = await watch(nursery, Fate(hangs_after_s=1.0))
     await watched.start()
-    await trio.sleep(21.5)  # asked at 5, 12 and 19, for 2 s each
+    await trio.sleep(21.5)  # probed at 5, 12 and 19, for 2 s each
     assert watched.times(Unhealthy) == [21.0]
     assert "no answer within 2 s" in next(event.reason for event in watched.events if isinstance(event, Unhealthy))
 
@@ -629,6 +631,16 @@ async def test_every_task_of_a_child_is_named(autojump_clock: MockClock, nursery
     }
 
 
+async def test_the_task_that_writes_the_records_is_named(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    supervisor = Supervisor(records=Records(tmp_path / "children.json"))
+    await nursery.start(partial(supervisor.run), name="supervisor")
+    [task] = nursery.child_tasks
+    [recording, _children] = task.child_nurseries
+    assert [child.name for child in recording.child_tasks] == ["records"]
+
+
 async def test_the_last_lines_are_in_the_exit_and_can_be_read_while_the_child_runs(
     autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -641,7 +653,7 @@ async def test_the_last_lines_are_in_the_exit_and_can_be_read_while_the_child_ru
     assert watched.supervisor.lines("child", last=1) == ["two"]
     await trio.sleep(5.5)
     assert next(event.exit for event in watched.events if isinstance(event, Exited)).last_lines == ("one", "two")
-    assert "child exited with code 1; last line of output: two" in caplog.text
+    assert "child ended: exited with code 1; last line of output: two" in caplog.text
     assert "restart in 0.0 s: 1 of 3 in 60 s" in caplog.text
 
 

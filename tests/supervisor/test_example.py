@@ -1,4 +1,4 @@
-"""The example that uses the supervisor alone."""
+"""`examples/supervise.py`, which uses the supervisor alone."""
 
 import signal
 import socket
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.real
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "supervise.py"
 
 
-def test_it_keeps_a_command_alive_and_ends_it_with_itself() -> None:
+def test_it_keeps_a_command_alive_and_ends_it_when_it_ends_itself() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", port]

@@ -1,4 +1,4 @@
-"""What a process printed, line by line, however it comes."""
+"""The output of a process, line by line, however the bytes arrive."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,37 +7,37 @@ from supervisor.output import Output
 
 
 def lines_of(*pieces: bytes) -> list[str]:
-    told: list[str] = []
-    output = Output(told.append)
+    seen: list[str] = []
+    output = Output(seen.append)
     for piece in (*pieces, b""):
         output.feed(piece)
-    assert output.lines() == told[-1000:]
-    assert output.count == len(told)
-    return told
+    assert output.lines() == seen[-1000:]
+    assert output.count == len(seen)
+    return seen
 
 
 def test_lines_end_at_newlines_and_at_the_end() -> None:
     assert lines_of(b"one\ntwo\r\n\nlast") == ["one", "two", "", "last"]
 
 
-def test_what_is_no_utf8_is_replaced() -> None:
+def test_bytes_that_are_not_utf8_are_replaced() -> None:
     assert lines_of(b"a\xff\n") == ["a\N{REPLACEMENT CHARACTER}"]
 
 
 @given(st.binary(max_size=300), st.integers(1, 20))
-def test_it_does_not_matter_how_the_bytes_are_cut(data: bytes, size: int) -> None:
+def test_the_lines_do_not_depend_on_how_the_bytes_are_cut(data: bytes, size: int) -> None:
     pieces = [data[at : at + size] for at in range(0, len(data), size)]
     assert lines_of(*pieces) == lines_of(data)
 
 
-def test_a_line_without_end_costs_no_more_than_what_is_shown_of_it() -> None:
-    told: list[str] = []
-    output = Output(told.append)
+def test_an_endless_line_takes_no_more_memory_than_its_visible_part() -> None:
+    seen: list[str] = []
+    output = Output(seen.append)
     for _ in range(1000):
         output.feed(b"x" * 65536)
         assert len(output._unfinished) <= 4097
     output.feed(b"\nnext\n")
-    assert [len(line) for line in told] == [4096 + len(" [cut]"), 4]
+    assert [len(line) for line in seen] == [4096 + len(" [cut]"), 4]
 
 
 def test_only_the_last_thousand_lines_are_kept() -> None:

@@ -1,4 +1,4 @@
-"""The children on disk, and what a later life does with those that a killed one left behind."""
+"""The running children on disk, and how the next run kills those that a killed supervisor left behind."""
 
 import json
 import logging
@@ -61,7 +61,7 @@ async def recorded(path: Path, process: "subprocess.Popen[bytes]") -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_what_a_dead_life_left_running_is_ended(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
+async def test_a_recorded_process_that_still_runs_is_killed(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
     path = tmp_path / "children.json"
     await recorded(path, sleeper)
     assert sweep(path) == [sleeper.pid]
@@ -70,7 +70,7 @@ async def test_what_a_dead_life_left_running_is_ended(tmp_path: Path, sleeper: "
 
 
 @pytest.mark.parametrize("field", ["started_at", "argv", "pid"])
-async def test_what_only_looks_like_a_record_is_left_alone(
+async def test_a_process_that_does_not_match_its_record_is_left_alone(
     field: str, tmp_path: Path, sleeper: "subprocess.Popen[bytes]"
 ) -> None:
     path = tmp_path / "children.json"
@@ -85,7 +85,7 @@ async def test_what_only_looks_like_a_record_is_left_alone(
     assert end(sleeper) == -signal.SIGKILL
 
 
-async def test_a_supervisor_that_ended_leaves_no_child_on_record(tmp_path: Path) -> None:
+async def test_a_supervisor_that_ended_leaves_no_record(tmp_path: Path) -> None:
     path = tmp_path / "children.json"
     supervisor = Supervisor(records=Records(path))
     env = dict(os.environ)
@@ -100,12 +100,12 @@ async def test_a_supervisor_that_ended_leaves_no_child_on_record(tmp_path: Path)
 
 
 @pytest.mark.real
-def test_a_process_that_ends_before_it_can_be_ended_is_no_trouble(sleeper: "subprocess.Popen[bytes]") -> None:
+def test_killing_a_process_that_has_just_exited_does_nothing(sleeper: "subprocess.Popen[bytes]") -> None:
     end(sleeper)
     records._kill(sleeper.pid)
 
 
-async def test_a_child_that_ended_is_no_longer_recorded(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
+async def test_a_child_that_exited_is_no_longer_recorded(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
     path = tmp_path / "children.json"
     recording = Records(path)
     async with trio.open_nursery() as nursery:
@@ -119,7 +119,7 @@ async def test_a_child_that_ended_is_no_longer_recorded(tmp_path: Path, sleeper:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '[{"pid": 1}]', '"x"'])
-def test_a_spoilt_file_is_a_warning_and_nothing_is_swept(
+def test_a_damaged_file_is_a_warning_and_no_process_is_killed(
     content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "children.json"
@@ -128,7 +128,7 @@ def test_a_spoilt_file_is_a_warning_and_nothing_is_swept(
     assert "no left-over process is killed" in caplog.text
 
 
-async def test_a_disk_that_is_full_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_full_disk_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     recording = Records(Path("/dev/full/children.json"))
     async with trio.open_nursery() as nursery:

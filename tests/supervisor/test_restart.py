@@ -1,4 +1,4 @@
-"""When an ended child is started again: pure tables and properties."""
+"""When a child that exited is restarted: pure tables and properties."""
 
 import random
 
@@ -33,14 +33,14 @@ def test_a_start_that_failed_is_never_repeated_at_once() -> None:
     assert delay_s(tracker().decide(FAILED_START, 0)) >= 0.5
 
 
-def test_a_child_that_fails_too_seldom_to_be_given_up_on_is_tried_for_ever_at_the_longest_pause() -> None:
+def test_a_child_that_fails_too_seldom_to_be_given_up_on_is_restarted_for_ever_with_the_longest_delay() -> None:
     it = tracker()
     for number in range(3000):
         delay = delay_s(it.decide(FAILED_START, number * 300.0))
     assert 30 <= delay <= 60
 
 
-def test_more_ends_than_allowed_in_the_period_give_up_and_say_when_to_half_open() -> None:
+def test_more_exits_than_allowed_in_the_period_give_up_until_the_cool_down_is_over() -> None:
     it = tracker(max_restarts=3, period_s=60, cooldown_s=60)
     for at in range(3):
         assert isinstance(it.decide(CRASH, at), Restart)
@@ -50,19 +50,19 @@ def test_more_ends_than_allowed_in_the_period_give_up_and_say_when_to_half_open(
     assert "4 exits in 60 s" in last.reason
 
 
-def test_ends_that_are_long_past_do_not_count() -> None:
+def test_exits_before_the_period_do_not_count() -> None:
     it = tracker(max_restarts=1, period_s=60)
     for at in range(0, 1000, 61):
         assert delay_s(it.decide(CRASH, at)) == 0
 
 
-def test_a_child_that_was_ready_for_long_starts_afresh() -> None:
+def test_a_child_that_was_ready_for_long_has_a_clean_record() -> None:
     it = tracker(max_restarts=1, period_s=1000, reset_after_s=300)
     it.decide(CRASH, 0)
     assert delay_s(it.decide(Exit(code=1, cause=Cause.EXITED, reason="died", ready_s=300.0), 310)) == 0
 
 
-def test_the_one_try_after_the_cool_down_gives_up_at_once_if_it_fails_and_counts_anew_if_it_held() -> None:
+def test_a_half_open_tracker_gives_up_at_once_if_the_start_fails_and_counts_anew_if_it_succeeds() -> None:
     it = tracker(max_restarts=1)
     it.decide(CRASH, 0)
     assert isinstance(it.decide(CRASH, 1), GiveUp)
@@ -83,7 +83,7 @@ def test_the_one_try_after_the_cool_down_gives_up_at_once_if_it_fails_and_counts
         ("temporary", 1, False),
     ],
 )
-def test_the_words_of_otp(mode: str, code: int, restarted: bool) -> None:
+def test_restart_modes_are_those_of_otp(mode: str, code: int, restarted: bool) -> None:
     decision = tracker(mode=mode).decide(Exit(code=code, cause=Cause.EXITED, reason="ended", ready_s=1.0), 0)
     assert isinstance(decision, Restart) == restarted
     if isinstance(decision, GiveUp):

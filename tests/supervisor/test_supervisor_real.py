@@ -25,41 +25,41 @@ QUICK = RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.05, max_restarts=2
 READY_THEN_SLEEP = "print('at home', flush=True)\nimport time\ntime.sleep(60)"
 
 
-class SaysSo:
-    """Ready is: it printed `at <address>`. Well is: it is not stopped."""
+class PrintedAddress:
+    """A child is ready once it printed `at <address>`, and well unless it is suspended."""
 
     async def check(self, process: ProcessView) -> str:
         if process.is_suspended():
-            raise NotReady("stopped")
+            raise NotReady("suspended")
         for line in process.output.lines():
             if line.startswith("at "):
                 return line.removeprefix("at ")
-        raise NotReady("it has not said where")
+        raise NotReady("it has not printed its address")
 
 
-SAYS_SO = SaysSo()
+PRINTED_ADDRESS = PrintedAddress()
 
 
 class Watched:
-    """A supervisor, and all that it says."""
+    """A supervisor, and all that it reports."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.lines: list[str] = []
-        self._bell = trio.Event()
+        self._changed = trio.Event()
         self.supervisor = Supervisor(on_event=self._on_event, on_line=lambda _id, _gen, line: self.lines.append(line))
 
     def _on_event(self, event: Event) -> None:
         self.events.append(event)
-        self._bell.set()
-        self._bell = trio.Event()
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def until(self, kind: type[Event], count: int = 1) -> Any:
         while True:
             found = [event for event in self.events if isinstance(event, kind)]
             if len(found) >= count:
                 return found[count - 1]
-            await self._bell.wait()
+            await self._changed.wait()
 
     def state(self, child_id: str = "child") -> ChildState:
         return self.supervisor.snapshot()[child_id].state
@@ -69,7 +69,7 @@ def spec(script: str, *, child_id: str = "child", **more: Any) -> ChildSpec:
     defaults: dict[str, Any] = {"start_timeout_s": 10.0, "restart": QUICK, "stop": StopPolicy(grace_s=2.0)}
     argv = (sys.executable, "-S", "-c", script)
     facts: dict[str, Any] = {"child_id": child_id, "group": "group", "argv": argv, "env": dict(os.environ)}
-    return ChildSpec(**facts, probe=SAYS_SO, **(defaults | more))
+    return ChildSpec(**facts, probe=PRINTED_ADDRESS, **(defaults | more))
 
 
 def gone(pid: int) -> bool:
@@ -80,7 +80,7 @@ def gone(pid: int) -> bool:
 
 
 def wait_gone(pid: int) -> None:
-    """For a process that is not our child: nobody tells us of its end."""
+    """For a process that is not our child: no event tells of its exit."""
     until = time.monotonic() + 5
     while not gone(pid):
         assert time.monotonic() < until, f"process {pid} is still there after 5 s"
@@ -96,7 +96,7 @@ async def watched(nursery: trio.Nursery) -> AsyncIterator[Watched]:
         nursery.cancel_scope.cancel()
 
 
-async def test_start_returns_when_the_probe_has_passed_with_the_address_that_the_child_said(watched: Watched) -> None:
+async def test_start_returns_the_address_that_the_child_printed_once_the_probe_passes(watched: Watched) -> None:
     ready = await watched.supervisor.start(spec(READY_THEN_SLEEP))
     assert (ready.address, ready.generation) == ("home", 1)
     snapshot = watched.supervisor.snapshot()["child"]
@@ -105,7 +105,7 @@ async def test_start_returns_when_the_probe_has_passed_with_the_address_that_the
     assert watched.supervisor.lines("child") == ["at home"]
 
 
-async def test_starts_under_way_are_joined(watched: Watched) -> None:
+async def test_concurrent_starts_are_joined(watched: Watched) -> None:
     readies: list[Ready] = []
 
     async def start() -> None:
@@ -119,7 +119,7 @@ async def test_starts_under_way_are_joined(watched: Watched) -> None:
     assert sum(isinstance(event, Started) for event in watched.events) == 1
 
 
-async def test_a_child_that_exits_while_starting_is_told_at_once_with_its_last_words(watched: Watched) -> None:
+async def test_a_child_that_exits_while_starting_fails_the_start_at_once_with_its_last_lines(watched: Watched) -> None:
     before = trio.current_time()
     with pytest.raises(StartFailed) as failed:
         await watched.supervisor.start(spec("print('no such file')\nraise SystemExit(3)"))
@@ -130,7 +130,7 @@ async def test_a_child_that_exits_while_starting_is_told_at_once_with_its_last_w
     assert failed.value.exit.cause is Cause.EXITED
 
 
-async def test_a_program_that_is_not_there_is_a_failed_start(watched: Watched) -> None:
+async def test_a_missing_program_is_a_failed_start(watched: Watched) -> None:
     missing = dataclasses.replace(spec(READY_THEN_SLEEP), argv=("/no/such/program",))
     with pytest.raises(StartFailed, match="/no/such/program does not exist") as failed:
         await watched.supervisor.start(missing)
@@ -163,7 +163,7 @@ async def test_a_crash_is_followed_by_one_restart_at_once_then_back_off_then_giv
     assert (await watched.supervisor.start(child)).generation == 4
 
 
-async def test_the_try_after_the_cool_down_gives_up_again_at_once_if_it_fails(watched: Watched) -> None:
+async def test_a_start_after_the_cool_down_gives_up_again_at_once_if_it_fails(watched: Watched) -> None:
     child = spec("raise SystemExit(7)", restart=RestartPolicy(max_restarts=0, cooldown_s=0.1))
     with pytest.raises(StartFailed):
         await watched.supervisor.start(child)
@@ -174,17 +174,17 @@ async def test_the_try_after_the_cool_down_gives_up_again_at_once_if_it_fails(wa
     assert sum(isinstance(event, Started) for event in watched.events) == 2
 
 
-async def test_a_child_that_has_failed_starts_afresh_with_another_spec(watched: Watched) -> None:
+async def test_a_failed_child_starts_at_once_with_a_different_spec(watched: Watched) -> None:
     once = RestartPolicy(max_restarts=0, cooldown_s=60)
     with pytest.raises(StartFailed):
         await watched.supervisor.start(spec("raise SystemExit(7)", restart=once))
     with pytest.raises(GivenUp):
         await watched.supervisor.start(spec("raise SystemExit(7)", restart=once))
-    mended = spec(READY_THEN_SLEEP, restart=once)
-    assert (await watched.supervisor.start(mended)).generation == 2
+    repaired = spec(READY_THEN_SLEEP, restart=once)
+    assert (await watched.supervisor.start(repaired)).generation == 2
 
 
-async def test_a_child_that_has_failed_and_is_forgotten_can_be_started_at_once(watched: Watched) -> None:
+async def test_a_failed_child_that_is_forgotten_can_be_started_at_once(watched: Watched) -> None:
     child = spec("raise SystemExit(7)", restart=RestartPolicy(max_restarts=0, cooldown_s=60))
     with pytest.raises(StartFailed):
         await watched.supervisor.start(child)
@@ -195,14 +195,14 @@ async def test_a_child_that_has_failed_and_is_forgotten_can_be_started_at_once(w
     assert failed.value.generation == 2
 
 
-async def test_a_child_that_runs_is_not_forgotten(watched: Watched) -> None:
+async def test_a_running_child_is_not_forgotten(watched: Watched) -> None:
     await watched.supervisor.start(spec(READY_THEN_SLEEP))
     watched.supervisor.forget("child")
-    watched.supervisor.forget("nobody")
+    watched.supervisor.forget("unknown")
     assert watched.state() is ChildState.READY
 
 
-async def test_a_killed_child_is_started_again_without_being_asked_for(watched: Watched) -> None:
+async def test_a_killed_child_is_restarted_unasked(watched: Watched) -> None:
     await watched.supervisor.start(spec(READY_THEN_SLEEP))
     os.kill((await watched.until(Started)).pid, signal.SIGKILL)
     ready = await watched.until(Ready, 2)
@@ -224,7 +224,7 @@ async def test_stop_ends_the_whole_group(watched: Watched) -> None:
     await watched.supervisor.stop("child")  # once more does no harm
 
 
-async def test_what_a_dead_child_leaves_in_its_group_is_ended(watched: Watched) -> None:
+async def test_processes_that_a_dead_child_left_in_its_group_are_killed(watched: Watched) -> None:
     family = "import subprocess, time\nprint('at', subprocess.Popen(['sleep', '60']).pid, flush=True)\ntime.sleep(60)"
     grandchild = int((await watched.supervisor.start(spec(family))).address)
     os.kill((await watched.until(Started)).pid, signal.SIGKILL)
@@ -233,8 +233,8 @@ async def test_what_a_dead_child_leaves_in_its_group_is_ended(watched: Watched) 
 
 
 async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(watched: Watched) -> None:
-    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY_THEN_SLEEP
-    await watched.supervisor.start(spec(deaf, stop=StopPolicy(grace_s=0.2)))
+    ignores_sigterm = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY_THEN_SLEEP
+    await watched.supervisor.start(spec(ignores_sigterm, stop=StopPolicy(grace_s=0.2)))
     before = trio.current_time()
     await watched.supervisor.stop("child")
     assert 0.2 <= trio.current_time() - before < 5
@@ -258,19 +258,19 @@ async def test_stop_ends_a_start_and_a_back_off(watched: Watched) -> None:
     assert watched.state("other") is ChildState.STOPPED
 
 
-async def test_another_spec_under_the_id_of_a_running_child_is_an_error(watched: Watched) -> None:
+async def test_a_different_spec_for_a_running_child_is_an_error(watched: Watched) -> None:
     await watched.supervisor.start(spec(READY_THEN_SLEEP))
     with pytest.raises(ValueError, match="stop it first"):
         await watched.supervisor.start(spec(READY_THEN_SLEEP + " # other"))
 
 
-async def test_children_of_a_group_share_their_generations(watched: Watched) -> None:
+async def test_children_of_a_group_share_one_series_of_generations(watched: Watched) -> None:
     first = await watched.supervisor.start(spec(READY_THEN_SLEEP, child_id="a"))
     second = await watched.supervisor.start(spec(READY_THEN_SLEEP, child_id="b"))
     assert (first.generation, second.generation) == (1, 2)
 
 
-async def test_a_child_that_is_stopped_by_a_signal_fails_its_liveness_and_is_replaced(watched: Watched) -> None:
+async def test_a_suspended_child_fails_its_liveness_and_is_replaced(watched: Watched) -> None:
     quick = LivenessPolicy(interval_s=0.05, timeout_s=1, failures=2)
     await watched.supervisor.start(spec(READY_THEN_SLEEP, liveness=quick, stop=StopPolicy(grace_s=0.1)))
     os.kill((await watched.until(Started)).pid, signal.SIGSTOP)
@@ -281,7 +281,7 @@ async def test_a_child_that_is_stopped_by_a_signal_fails_its_liveness_and_is_rep
     assert (await watched.until(Ready, 2)).generation == 2
 
 
-async def test_a_child_that_is_stopped_by_a_signal_while_it_starts_is_a_failed_start(watched: Watched) -> None:
+async def test_a_child_that_is_suspended_while_it_starts_is_a_failed_start(watched: Watched) -> None:
     quick = LivenessPolicy(interval_s=0.05)
     async with trio.open_nursery() as nursery:
 
@@ -296,7 +296,7 @@ async def test_a_child_that_is_stopped_by_a_signal_while_it_starts_is_a_failed_s
 
 
 async def test_a_child_that_no_longer_passes_its_probe_is_replaced(watched: Watched) -> None:
-    class Fickle(SaysSo):
+    class SometimesIll(PrintedAddress):
         ill = False
 
         async def check(self, process: ProcessView) -> str:
@@ -304,7 +304,7 @@ async def test_a_child_that_no_longer_passes_its_probe_is_replaced(watched: Watc
                 raise NotReady("ill")
             return await super().check(process)
 
-    probe = Fickle()
+    probe = SometimesIll()
     quick = LivenessPolicy(interval_s=0.05, timeout_s=1, failures=3)
     child = dataclasses.replace(spec(READY_THEN_SLEEP, liveness=quick), probe=probe)
     await watched.supervisor.start(child)
@@ -314,10 +314,10 @@ async def test_a_child_that_no_longer_passes_its_probe_is_replaced(watched: Watc
     assert (await watched.until(Ready, 2)).generation == 2
 
 
-async def test_a_child_can_be_failed_for_what_its_probe_does_not_see(watched: Watched) -> None:
+async def test_a_child_can_be_failed_for_a_reason_that_its_probe_does_not_see(watched: Watched) -> None:
     await watched.supervisor.start(spec(READY_THEN_SLEEP))
     watched.supervisor.fail("child", 7, "another generation")
-    watched.supervisor.fail("other", 1, "nobody")
+    watched.supervisor.fail("other", 1, "unknown child")
     watched.supervisor.fail("child", 1, "it makes no progress")
     assert (await watched.until(Unhealthy)).reason == "it makes no progress"
     assert (await watched.until(Exited)).exit.cause is Cause.STALLED
@@ -338,15 +338,15 @@ async def test_a_descendant_that_left_the_group_ends_with_its_child(watched: Wat
         "print('at', os.read(read, 20).decode(), flush=True)\n"
         "time.sleep(60)"
     )
-    runaway = int((await watched.supervisor.start(spec(daemon))).address)
-    assert os.getpgid(runaway) != (await watched.until(Started)).pid
+    stray = int((await watched.supervisor.start(spec(daemon))).address)
+    assert os.getpgid(stray) != (await watched.until(Started)).pid
     os.kill((await watched.until(Started)).pid, signal.SIGKILL)
     await watched.until(Exited)
-    assert gone(runaway)
-    assert not psutil.pid_exists(runaway)  # it is reaped, not left as a zombie
+    assert gone(stray)
+    assert not psutil.pid_exists(stray)  # it is reaped, not left as a zombie
 
 
-async def test_output_without_end_or_newline_harms_nothing(watched: Watched) -> None:
+async def test_endless_output_without_a_newline_takes_little_memory(watched: Watched) -> None:
     flood = "import os\nfor _ in range(800): os.write(1, b'x' * 65536)\nprint()\n" + READY_THEN_SLEEP
     before = psutil.Process().memory_info().rss
     await watched.supervisor.start(spec(flood))
@@ -354,7 +354,7 @@ async def test_output_without_end_or_newline_harms_nothing(watched: Watched) -> 
     assert [len(line) for line in watched.lines] == [4096 + len(" [cut]"), len("at home")]
 
 
-async def test_a_flood_of_short_lines_leaves_others_their_turn(watched: Watched) -> None:
+async def test_a_flood_of_short_lines_lets_other_tasks_run(watched: Watched) -> None:
     flood = "import os\nos.write(1, b'\\n' * 32768)\nprint()\n" + READY_THEN_SLEEP
     most_at_once = 0
     async with trio.open_nursery() as nursery:
@@ -367,16 +367,16 @@ async def test_a_flood_of_short_lines_leaves_others_their_turn(watched: Watched)
     assert most_at_once < 200
 
 
-async def test_no_descriptor_left_costs_a_failed_start_and_nothing_else(watched: Watched) -> None:
-    class Heard(SaysSo):
+async def test_running_out_of_file_descriptors_costs_a_failed_start_and_nothing_else(watched: Watched) -> None:
+    class PrintedHome(PrintedAddress):
         async def check(self, process: ProcessView) -> str:
             if "at home" not in process.output.lines():
-                raise NotReady("it has not said where")
+                raise NotReady("it has not printed its address")
             return "home"
 
     child = dataclasses.replace(
         spec(READY_THEN_SLEEP, liveness=LivenessPolicy(interval_s=0.01)),
-        probe=Heard(),
+        probe=PrintedHome(),
         restart=RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.05, max_restarts=1000),
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -395,14 +395,14 @@ async def test_no_descriptor_left_costs_a_failed_start_and_nothing_else(watched:
     await watched.until(Ready, 2)
 
 
-async def test_a_child_runs_on_its_cpus_and_we_on_ours(watched: Watched) -> None:
+async def test_a_child_runs_on_its_cpus_and_the_supervisor_on_its_own(watched: Watched) -> None:
     ours = os.sched_getaffinity(0)
     await watched.supervisor.start(spec(READY_THEN_SLEEP, cpus=frozenset({min(ours)})))
     assert os.sched_getaffinity((await watched.until(Started)).pid) == {min(ours)}
     assert os.sched_getaffinity(0) == ours
 
 
-async def test_cpus_that_are_not_there_are_a_failed_start(watched: Watched) -> None:
+async def test_missing_cpus_are_a_failed_start(watched: Watched) -> None:
     with pytest.raises(StartFailed, match=r"can't run on CPUs \[4000\]"):
         await watched.supervisor.start(spec(READY_THEN_SLEEP, cpus=frozenset({4000})))
 
@@ -487,7 +487,7 @@ trio.run(main)
 
 
 @pytest.mark.parametrize("programs", [os.environ["PATH"], "/nowhere"], ids=["setpriv", "without setpriv"])
-def test_no_child_outlives_a_supervisor_that_is_killed_at_the_very_moment_of_the_spawn(programs: str) -> None:
+def test_no_child_outlives_a_supervisor_that_is_killed_right_after_the_spawn(programs: str) -> None:
     path = [str(Path(__file__).parent.parent.parent)]
     for _ in range(5):
         argv = [sys.executable, "-c", DIES_AT_ONCE.format(path=path)]
