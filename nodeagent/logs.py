@@ -1,11 +1,11 @@
-"""The agent's log: one line per event on stderr, for a person or as JSON, that can never hold up the event loop.
+"""The agent's log: one line per event on stderr, for a person or as JSON, that can never block the event loop.
 
-Whoever reads our stderr may stop reading it (a paused terminal, a stuck log collector); a write to it then blocks,
-and with it everything. So an event becomes a line in the task that logs it, and a daemon thread writes the lines.
-What doesn't fit between the two is dropped and counted, and a line says so where the gap is.
+The reader of our stderr may stop reading (a paused terminal, a stuck log collector); a write to it then blocks,
+and with it everything. So the task that logs an event formats its line, and a daemon thread writes the lines.
+Lines that don't fit between the two are dropped and counted, and a line in the gap says how many.
 
-Events carry fields by `extra={"device": ..., "generation": ...}`; FIELDS names those that are shown. The request id
-of a line is the one of its context, so nobody has to pass it along.
+Events carry fields by `extra={"device": ..., "generation": ...}`; FIELDS names those that are shown. A line has the
+request id of its context, so that callers don't pass it along.
 """
 
 import atexit
@@ -27,7 +27,7 @@ request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 FIELDS: Final = ("child", "device", "model", "generation", "request_id")
 
-# Together they bound what a log that nobody reads may hold: 4096 lines of 8 Ki characters are some 32 MiB at the most.
+# Together they bound the memory of a log that nobody reads: 4096 lines of 8 Ki characters are some 32 MiB at the most.
 QUEUED_LINES_MAX: Final = 4096
 MESSAGE_CHARS_MAX: Final = 8192
 # The end of a traceback is the part that says what happened.
@@ -35,11 +35,16 @@ EXCEPTION_CHARS_MAX: Final = 8192
 LINES_PER_WRITE: Final = 64
 CLOSE_TIMEOUT_S: Final = 1.0
 
-# What could forge a line, move a terminal's cursor, or reorder the text around it; a tab is harmless.
+# Characters that could forge a line, move a terminal's cursor, or reorder the text around them; a tab is harmless.
 _UNSAFE: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 # They log each request at INFO, and the agent probes its children several times a second.
 _CHATTY: Final = ("httpx", "httpcore")
+
+# How llama-server starts a line: minutes, seconds, milliseconds and microseconds since its start (unless its flags
+# turn them off), then the level's letter. Lines without a letter continue the one before or come from a library.
+_CHILD_LEVEL: Final = re.compile(r"(?:\d+\.\d{2}\.\d{3}\.\d{3} )?([DIWE]) ")
+_CHILD_LEVELS: Final = {"D": logging.DEBUG, "I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR}
 
 _child_logger = logging.getLogger("nodeagent.child")
 
@@ -48,7 +53,7 @@ def configure(format: LogFormat = "auto", level: str = "info", *, fd: int = 2) -
     """Send every logger of the process to `fd`; python's warnings too.
 
     `auto` is `human` where `fd` is a terminal, else `json`. `level` is one of logging's names, in any case. Calling
-    again replaces what the last call set up. The sink is closed at exit; close it yourself before an `os._exit`.
+    again replaces the earlier sink. The sink is closed at exit; close it yourself before an `os._exit`.
     """
     human = format == "human" or (format == "auto" and os.isatty(fd))
     sink = LogSink(fd)
@@ -67,17 +72,24 @@ def configure(format: LogFormat = "auto", level: str = "info", *, fd: int = 2) -
 
 
 def child_line(device_id: str, model_id: str, generation: int, line: str) -> None:
-    """Log one line that a server printed."""
-    _child_logger.info("%s", line, extra={"device": device_id, "model": model_id, "generation": generation})
+    """Log one line that a server printed, at the level that the line gives itself."""
+    fields = {"device": device_id, "model": model_id, "generation": generation}
+    _child_logger.log(child_level(line), "%s", line, extra=fields)
+
+
+def child_level(line: str) -> int:
+    """The level of one line of llama-server's log; INFO where it names none."""
+    found = _CHILD_LEVEL.match(line)
+    return _CHILD_LEVELS[found[1]] if found else logging.INFO
 
 
 class LogSink(logging.Handler):
-    """Writes lines to a file descriptor from a thread of its own; `emit` never waits for the reader of it.
+    """Writes lines to a file descriptor from a thread of its own; `emit` never waits for the reader.
 
-    When `capacity` lines wait, those that follow are dropped until all that waited are written: then one line tells
-    how many are missing, at the place where they are. `dropped` counts them for the life of the sink.
+    When `capacity` lines are queued, later lines are dropped until the queue has been written: then one line, in the
+    gap, says how many are missing. `dropped` counts them for the life of the sink.
     Not a QueueHandler with a QueueListener: the listener's `stop()` waits without limit for a sink that is blocked,
-    and can't even ask for the end when the queue is full.
+    and can't even request the end when the queue is full.
     """
 
     def __init__(self, fd: int, *, capacity: int = QUEUED_LINES_MAX) -> None:
@@ -85,12 +97,12 @@ class LogSink(logging.Handler):
         self.dropped = 0
         self._fd = fd
         self._capacity = capacity
-        # All below is guarded by _changed; no one writes or formats while holding it.
+        # _changed guards all that follows; no thread writes or formats while it holds it.
         self._changed = threading.Condition()
         self._lines: deque[str] = deque()
         self._gap = 0
         self._closing = False
-        # A daemon: blocked in a write, it must not keep the process from ending.
+        # A daemon thread: while it is blocked in a write, it must not keep the process from ending.
         self._thread = threading.Thread(target=self._write_lines, name="log", daemon=True)
         self._thread.start()
 
@@ -105,8 +117,14 @@ class LogSink(logging.Handler):
             self._lines.append(line)
             self._changed.notify()
 
+    def show(self, text: str) -> None:
+        """Put text for a person between the events, whatever the level: as it is in a human log, else one event."""
+        record = _own_record(logging.INFO, text)
+        record.__dict__[_SHOWN] = True
+        self.handle(record)
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Write what waits, for at most `timeout_s`; what is logged later is dropped. A second call does nothing."""
+        """Write the queued lines for at most `timeout_s`; later ones are dropped. A second call does nothing."""
         with self._changed:
             if self._closing:  # logging closes its handlers at exit once more: waiting twice would be twice as long
                 return
@@ -144,21 +162,25 @@ class LogSink(logging.Handler):
         return []
 
 
+# Marks a record of `LogSink.show`.
+_SHOWN: Final = "_nodeagent_shown"
+
+
 def _own_record(level: int, message: str) -> logging.LogRecord:
     return logging.LogRecord(__name__, level, __file__, 0, message, None, None)
 
 
 def _write_all(fd: int, data: bytes) -> bool:
-    """Write it all, however long that takes; False if nobody can read it any more."""
+    """Write it all, however long that takes; False if the reader is gone."""
     rest = memoryview(data)
     while rest:
         try:
             rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:  # whoever shares the descriptor made it non-blocking
+        except BlockingIOError:  # another process that shares the descriptor made it non-blocking
             poll = select.poll()
             poll.register(fd, select.POLLOUT)
             poll.poll()
-        except OSError:  # the reader is gone: there is no other place to say so
+        except OSError:  # the reader is gone, and there is no other place to report it
             return False
     return True
 
@@ -177,7 +199,7 @@ class JsonFormatter(logging.Formatter):
         event |= _fields(record)
         if exception := _exception(self, record):
             event["exception"] = exception
-        # default=str: a field may hold a path. What is unsafe occurs only inside of strings, where \u is right.
+        # default=str: a field may hold a path. Unsafe characters occur only inside strings, where \u is right.
         text = json.dumps(event, ensure_ascii=False, default=str)
         return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
@@ -185,10 +207,12 @@ class JsonFormatter(logging.Formatter):
 class HumanFormatter(logging.Formatter):
     """`18:07:11.042 INFO  agent: message  device=cpu:0 generation=7`, in local time.
 
-    A traceback follows on lines of its own, each set in, so that no text in it looks like an event.
+    A traceback follows on indented lines of its own, so that no text in it looks like an event.
     """
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.__dict__.get(_SHOWN):
+            return "\n".join(_escaped(line) for line in record.getMessage().split("\n"))
         time = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
         head = f"{time}.{int(record.msecs):03d} {record.levelname:<5} {record.name.removeprefix('nodeagent.')}: "
         fields = "".join(f" {name}={value}" for name, value in _fields(record).items())

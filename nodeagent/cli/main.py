@@ -1,7 +1,10 @@
-"""The command line: what was asked, with which exit code it ends.
+"""The command line: one function per command, and the exit codes.
 
-Exit codes: 0 done, or stopped when told to; 1 could not start or failed; 2 wrong usage; 78 the configuration is bad
-(EX_CONFIG of BSD's sysexits.h: a service manager need not try again).
+0   the command did its work, or the daemon stopped because a signal told it to.
+1   the daemon could not start (also: no --config) or failed, the agent refused the command or was not there, or
+    Ctrl-C ended the command.
+2   argparse could not read the command line: an unknown command or option, or a value that does not fit.
+78  the configuration is wrong (EX_CONFIG of BSD's sysexits.h): a restart by the service manager would not help.
 """
 
 import argparse
@@ -9,16 +12,27 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from nodeagent import logs
 from nodeagent.cli import demo, operations
-from nodeagent.config import check_config, find_llama_server, json_schema, load_config, located, markdown_reference
+from nodeagent.config import (
+    NodeConfig,
+    check_config,
+    find_llama_server,
+    json_schema,
+    load_config,
+    located,
+    markdown_reference,
+    parse_help,
+    unknown_to_binary,
+)
 from nodeagent.devices.selection import select
 from nodeagent.errors import ConfigError, StartupError
+from nodeagent.llama_server.binary_help import read_help
 from nodeagent.llama_server.command_line import describe
 
 logger = logging.getLogger(__name__)
@@ -31,7 +45,7 @@ PROG = "rolemesh-node-agent"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` (by default the process's own) asks for; return its exit code."""
+    """Run the command in `argv` (by default the process's own arguments); return its exit code."""
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
@@ -53,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('rolemesh-node-agent')}")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration (YAML); runs the daemon")
     parser.add_argument(
-        "--log-format", choices=("auto", "human", "json"), default="auto", help="auto: human on a terminal"
+        "--log-format",
+        choices=("auto", "human", "json"),
+        default="auto",
+        help="auto: human on a terminal and for demo, else json",
     )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.set_defaults(command=_serve)
@@ -63,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_arguments(demonstration)
     demonstration.set_defaults(command=_demo)
 
-    check = commands.add_parser("check-config", help="say all that is wrong with a configuration, or what it would run")
+    check = commands.add_parser("check-config", help="list all problems of a configuration, or what it would run")
     # SUPPRESS: given before the command, the option must survive the command's own default.
     check.add_argument(
         "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="the configuration (YAML)"
@@ -86,11 +103,20 @@ def _config_path(args: argparse.Namespace) -> Path:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    return _run_daemon(args, _config_path(args))
+    config = load_config(_config_path(args))
+    with closing(logs.configure(args.log_format, args.log_level)):
+        return _run_daemon(config)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    return demo.demo_main(args, partial(_run_daemon, args))
+    # People run the demo: its log is for them, also where they pipe it into a pager or a file.
+    log_format: logs.LogFormat = "human" if args.log_format == "auto" else args.log_format
+    with closing(logs.configure(log_format, args.log_level)) as sink:
+
+        def serve(path: Path, banner: Callable[[str], str]) -> int:
+            return _run_daemon(load_config(path), on_ready=lambda base_url: sink.show(banner(base_url)))
+
+        return demo.demo_main(args, serve)
 
 
 def _check_config(args: argparse.Namespace) -> int:
@@ -100,6 +126,8 @@ def _check_config(args: argparse.Namespace) -> int:
         raise ConfigError(problems)
     for warning in config.source.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    with suppress(ConfigError):  # a missing binary is among the problems already
+        problems += unknown_to_binary(config, parse_help(read_help(find_llama_server(config))))
     with ExitStack() as stack:
         try:
             backend = stack.enter_context(closing(select(config.backend, config.devices)))
@@ -107,7 +135,7 @@ def _check_config(args: argparse.Namespace) -> int:
         except ConfigError as error:
             problems += error.problems
         except StartupError as error:
-            # The daemon takes it for something that may pass, a driver that is not up yet say; here it is asked about.
+            # The daemon retries, since a driver may come up later; this command reports it.
             problems.append(config.problem(("devices" if config.backend == "auto" else "backend",), str(error)))
         if problems:
             raise ConfigError(located(config, problems))
@@ -123,14 +151,12 @@ def _schema(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _run_daemon(args: argparse.Namespace, path: Path, on_ready: Callable[[str], None] = lambda _base_url: None) -> int:
-    # Here, not above: hypercorn and quart take 0.3 s to import, which the other commands need not wait for.
+def _run_daemon(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _base_url: None) -> int:
+    # Here, not above: hypercorn and quart take 0.3 s to import, and the other commands don't need them.
     import trio
 
     from nodeagent import agent
 
-    config = load_config(path)
-    sink = logs.configure(args.log_format, args.log_level)
     try:
         trio.run(partial(agent.run, config, on_ready=on_ready))
     except ConfigError as error:
@@ -140,6 +166,4 @@ def _run_daemon(args: argparse.Namespace, path: Path, on_ready: Callable[[str], 
     except Exception:
         logger.critical("the agent failed", exc_info=True)
         return EXIT_FAILED
-    finally:
-        sink.close()
     return EXIT_OK

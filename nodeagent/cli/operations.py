@@ -1,4 +1,7 @@
-"""The command line of operators: the running agent's own paths, with its own token, found by its configuration."""
+"""The operators' commands: each sends one request to the running agent.
+
+The agent's state folder, found by its configuration, has its address and its admin token.
+"""
 
 import argparse
 import json
@@ -23,27 +26,33 @@ class CommandFailed(NodeAgentError):
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the operators' commands; each takes the configuration of the agent that it speaks to."""
+    """Add the operators' commands; `--config` says which agent they speak to."""
     show = _command(commands, "status", "show devices, servers and models", status)
     show.add_argument("--json", action="store_true", help="the whole inventory, for programs")
     load = _model_command(commands, "load", "load a model, and wait until it is ready", load_model)
     load.add_argument("--device", metavar="ID", help="on this device (default: where a request would go)")
-    load.add_argument("--no-wait", action="store_true", help="begin to load it, and return")
+    load.add_argument("--no-wait", action="store_true", help="start the load and return")
     for name, does in (("unload", "stop a model's servers"), ("restart", "stop a model's servers and load it again")):
         one = _model_command(commands, name, f"{does}, after the requests in flight", change_model)
         one.add_argument("--force", action="store_true", help="end the requests in flight")
     for name, does in (
-        ("drain", "take no new requests"),
-        ("undrain", "take requests again"),
-        ("reload", "take over the configuration file as it is now"),
+        ("drain", "accept no new requests"),
+        ("undrain", "accept requests again"),
+        ("reload", "apply the configuration file as it is now"),
     ):
         _command(commands, name, does, change_node)
-    follow = _command(commands, "events", "print every transition as it happens, one JSON object a line", events)
-    follow.add_argument("--after", type=int, default=0, metavar="ID", help="those after this one (default: all kept)")
-    lines = _command(commands, "logs", "print what the servers of a device printed", logs)
-    lines.add_argument("device", metavar="DEVICE", help="like cpu:0")
-    lines.add_argument("--lines", type=int, default=100, metavar="N", help="the last so many (default: %(default)s)")
-    lines.add_argument("--follow", "-f", action="store_true", help="and those to come")
+    follow = _command(commands, "events", "print every transition as it happens, one JSON object per line", events)
+    follow.add_argument(
+        "--after",
+        type=int,
+        default=0,
+        metavar="ID",
+        help="only events after this one (default: all that the agent keeps)",
+    )
+    lines = _command(commands, "logs", "print the output of a device's servers", logs)
+    lines.add_argument("device", metavar="DEVICE", help="for example cpu:0")
+    lines.add_argument("--lines", type=int, default=100, metavar="N", help="the last N lines (default: %(default)s)")
+    lines.add_argument("--follow", "-f", action="store_true", help="then print new lines as they come")
 
 
 def _command(
@@ -114,7 +123,7 @@ def logs(args: argparse.Namespace) -> int:
 
 
 def table(inventory: dict[str, Any]) -> str:
-    """The inventory as a person reads it."""
+    """The inventory as a table for people."""
     reasons = "".join(f"\n  {reason}" for reason in inventory["reasons"])
     rows = [("DEVICE", "MODEL", "STATE", "GEN", "IN FLIGHT", "WAITING", "MEMORY FREE", "REASON")]
     for device in inventory["devices"]:
@@ -159,7 +168,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> str:
 
 @contextmanager
 def _agent(args: argparse.Namespace) -> Iterator[httpx.Client]:
-    """A client of the agent that runs with this configuration (the default node's where none is given)."""
+    """A client of the agent that runs with this configuration; without one, of the node with the default settings."""
     state_dir = _state_dir(args)
     base_url = read_address(state_dir)
     headers = {"Authorization": f"Bearer {admin_token(state_dir)}"}
@@ -186,11 +195,19 @@ def _refused(answer: httpx.Response) -> None:
 
 
 def _answer(answer: httpx.Response) -> Any:
-    """The answer's JSON; CommandFailed with the agent's own message where it is an error."""
+    """The response's JSON; CommandFailed with the agent's own message if it is an error."""
     try:
         said = answer.json()
     except ValueError:
-        raise CommandFailed(f"the agent answers {answer.status_code}, and no JSON") from None
+        raise CommandFailed(f"the agent answered {answer.status_code} without JSON") from None
     if answer.is_error:
-        raise CommandFailed(said["error"]["message"])
+        raise CommandFailed(_message(said) or f"the agent answered {answer.status_code} without a message")
     return said
+
+
+def _message(said: Any) -> str | None:
+    """The message of an error of the agent; None if the JSON is another server's."""
+    match said:
+        case {"error": {"message": str(message)}}:
+            return message
+    return None

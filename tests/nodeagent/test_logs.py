@@ -19,6 +19,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeagent import logs
 from nodeagent.logs import (
     CLOSE_TIMEOUT_S,
     MESSAGE_CHARS_MAX,
@@ -113,6 +114,38 @@ def test_a_very_long_message_is_cut_and_says_so() -> None:
     assert len(message) < MESSAGE_CHARS_MAX + 100
 
 
+# As llama-server b10068 printed them, with its own time stamps and without (`--no-log-timestamps`).
+CHILD_LINES = [
+    ("0.00.006.938 W srv  llama_server: CORS is set to allow all origins ('*') and no API key is set", "warning"),
+    ("0.00.008.486 I srv    load_model: loading model '/nonexistent.gguf'", "info"),
+    ("0.00.008.833 E gguf_init_from_file: failed to open GGUF file '/nonexistent.gguf'", "error"),
+    ("12.59.009.611 E srv  llama_server: exiting due to model loading error", "error"),
+    ("0.00.012.345 D srv  update_slots: run slots completed", "debug"),
+    ("W srv  llama_server: -----------------", "warning"),
+    ("E srv    load_model: failed to load model, '/nonexistent.gguf'", "error"),
+    ("ggml_vulkan: No devices found.", "info"),
+    ("", "info"),
+    ("0.00.008.833 Error is a word", "info"),
+    ("Warning: this is no letter", "info"),
+    ("a line of its own: 0.00.008.833 E not at the start", "info"),
+]
+
+
+@pytest.mark.parametrize(("line", "level"), CHILD_LINES)
+def test_a_servers_line_has_the_level_that_it_names(line: str, level: str) -> None:
+    assert logging.getLevelName(logs.child_level(line)) == level.upper()
+
+
+def test_a_servers_warning_is_a_warning_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    logs.child_line("cpu:0", "tiny", 3, "0.00.009.016 E srv    load_model: failed to load model")
+    [logged] = caplog.records
+    assert (logged.levelname, logged.getMessage()) == (
+        "ERROR",
+        "0.00.009.016 E srv    load_model: failed to load model",
+    )
+    assert (logged.__dict__["device"], logged.__dict__["model"], logged.__dict__["generation"]) == ("cpu:0", "tiny", 3)
+
+
 # --- The sink ---------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +208,7 @@ async def test_a_reader_that_comes_back_finds_one_line_in_the_gap_that_counts_wh
     sink.close()
 
 
+@pytest.mark.real
 def test_closing_gives_up_on_a_reader_that_does_not_read_and_only_once(pipe: Pipe) -> None:
     sink = sink_on(pipe)
     for _ in range(50):
@@ -185,6 +219,7 @@ def test_closing_gives_up_on_a_reader_that_does_not_read_and_only_once(pipe: Pip
     assert 0.2 <= time.monotonic() - started < 5
 
 
+@pytest.mark.real
 def test_what_is_logged_after_closing_is_dropped_and_counted(pipe: Pipe) -> None:
     sink = sink_on(pipe)
     sink.close()
@@ -192,6 +227,7 @@ def test_what_is_logged_after_closing_is_dropped_and_counted(pipe: Pipe) -> None
     assert sink.dropped == 1
 
 
+@pytest.mark.real
 def test_lines_for_a_reader_that_is_gone_are_counted_as_dropped(pipe: Pipe) -> None:
     sink = sink_on(pipe)
     pipe.reader.close()
@@ -229,6 +265,31 @@ async def test_bytes_that_are_no_text_in_a_childs_line_reach_the_log(pipe: Pipe)
         [line] = await pipe.lines(1)
     assert line["message"].endswith(" ok")
     sink.close()
+
+
+TEXT = "How to use it:\n\n  curl http://127.0.0.1:1\x1b[2J"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("formatter", "shown"),
+    [(HumanFormatter(), TEXT.replace("\x1b", "\\x1b")), (JsonFormatter(), '"level": "info"')],
+    ids=["human", "json"],
+)
+def test_text_for_a_person_stands_between_the_lines_whatever_the_level(
+    pipe: Pipe, formatter: logging.Formatter, shown: str
+) -> None:
+    sink = sink_on(pipe)
+    sink.setFormatter(formatter)
+    sink.handle(record("before"))
+    sink.show(TEXT)
+    sink.handle(record("after"))
+    sink.close()
+    pipe.writer.close()
+    before, *text, after = pipe.reader.readall().decode().splitlines()
+    assert "before" in before
+    assert shown in "\n".join(text)
+    assert "after" in after
 
 
 # --- A whole process --------------------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
-"""The command line as a process of its own: what `check-config` prints, and with which exit code."""
+"""The command line: the exit codes, and what `check-config` prints."""
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from nodeagent.cli.main import main
 
 pytestmark = pytest.mark.real
 
@@ -29,6 +34,76 @@ def check(folder: Path, text: str, **env: str) -> tuple[int, str, str]:
     config = folder / "node.yaml"
     config.write_text(text)
     return run("check-config", "--config", str(config), **env)
+
+
+# --- Exit codes -------------------------------------------------------------------------------------------------
+
+
+def test_a_command_that_did_its_work_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["type"] == "object"
+
+
+@pytest.mark.parametrize("argv", [[], ["check-config"]], ids=["daemon", "check"])
+def test_no_configuration_is_exit_code_1_with_the_way_out(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 1
+    expected = "rolemesh-node-agent: no configuration: give --config FILE, or try the command 'demo'\n"
+    assert capsys.readouterr() == ("", expected)
+
+
+# A shell starts its background jobs with SIGINT ignored, and Python leaves that as it is.
+WITH_CTRL_C = """
+import signal, sys
+from nodeagent.cli.main import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_command_that_ctrl_c_ends_exits_1_without_a_traceback(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "admin.token").write_text("token\n")
+    config = tmp_path / "node.yaml"
+    config.write_text(f"state_dir: {tmp_path}\nmodels: [{{model_id: a, path: {tiny_model}}}]\n")
+    command = [sys.executable, "-c", WITH_CTRL_C, "status", "--config", str(config)]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        (tmp_path / "address").write_text(f"http://127.0.0.1:{silent.getsockname()[1]}\n")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+            connection, _address = silent.accept()
+            with connection:
+                assert connection.recv(4).startswith(b"GET")
+                running.send_signal(signal.SIGINT)
+                output, _ = running.communicate(timeout=30)
+    assert output == b""
+    assert running.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [["serve"], ["--port", "1"], ["--log-level", "loud"], ["demo", "--port", "x"], ["load"]], ids=" ".join
+)
+def test_a_command_line_that_can_not_be_read_is_exit_code_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: rolemesh-node-agent")
+
+
+@pytest.mark.parametrize("command", [[], ["check-config"], ["status"]], ids=["daemon", "check", "status"])
+@pytest.mark.parametrize("text", [None, "models: [", "modles: []"], ids=["missing", "no YAML", "unknown key"])
+def test_a_wrong_configuration_is_exit_code_78(
+    command: list[str], text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "node.yaml"
+    if text is not None:
+        config.write_text(text)
+    assert main([*command, "--config", str(config)]) == 78
+    assert str(config) in capsys.readouterr().err
+
+
+# --- check-config -----------------------------------------------------------------------------------------------
 
 
 def test_check_config_prints_the_command_of_each_model_on_each_device(tiny_model: Path, tmp_path: Path) -> None:

