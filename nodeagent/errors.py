@@ -2,28 +2,31 @@
 
 NodeAgentError
 ├── ConfigError              the configuration can't be used; carries every problem found
-├── StartupError             the daemon can't start here (address taken, state folder locked)
-├── UpstreamLost             a child's connection broke before its answer was whole
-└── Refusal                  a request that is answered with an error; front/refusals.py maps each to its status
+├── StartupError             the daemon can't start here (address in use, state folder locked)
+├── GgufError                a model file can't be read (gguf/file.py)
+├── DriverError              a GPU driver does not answer as it should (devices/backend.py)
+├── CommandFailed            an operator's command failed (cli/operations.py)
+├── UpstreamLost             the connection to a server broke before its answer was complete
+└── Refusal                  a request is answered with an error; front/refusals.py has the status of each
     ├── InvalidRequest       the request itself is wrong
     ├── UnsupportedEncoding  the body is compressed
     ├── BodyTooLarge
-    ├── BodyTooSlow          the client does not go on sending its body
-    ├── ServerBusy           too many bytes of request bodies are held at once
+    ├── BodyTooSlow          the client stopped sending its body
+    ├── ServerBusy           the node holds as many bytes of request bodies as it may
     ├── ModelNotFound
-    ├── QueueFull            every lane that could serve it is full
-    ├── QueueTimeout         its turn did not come in time
+    ├── QueueFull            every lane that could serve the request is full
+    ├── QueueTimeout         the request waited too long for its turn
     ├── ModelLoadTimeout     the model was not ready in time; its start goes on
     ├── BackendUnavailable   no device can serve the model now
-    ├── BackendCrashed       the server died under the request, and so did the one that it was tried on again
-    ├── PoisonedRequest      a body under which two servers died is sent again
+    ├── BackendCrashed       the server crashed during the request, and after one retry again
+    ├── Draining             the node accepts no new requests
+    ├── PoisonedRequest      two servers crashed on the same body
     ├── Unauthorized         the admin token is missing or wrong
-    ├── OriginForbidden      a web page asks for what only operators may
+    ├── OriginForbidden      a web page sent a request that only operators may send
     ├── NoSuchDevice
-    ├── ReloadRefused        the new configuration is bad; the old one stays
-    └── Draining             the node is on its way out
+    └── ReloadRefused        the new configuration is bad; the old one stays
 
-Fields, not formatted text: `str()` is for logs; what a client reads is written by the front.
+Errors carry fields, not formatted text. `str()` is for logs; the front writes the message that a client reads.
 """
 
 from dataclasses import dataclass
@@ -38,8 +41,8 @@ class NodeAgentError(Exception):
 class Problem:
     """One thing that is wrong with a configuration.
 
-    `where` is the dotted key (`models[0].ctx_size`), or "" for the file as a whole; `line` counts from 1,
-    None where no single line is to blame.
+    `where` is the dotted key (`models[0].ctx_size`), or "" for the file as a whole. `line` counts from 1; None if the
+    problem is not in one line.
     """
 
     message: str
@@ -65,7 +68,7 @@ class StartupError(NodeAgentError):
 
 
 class UpstreamLost(NodeAgentError):
-    """The connection to a child could not be made, or broke before its answer was whole."""
+    """The connection to a server could not be made, or broke before its answer was complete."""
 
     def __init__(self, address: str, reason: str) -> None:
         self.address = address
@@ -78,7 +81,7 @@ class Refusal(NodeAgentError):
 
 
 class InvalidRequest(Refusal):
-    """The request is wrong. `param` names the field of the body to blame, None where it is the whole."""
+    """The request is wrong. `param` names the field at fault, None if it is the body as a whole."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         self.message = message
@@ -88,7 +91,7 @@ class InvalidRequest(Refusal):
 
 
 class UnsupportedEncoding(Refusal):
-    """The body came with a Content-Encoding; bodies are forwarded verbatim, so none is taken."""
+    """The body has a Content-Encoding. Bodies are forwarded unchanged, so none is supported."""
 
     def __init__(self, encoding: str) -> None:
         self.encoding = encoding
@@ -104,7 +107,7 @@ class BodyTooLarge(Refusal):
 
 
 class BodyTooSlow(Refusal):
-    """Of the body came `received_bytes` in `waited_s`, less than is expected of a client that still is there."""
+    """Only `received_bytes` of the body arrived in `waited_s`: too few for a client that is still sending."""
 
     def __init__(self, received_bytes: int, waited_s: float) -> None:
         self.received_bytes = received_bytes
@@ -113,11 +116,11 @@ class BodyTooSlow(Refusal):
 
 
 class ServerBusy(Refusal):
-    """The bodies of requests now held would pass the node's budget with this one."""
+    """With this request the node would hold more than `budget_bytes` of request bodies."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        super().__init__(f"request bodies held would pass {budget_bytes} bytes")
+        super().__init__(f"request bodies would exceed {budget_bytes} bytes")
 
 
 class ModelNotFound(Refusal):
@@ -130,7 +133,7 @@ class ModelNotFound(Refusal):
 
 
 class QueueFull(Refusal):
-    """Every lane that could serve the model holds as many requests as it may."""
+    """Every lane that could serve the model has as many requests as it may have."""
 
     def __init__(self, model_id: str, limit: int, retry_after_s: float) -> None:
         self.model_id = model_id
@@ -140,7 +143,7 @@ class QueueFull(Refusal):
 
 
 class QueueTimeout(Refusal):
-    """The request waited `waited_s` without its turn coming."""
+    """The request waited `waited_s` for its turn, in vain."""
 
     def __init__(self, model_id: str, device_id: str, waited_s: float) -> None:
         self.model_id = model_id
@@ -150,7 +153,7 @@ class QueueTimeout(Refusal):
 
 
 class ModelLoadTimeout(Refusal):
-    """The model was not ready `timeout_s` after its server was spawned. The start itself goes on."""
+    """The model was not ready `timeout_s` after its server was spawned. The start goes on."""
 
     def __init__(self, model_id: str, device_id: str, timeout_s: float, retry_after_s: float) -> None:
         self.model_id = model_id
@@ -164,9 +167,9 @@ class ModelLoadTimeout(Refusal):
 
 
 class BackendUnavailable(Refusal):
-    """No device can serve the model now. `reason` says why, with the server's last words where it has some.
+    """No device can serve the model now. `reason` says why, with the last lines of the server's output if any.
 
-    `retry_after_s` is when another try may help, None where nothing is known to change.
+    `retry_after_s` is when a retry may help, None if unknown.
     """
 
     def __init__(self, model_id: str, reason: str, retry_after_s: float | None = None) -> None:
@@ -177,7 +180,7 @@ class BackendUnavailable(Refusal):
 
 
 class BackendCrashed(Refusal):
-    """The server died before the first byte of the answer, and so did the one that was tried next."""
+    """The server crashed before the first byte of the answer and again on the retry, or in mid-answer."""
 
     def __init__(self, model_id: str, device_id: str, reason: str) -> None:
         self.model_id = model_id
@@ -196,16 +199,16 @@ class Draining(Refusal):
 
 
 class PoisonedRequest(Refusal):
-    """Two servers died under this very body, less than a minute ago. It is not sent to a third."""
+    """Two servers crashed on this body less than a minute ago, so it is not sent to another one."""
 
     def __init__(self, model_id: str, blocked_s: float) -> None:
         self.model_id = model_id
         self.blocked_s = blocked_s
-        super().__init__(f"{model_id}: a body that felled two servers is refused for {blocked_s:.0f} s more")
+        super().__init__(f"{model_id}: a body that crashed two servers is rejected for {blocked_s:.0f} s more")
 
 
 class Unauthorized(Refusal):
-    """The path needs the admin token, and the request has none, or another."""
+    """The path needs the admin token, and the request has none or a wrong one."""
 
 
 class OriginForbidden(Refusal):
@@ -226,7 +229,7 @@ class NoSuchDevice(Refusal):
 
 
 class ReloadRefused(Refusal):
-    """The configuration file is bad, so the old configuration stays. `problems` are its faults, a line each."""
+    """The configuration file is bad, so the old configuration stays. `problems` has one line each."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
