@@ -99,6 +99,38 @@ async def test_changes_are_told_soon_together_and_at_most_five_times_a_second(au
     assert 5 <= len(told) <= 8
 
 
+async def test_a_registration_can_be_repeated_without_waiting_for_the_interval(autojump_clock: MockClock) -> None:
+    dispatcher = Dispatcher(ok)
+    client = client_of(dispatcher)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_for, client, 9.0)
+        await trio.sleep(2)
+        client.register_again()
+        await trio.sleep(2)
+    assert dispatcher.times("register") == [0, 2.1]
+    assert dispatcher.times("heartbeat") == [0, 2.1]
+    assert [body.get("sequence") for body in dispatcher.bodies] == [None, 1, None, 2]
+
+
+async def test_a_failed_heartbeat_is_repeated_with_the_next_sequence_and_no_registration(
+    autojump_clock: MockClock,
+) -> None:
+    dispatcher = Dispatcher(lambda _what, number: httpx.Response(500 if number in (3, 4) else 200))
+    await run_for(client_of(dispatcher), 25)
+    assert dispatcher.times("register") == [0]
+    sequences = [body["sequence"] for body in dispatcher.bodies[1:]]
+    assert sequences == list(range(1, len(sequences) + 1))
+    assert len(sequences) >= 5
+
+
+async def test_retry_after_is_waited_for(autojump_clock: MockClock) -> None:
+    dispatcher = Dispatcher(
+        lambda _what, number: httpx.Response(503, headers={"retry-after": "7"}) if number == 1 else httpx.Response(200)
+    )
+    await run_for(client_of(dispatcher), 9)
+    assert dispatcher.times("register") == [0, 7]
+
+
 async def test_a_dispatcher_that_forgot_the_node_gets_a_registration_but_one_an_interval_at_most(
     autojump_clock: MockClock,
 ) -> None:
