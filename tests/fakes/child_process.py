@@ -16,7 +16,7 @@ class Fate:
     """What becomes of a process. Times are seconds after its spawn, None for never.
 
     It is ready, exits by itself with `code`, fails its probe, leaves its probe without an answer, or is suspended.
-    `ignores_sigterm`: only SIGKILL ends it.
+    `ignores_sigterm`: only SIGKILL ends it. `hangs_in_a_driver`: not even that does, and the supervisor gives up on it.
     """
 
     ready_after_s: float | None = 0.0
@@ -26,6 +26,7 @@ class Fate:
     hangs_after_s: float | None = None
     suspended_after_s: float | None = None
     ignores_sigterm: bool = False
+    hangs_in_a_driver: bool = False
 
 
 @dataclass
@@ -66,7 +67,8 @@ class FakeProcess:
         with trio.CancelScope(shield=True):
             with trio.move_on_at(self.spawned_at + lifetime_s):
                 await self._killed.wait()
-            self.returncode = self.fate.code if self.killed_by is None else -self.killed_by
+            if not self.fate.hangs_in_a_driver:
+                self.returncode = self.fate.code if self.killed_by is None else -self.killed_by
             self.on_exit()
             self.ended.set()
 

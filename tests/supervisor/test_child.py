@@ -569,6 +569,15 @@ async def test_a_signal_without_a_name_is_reported_by_its_number(
     assert (await watched.fails_to_start()).exit.reason == "was killed by signal 200"
 
 
+async def test_a_process_that_does_not_even_exit_on_sigkill_is_reported_without_a_code(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    watched = await watch(nursery, Fate(ready_after_s=None, hangs_in_a_driver=True))
+    failed = await watched.fails_to_start(start_timeout_s=2.0)
+    assert failed.exit.reason == "not ready 2 s after its spawn; it did not exit after SIGKILL"
+    assert (failed.exit.code, failed.exit.cause) == (None, Cause.START_TIMEOUT)
+
+
 async def test_the_cause_of_an_unhealthy_child_is_in_its_snapshot_and_gone_once_it_is_ready_again(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

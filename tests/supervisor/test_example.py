@@ -26,7 +26,7 @@ def test_it_keeps_a_command_alive_and_ends_it_when_it_ends_itself() -> None:
             for line in running.stdout or ():
                 if words in line:
                     return str(line)
-            raise AssertionError(f"it ended without saying {words!r}")
+            raise AssertionError(f"it ended without printing {words!r}")
 
         try:
             for _ in range(2):
