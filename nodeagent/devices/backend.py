@@ -1,6 +1,6 @@
-"""What the agent asks of a vendor's devices: which there are, how they are, and how a child is kept to one of them.
+"""The interface to one vendor's devices: find them, measure them, and keep a child to one of them.
 
-DriverError(NodeAgentError)    the vendor's driver gives no answer; never leaves `nodeagent.backends`
+DriverError(NodeAgentError)    the vendor's driver does not answer; never leaves `nodeagent.devices`
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from nodeagent.errors import ConfigError, NodeAgentError, Problem
 
 
 class DriverError(NodeAgentError):
-    """The driver, or one device of it, gives no answer.
+    """The driver, or one of its devices, does not answer.
 
-    `absent` is True where there is no driver at all, as on any host without such devices: nothing is broken then.
+    `absent` is True if no driver is installed, as on any host without such devices: then nothing is broken.
     """
 
     def __init__(self, reason: str, *, absent: bool = False) -> None:
@@ -35,50 +35,53 @@ class DeclaredDevice(Protocol):
 
 
 class Backend(Protocol):
-    """One vendor's devices. Everything here blocks on drivers, for seconds at worst: call it in a thread.
+    """One vendor's devices. Every method but `close` may block on a driver, for seconds at worst: call it in a thread.
 
-    Whoever made it closes it.
+    Whoever creates it closes it.
     """
 
     @property
     def name(self) -> str:
-        """As in the configuration: `cpu`, `cuda`."""
+        """The name in the configuration: `cpu`, `cuda`."""
         ...
 
     def discover(self) -> list[DeviceRef]:
-        """The devices that this process may use. Raises StartupError where the driver gives no answer."""
+        """The devices that this process may use. Raises StartupError if the driver does not answer."""
         ...
 
     def devices(self, declared: Sequence[DeclaredDevice]) -> list[DeviceRef]:
-        """The declared devices in their order, with what is declared of them; all there are where none is declared.
+        """The declared devices in their order, with their declared threads and CPUs; every device if none is declared.
 
-        Raises ConfigError naming each that isn't there, StartupError where the driver gives no answer.
+        Raises ConfigError naming each device that does not exist, and StartupError if the driver does not answer.
         """
         ...
 
     def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
-        """Measure the device; `now` becomes `measured_at`. What can't be measured is None; it raises nothing."""
+        """Measure the device at `now`, which becomes `measured_at`. What can't be measured is None.
+
+        Raises at most OSError, if the host is out of file descriptors, say.
+        """
         ...
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
-        """The variables that keep a child to this device, on top of the inherited environment."""
+        """The variables that keep a child to this device, to be added to the inherited environment."""
         ...
 
     def child_args(self, device: DeviceRef) -> list[str]:
-        """The arguments to llama-server that do the same."""
+        """The arguments of llama-server that do the same."""
         ...
 
     def close(self) -> None:
-        """Let go of the driver; nothing else is called after it. Does not block."""
+        """Release the driver; no other method is called afterwards. Does not block."""
         ...
 
 
 def as_declared(found: Sequence[DeviceRef], declared: Sequence[DeclaredDevice], backend: str) -> list[DeviceRef]:
-    """Those of the devices found that are declared, with their threads and CPUs. Raises ConfigError."""
+    """The declared ones of these devices, with their threads and CPUs. Raises ConfigError."""
     by_id = {device.device_id: device for device in found}
-    here = ", ".join(by_id) or "no device"
+    known = ", ".join(by_id) or "no device"
     problems = [
-        Problem(f"the backend {backend} has no {entry.device_id!r} here; it has {here}", f"devices[{index}].device_id")
+        Problem(f"the backend {backend} has no {entry.device_id!r} here; it has {known}", f"devices[{index}].device_id")
         for index, entry in enumerate(declared)
         if entry.device_id not in by_id
     ]

@@ -1,7 +1,7 @@
-"""The host's processors as devices.
+"""The host's CPUs as devices.
 
-Without a word in the configuration they are one device, `cpu:0`. Any `cpu:N` may be declared, to run several servers
-side by side, each with threads and CPUs of its own; they share the host's memory, and each counts all of it.
+By default they are one device, `cpu:0`. Any `cpu:N` may be declared, to run several servers side by side, each with its
+own threads and CPUs. They share the host's memory, and each reports all of it.
 """
 
 import platform
@@ -32,7 +32,7 @@ class CpuTimes:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The host's memory in bytes. `available` can be had without swapping, caches that would yield included."""
+    """The host's memory in bytes. `available` can be used without swapping; it includes caches that can be dropped."""
 
     total: int
     available: int
@@ -41,11 +41,11 @@ class Memory:
 def host_times() -> list[CpuTimes]:
     """One entry for each CPU.
 
-    Not psutil.cpu_percent: it remembers its last reading by thread, and we are called in any of several.
+    Not psutil.cpu_percent: it keeps its last reading per thread, and this is called in changing threads.
     """
     found = []
     for times in psutil.cpu_times(percpu=True):
-        # Guests' time is in user and nice already.
+        # The time of guests is already part of user and nice.
         guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
         total = sum(times) - guests
         found.append(CpuTimes(total - times.idle - getattr(times, "iowait", 0.0), total))
@@ -58,7 +58,10 @@ def host_memory() -> Memory:
 
 
 class CpuBackend:
-    """`_last`, the CPU times at each device's last reading, is what changes, in `read`."""
+    """The host's CPUs; implements `backend.Backend`.
+
+    What changes: `_last`, the CPU times at each device's last reading, in `read`.
+    """
 
     name: Final = "cpu"
 
@@ -70,17 +73,17 @@ class CpuBackend:
         self._last: dict[str, CpuTimes] = {}
 
     def discover(self) -> list[DeviceRef]:
-        """`cpu:0`, the whole host."""
+        """`cpu:0`, all CPUs of the host."""
         return [self._device(0)]
 
     def devices(self, declared: Sequence[DeclaredDevice]) -> list[DeviceRef]:
-        """See Backend. Any number will do; anything but `cpu:N` is a ConfigError."""
+        """See Backend. Any number is valid; anything but `cpu:N` is a ConfigError."""
         numbers = {0} | {number for entry in declared if (number := _number(entry.device_id)) is not None}
         found = [self._device(number) for number in sorted(numbers)]
         return as_declared(found, declared, self.name) if declared else found
 
     def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
-        """See Backend. The utilisation is the mean since the last reading, over the device's CPUs only."""
+        """See Backend. The utilization is the mean since the last reading, over the device's CPUs."""
         memory = self._memory()
         return DeviceMetrics(
             measured_at=now,
@@ -91,14 +94,14 @@ class CpuBackend:
         )
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
-        """Hides the GPUs: a build that knows them would open each, and take memory there, just to list them."""
+        """Hides the GPUs: a build that supports them would open each one, and use memory there, only to list them."""
         return dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"), "")
 
     def child_args(self, device: DeviceRef) -> list[str]:
         return ["--device", "none"]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there is no driver."""
 
     def _device(self, number: int) -> DeviceRef:
         return DeviceRef(
@@ -110,7 +113,7 @@ class CpuBackend:
         )
 
     def _utilization(self, device: DeviceRef) -> float | None:
-        """None at the first reading, and while the clock of the CPUs has not moved since."""
+        """None at the first reading, and if the CPU times have not changed since the last one."""
         times = self._times()
         counted = [entry for cpu, entry in enumerate(times) if device.cpus is None or cpu in device.cpus]
         now = sum(counted, start=CpuTimes(0.0, 0.0))
@@ -118,12 +121,12 @@ class CpuBackend:
         self._last[device.device_id] = now
         if before is None or now.total <= before.total:
             return None
-        # The kernel's counters of idle and waiting time may step back a little.
+        # The kernel's counters of idle and waiting time may decrease a little.
         return min(1.0, max(0.0, (now.busy - before.busy) / (now.total - before.total)))
 
 
 def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
-    """What the processor calls itself, else the name of its architecture."""
+    """The model name of the CPU, else the name of its architecture."""
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")

@@ -1,10 +1,10 @@
 """NVIDIA GPUs, as llama-server's CUDA build sees them.
 
-A device is called by its number in `nvidia-smi`: `gpu:1` is GPU 1, whatever mask the agent was started under. That
-mask (CUDA_VISIBLE_DEVICES) is honoured: what it hides is not there. Where it names slices of GPUs (MIG), these are
-the devices, numbered as they stand in it.
+A device is named by its number in `nvidia-smi`: `gpu:1` is GPU 1, also if the agent was started with
+CUDA_VISIBLE_DEVICES. GPUs that this mask hides are not used. If it names slices of GPUs (MIG), these are the devices,
+numbered in the order of the mask.
 
-A child is shown its one GPU, by its UUID: that holds too when a GPU before it falls off the bus and all numbers move.
+A child sees only its own GPU, by UUID: unlike the numbers, it does not change when another GPU falls off the bus.
 """
 
 import logging
@@ -25,7 +25,7 @@ _MASK: Final = "CUDA_VISIBLE_DEVICES"
 
 
 def open_driver(library: Callable[[], Driver] = NvmlDriver, command: Callable[[], Driver] = SmiDriver) -> Driver:
-    """The library if it can be used, else the command. Raises DriverError with the reasons of both."""
+    """The library if it can be used, else the command. Raises DriverError with both reasons."""
     try:
         return library()
     except DriverError as no_library:
@@ -39,41 +39,44 @@ def open_driver(library: Callable[[], Driver] = NvmlDriver, command: Callable[[]
 
 
 class CudaBackend:
-    """`_troubles`, why each device was not read at the last try, is what changes, in `read`."""
+    """NVIDIA GPUs; implements `backend.Backend`.
+
+    What changes: `_faults`, why a device could not be read the last time, in `read`.
+    """
 
     name: Final = "cuda"
 
     def __init__(self, driver: Driver | None = None, environ: Mapping[str, str] = os.environ) -> None:
-        """Opens the driver, NVML or else nvidia-smi, unless one is given. Raises DriverError."""
+        """Opens a driver, NVML or else nvidia-smi, unless one is given. Raises DriverError."""
         self._driver = driver if driver is not None else open_driver()
         self._mask = environ.get(_MASK)
-        self._troubles: dict[str, str] = {}
+        self._faults: dict[str, str] = {}
 
     def discover(self) -> list[DeviceRef]:
-        """The GPUs that the mask leaves, in its order. Raises StartupError."""
+        """The GPUs that the mask does not hide, in its order. Raises StartupError."""
         try:
             return [self._device(gpu) for gpu in visible(self._mask, self._driver)]
         except DriverError as error:
             raise StartupError(f"the GPUs can't be listed: {error}") from error
 
     def devices(self, declared: Sequence[DeclaredDevice]) -> list[DeviceRef]:
-        """See Backend. Also raises StartupError where there is no GPU at all."""
+        """See Backend. Also raises StartupError if there is no GPU at all."""
         found = self.discover()
         if not found:
-            hidden = f" that {_MASK}={self._mask!r} leaves visible" if self._mask is not None else ""
-            raise StartupError(f"there is no NVIDIA GPU{hidden}")
+            hidden = f" with {_MASK}={self._mask!r}" if self._mask is not None else ""
+            raise StartupError(f"no NVIDIA GPU found{hidden}")
         return as_declared(found, declared, self.name) if declared else found
 
     def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
-        """See Backend. A device that can't be read, and one that can be again, is logged once."""
+        """See Backend. Logs once when a device can't be read, and once when it can be read again."""
         try:
             reading = self._driver.read(device.uuid, device.index, now)
         except DriverError as error:
-            if self._troubles.get(device.device_id) != error.reason:
-                self._troubles[device.device_id] = error.reason
+            if self._faults.get(device.device_id) != error.reason:
+                self._faults[device.device_id] = error.reason
                 logger.warning("%s can't be measured: %s", device.device_id, error.reason)
             return DeviceMetrics(measured_at=now)
-        if self._troubles.pop(device.device_id, None) is not None:
+        if self._faults.pop(device.device_id, None) is not None:
             logger.warning("%s can be measured again", device.device_id)
         return DeviceMetrics(
             measured_at=now,
@@ -89,7 +92,7 @@ class CudaBackend:
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", _MASK: device.uuid or str(device.index)}
 
     def child_args(self, device: DeviceRef) -> list[str]:
-        """None: of what the mask leaves, a server takes all. `--device CUDA0` would end every build without CUDA."""
+        """None: a server uses every GPU that the mask shows. A build without CUDA would exit on `--device CUDA0`."""
         return []
 
     def close(self) -> None:
@@ -107,12 +110,12 @@ class CudaBackend:
 
 
 def visible(mask: str | None, driver: Driver) -> list[Gpu]:
-    """The devices that CUDA would show under this value of CUDA_VISIBLE_DEVICES. Raises DriverError.
+    """The devices that CUDA would show with this value of CUDA_VISIBLE_DEVICES. Raises DriverError.
 
-    As in "CUDA Environment Variables" of NVIDIA's programming guide: numbers, or UUIDs cut to any length that is
-    still unique; none at all for an empty mask; nothing from the first entry on that is not valid, as -1 is not.
-    An entry given twice makes all of them invalid. Numbers are read as those of nvidia-smi; for CUDA they are that
-    only with CUDA_DEVICE_ORDER=PCI_BUS_ID, or where all GPUs are alike.
+    As in "CUDA Environment Variables" of NVIDIA's programming guide: entries are numbers, or UUIDs cut to any length
+    that is still unique. An empty mask shows no device. The first invalid entry (-1, for one) hides itself and the
+    rest. A device that is named twice makes the whole mask invalid. Numbers are those of nvidia-smi; CUDA numbers the
+    GPUs like that only with CUDA_DEVICE_ORDER=PCI_BUS_ID, or if all GPUs are of one model.
     """
     gpus = driver.gpus()
     if mask is None:
@@ -129,12 +132,12 @@ def visible(mask: str | None, driver: Driver) -> list[Gpu]:
 
 
 def _named(entry: str, position: int, gpus: Sequence[Gpu], driver: Driver) -> Gpu | None:
-    """The one device that an entry of a mask names, None where it names none or several."""
+    """The one device that an entry of a mask names, None if it names none or several."""
     if entry.startswith("MIG-"):
         try:
             return driver.mig_device(entry, position)
         except DriverError as error:
-            logger.warning("%s names %s, which can't be used: %s", _MASK, entry, error)
+            logger.warning("%s contains %s, which can't be used: %s", _MASK, entry, error)
             return None
     if entry.startswith("GPU-"):
         named = [gpu for gpu in gpus if gpu.uuid is not None and gpu.uuid.startswith(entry)]

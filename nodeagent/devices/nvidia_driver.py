@@ -1,6 +1,6 @@
-"""What is asked of the NVIDIA driver, in whatever way: see nvml_driver and smi_driver.
+"""The interface to the NVIDIA driver; `nvml_driver` and `smi_driver` implement it.
 
-GPUs are numbered by their PCI bus ids, as both ways do, and CUDA with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+Both number the GPUs by their PCI bus ids, as CUDA does with CUDA_DEVICE_ORDER=PCI_BUS_ID.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as the driver lists it. `uuid` is None where it has none (some virtual GPUs)."""
+    """One GPU as the driver lists it. `uuid` is None if it has none (some virtual GPUs)."""
 
     index: int
     uuid: str | None
@@ -17,9 +17,9 @@ class Gpu:
     memory_total_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuReading:
-    """What was measured; None is unknown. GPUs that share the host's memory say nothing of theirs."""
+    """What was measured; None is unknown, as the memory of a GPU that shares the host's memory."""
 
     memory_total_bytes: int | None = None
     memory_used_bytes: int | None = None
@@ -30,16 +30,16 @@ class GpuReading:
 
 
 class Driver(Protocol):
-    """One way to ask. All of it blocks; `gpus` and `read` raise DriverError."""
+    """One way to query the driver. Every method but `close` may block, and raises DriverError."""
 
     def gpus(self) -> list[Gpu]: ...
 
     def mig_device(self, uuid: str, index: int) -> Gpu:
-        """The slice of a GPU (MIG) of that uuid, to be called by that index."""
+        """The slice of a GPU (MIG) with that UUID; it gets that index."""
         ...
 
     def read(self, uuid: str | None, index: int, now: float) -> GpuReading:
-        """Measure the GPU or slice of that uuid; the index counts where there is no uuid."""
+        """Measure the GPU or slice with that UUID, or the GPU with that index if `uuid` is None."""
         ...
 
     def close(self) -> None: ...

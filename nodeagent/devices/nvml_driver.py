@@ -1,4 +1,4 @@
-"""The NVIDIA driver by its library NVML."""
+"""The NVIDIA driver through its library NVML."""
 
 import logging
 import threading
@@ -30,7 +30,7 @@ class NvmlUtilization(Protocol):
 
 
 class Nvml(Protocol):
-    """The part of the module `pynvml` (nvidia-ml-py) that is used here. Each call may raise `pynvml.NVMLError`."""
+    """The part of the module `pynvml` (nvidia-ml-py) that is used here. Each function may raise `pynvml.NVMLError`."""
 
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
@@ -45,9 +45,9 @@ class Nvml(Protocol):
     def nvmlDeviceGetPowerUsage(self, handle: object, /) -> int: ...
 
 
-# What a healthy device answers when asked for something that it does not have. A slice of a GPU answers the third
-# to questions that are for the whole one.
-_HAS_NOT: Final = (
+# The errors of a healthy device for a value that it does not have. A slice of a GPU returns the third for what only a
+# whole GPU has.
+_NOT_AVAILABLE: Final = (
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
     pynvml.NVML_ERROR_INVALID_ARGUMENT,
@@ -56,36 +56,36 @@ _HAS_NOT: Final = (
 
 
 class NvmlDriver:
-    """NVML, loaded and initialised; raises DriverError where it can't be.
+    """NVML, loaded and initialized; implements `nvidia_driver.Driver`. Raises DriverError if it can't be.
 
-    After an error it is initialised anew at the next call: a driver that was reloaded answers again only then.
-    `_usable` is what changes, under `_lock`.
+    After an error the next call initializes it again: a driver that was reloaded answers only then. What changes:
+    `_initialized`, with `_lock` held.
     """
 
     def __init__(self, nvml: Nvml | None = None) -> None:
         self._nvml = cast(Nvml, pynvml) if nvml is None else nvml
         self._lock = threading.Lock()
-        self._usable = False
-        self._ask(lambda nvml: None)
+        self._initialized = False
+        self._query(lambda nvml: None)
 
     def gpus(self) -> list[Gpu]:
-        """All but those that don't answer; each of these is logged."""
-        return [gpu for index in range(self._ask(self._nvml_count)) if (gpu := self._gpu(index)) is not None]
+        """All GPUs but those that don't answer; each of those is logged."""
+        return [gpu for index in range(self._query(self._nvml_count)) if (gpu := self._gpu(index)) is not None]
 
     def mig_device(self, uuid: str, index: int) -> Gpu:
-        return self._ask(lambda nvml: _described(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid), index))
+        return self._query(lambda nvml: _described(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid), index))
 
     def read(self, uuid: str | None, index: int, now: float) -> GpuReading:
         def measure(nvml: Nvml) -> GpuReading:
-            # Looked up each time: a handle does not outlive a reset of its GPU.
+            # Looked up each time: a handle is invalid after a reset of its GPU.
             if uuid is None:
                 return _measured(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
             return _measured(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
 
-        return self._ask(measure)
+        return self._query(measure)
 
     def close(self) -> None:
-        """Skipped while a question hangs in a sick driver: the process's end lets go of it as well."""
+        """Does nothing while a query hangs in a broken driver: the end of the process releases it as well."""
         if self._lock.acquire(blocking=False):
             try:
                 self._shut_down()
@@ -98,27 +98,27 @@ class NvmlDriver:
 
     def _gpu(self, index: int) -> Gpu | None:
         try:
-            return self._ask(lambda nvml: _described(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index))
+            return self._query(lambda nvml: _described(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index))
         except DriverError as error:
-            logger.warning("GPU %d is left out: %s", index, error)
+            logger.warning("GPU %d is ignored: %s", index, error)
             return None
 
-    def _ask(self, question: Callable[[Nvml], T]) -> T:
+    def _query(self, query: Callable[[Nvml], T]) -> T:
         with self._lock:
             try:
-                if not self._usable:
+                if not self._initialized:
                     self._nvml.nvmlInit()
-                    self._usable = True
-                return question(self._nvml)
+                    self._initialized = True
+                return query(self._nvml)
             except pynvml.NVMLError as error:
                 self._shut_down()
                 absent = error.value in (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
                 raise DriverError(f"NVML: {error}", absent=absent) from error
 
     def _shut_down(self) -> None:
-        if not self._usable:
+        if not self._initialized:
             return
-        self._usable = False
+        self._initialized = False
         try:
             self._nvml.nvmlShutdown()
         except pynvml.NVMLError as error:
@@ -126,20 +126,20 @@ class NvmlDriver:
 
 
 def _described(nvml: Nvml, handle: object, index: int) -> Gpu:
-    memory = _had(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    memory = _value_or_none(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
     return Gpu(
         index=index,
-        uuid=_had(lambda: nvml.nvmlDeviceGetUUID(handle)),
+        uuid=_value_or_none(lambda: nvml.nvmlDeviceGetUUID(handle)),
         name=nvml.nvmlDeviceGetName(handle),
         memory_total_bytes=None if memory is None else memory.total,
     )
 
 
 def _measured(nvml: Nvml, handle: object) -> GpuReading:
-    memory = _had(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
-    utilization = _had(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
-    temperature = _had(lambda: nvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-    milliwatts = _had(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+    memory = _value_or_none(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    utilization = _value_or_none(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
+    temperature = _value_or_none(lambda: nvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+    milliwatts = _value_or_none(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
     return GpuReading(
         memory_total_bytes=None if memory is None else memory.total,
         memory_used_bytes=None if memory is None else memory.used,
@@ -150,10 +150,10 @@ def _measured(nvml: Nvml, handle: object) -> GpuReading:
     )
 
 
-def _had(ask: Callable[[], T]) -> T | None:
+def _value_or_none(read: Callable[[], T]) -> T | None:
     try:
-        return ask()
+        return read()
     except pynvml.NVMLError as error:
-        if error.value in _HAS_NOT:
+        if error.value in _NOT_AVAILABLE:
             return None
         raise

@@ -1,4 +1,4 @@
-"""Which backend a host is run with."""
+"""Which backend the agent uses on this host."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from nodeagent.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-# Each opens its driver, and raises DriverError where it can't.
+# Each opens its driver, and raises DriverError if it can't.
 BACKENDS: Final[Mapping[str, Callable[[], Backend]]] = MappingProxyType({"cpu": CpuBackend, "cuda": CudaBackend})
 
 
@@ -21,8 +21,8 @@ def select(
 ) -> Backend:
     """Open the backend of that name; the caller closes it. Blocks on drivers, for seconds at worst.
 
-    "auto" takes what the declared devices are of, and where none is declared `cuda` if it finds a device, else `cpu`.
-    Raises StartupError where the one that is asked for can't be used.
+    "auto" selects the backend of the declared devices; if none is declared, `cuda` if it finds a device, else `cpu`.
+    Raises StartupError if the selected backend can't be used.
     """
     if name == "auto" and declared:
         name = "cpu" if declared[0].device_id.startswith("cpu:") else "cuda"
@@ -31,14 +31,14 @@ def select(
     try:
         return backends[name]()
     except DriverError as error:
-        raise StartupError(f"the backend {name} can't be used: {error}") from error
+        raise StartupError(f"backend {name} can't be used: {error}") from error
 
 
 def _cuda_with_devices(backends: Mapping[str, Callable[[], Backend]]) -> Backend | None:
     try:
         backend = backends["cuda"]()
     except DriverError as error:
-        # A driver that is there and fails is news: the node comes up without the GPUs that it was bought for.
+        # A driver that is installed and fails is worth a warning: the node starts without its GPUs.
         logger.log(logging.DEBUG if error.absent else logging.WARNING, "no GPUs, using the CPU: %s", error)
         return None
     try:

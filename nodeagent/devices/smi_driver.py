@@ -1,4 +1,4 @@
-"""The NVIDIA driver by the command `nvidia-smi`, for hosts where its library can't be loaded by us."""
+"""The NVIDIA driver through the command `nvidia-smi`, for hosts where its library can't be loaded."""
 
 import subprocess
 from collections.abc import Callable, Sequence
@@ -20,23 +20,23 @@ _FIELDS: Final = (
     "power.draw",
 )
 _COMMAND: Final = ("nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits")
-# Without its persistence mode the driver is started for each call: seconds on a host with many GPUs.
+# Without persistence mode each call starts the driver, which takes seconds on a host with many GPUs.
 _TIMEOUT_S: Final = 15.0
-# One call tells of all GPUs, which are read one after the other.
+# One call lists all GPUs, which are read one after the other.
 _FRESH_S: Final = 1.0
 _MIB: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class SmiResult:
-    """How a run of nvidia-smi ended. It writes its errors to stdout."""
+    """The result of one call of nvidia-smi, which writes its errors to stdout."""
 
     returncode: int
     stdout: str
 
 
 def run_smi(command: Sequence[str]) -> SmiResult:
-    """Run the command to its end. Raises DriverError where there is no such command, or it hangs."""
+    """Run the command to its end. Raises DriverError if it can't be run, or hangs."""
     try:
         done = subprocess.run(
             command,
@@ -57,46 +57,49 @@ def run_smi(command: Sequence[str]) -> SmiResult:
 
 
 class SmiDriver:
-    """`nvidia-smi`; raises DriverError where it can't be used. `_rows` and `_asked_at` are what changes, in `read`."""
+    """`nvidia-smi`; implements `nvidia_driver.Driver`. Raises DriverError if it can't be used.
+
+    What changes: `_rows` and `_queried_at`, in `read`.
+    """
 
     def __init__(self, run: Callable[[Sequence[str]], SmiResult] = run_smi) -> None:
         self._run = run
         self._rows: list[tuple[Gpu, GpuReading]] = []
-        self._asked_at: float | None = None
+        self._queried_at: float | None = None
         self._query()
 
     def gpus(self) -> list[Gpu]:
         return [gpu for gpu, _ in self._query()]
 
     def mig_device(self, uuid: str, index: int) -> Gpu:
-        """As it is told: this query does not list slices, and nothing will be measured."""
+        """The slice as the mask names it: nvidia-smi does not list slices, and nothing will be measured."""
         return Gpu(index, uuid, "MIG device", None)
 
     def read(self, uuid: str | None, index: int, now: float) -> GpuReading:
-        if self._asked_at is None or now - self._asked_at >= _FRESH_S:
-            self._asked_at = None
+        if self._queried_at is None or now - self._queried_at >= _FRESH_S:
+            self._queried_at = None
             self._rows = self._query()
-            self._asked_at = now
+            self._queried_at = now
         for gpu, reading in self._rows:
             if gpu.uuid == uuid if uuid is not None else gpu.index == index:
                 return reading
         raise DriverError(f"nvidia-smi does not list {uuid or index}")
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: each call is a process of its own."""
 
     def _query(self) -> list[tuple[Gpu, GpuReading]]:
         result = self._run(_COMMAND)
         rows = parse_smi(result.stdout)
-        # With one sick GPU it may tell of the others and still fail; "No devices were found" is an answer too.
+        # With one broken GPU it may list the others and still fail. "No devices were found" is a valid result.
         if result.returncode != 0 and not rows and "No devices were found" not in result.stdout:
-            said = next((line.strip() for line in result.stdout.splitlines() if line.strip()), "no output")
-            raise DriverError(f"nvidia-smi: {said} (exit {result.returncode})")
+            message = next((line.strip() for line in result.stdout.splitlines() if line.strip()), "no output")
+            raise DriverError(f"nvidia-smi: {message} (exit {result.returncode})")
         return rows
 
 
 def parse_smi(stdout: str) -> list[tuple[Gpu, GpuReading]]:
-    """The rows of the query above; lines that are none, such as errors about a sick GPU, are left out."""
+    """The rows of the output; other lines, such as errors about a broken GPU, are skipped."""
     return [row for line in stdout.splitlines() if (row := _row(line)) is not None]
 
 
@@ -118,7 +121,7 @@ def _row(line: str) -> tuple[Gpu, GpuReading] | None:
 
 
 def _number(value: str) -> float | None:
-    """None for `[N/A]`, `[Not Supported]`, `[Unknown Error]`, `[GPU is lost]` and whatever else is no number."""
+    """None for `[N/A]`, `[Not Supported]`, `[Unknown Error]`, `[GPU is lost]` and anything else that is no number."""
     try:
         number = float(value)
     except ValueError:

@@ -1,18 +1,18 @@
-"""What the rest of the agent knows of a device: how it is named, and what was last measured on it.
+"""What the rest of the agent knows of a device: its names, and what was last measured on it.
 
-The names of a device carry no vendor: `scheduling` sees only these two values.
+Nothing here depends on the vendor.
 """
 
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRef:
-    """One device that can hold a server.
+    """One device that can run a server.
 
-    `device_id` is what people and the wire say (`cpu:0`, `gpu:0`); `index` is the number that the backend's own
-    tools use; `uuid` is the vendor's lasting name, where there is one. `memory_total_bytes` is None where unknown.
-    `threads` and `cpus` are what the configuration says of a CPU device.
+    `device_id` is its name for people and on the wire (`cpu:0`, `gpu:0`); `index` is its number in the vendor's tools;
+    `uuid` is the vendor's permanent name, if there is one. `memory_total_bytes` is None if unknown. `threads` and
+    `cpus` come from the configuration.
     """
 
     device_id: str
@@ -25,12 +25,9 @@ class DeviceRef:
     cpus: frozenset[int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMetrics:
-    """One reading of a device. Sizes in bytes; None is unknown, never a made-up 0.
-
-    `measured_at` is `trio.current_time()` of the reading.
-    """
+    """One reading of a device, taken at `measured_at` (`trio.current_time()`); None is unknown."""
 
     measured_at: float
     memory_total_bytes: int | None = None

@@ -1,4 +1,4 @@
-"""A driver library for tests: speaks the part of `pynvml` that the agent uses, errors of the real classes included."""
+"""A fake of the driver library: the part of `pynvml` that the agent uses, with errors of the real classes."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ class Utilization:
     gpu: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FakeGpu:
-    """A GPU of the table. None is what it does not have; `error` (an NVML_ERROR number) is what every question gets."""
+    """A GPU. None is a value that it does not have; `error` is the NVML_ERROR number that every query raises."""
 
     uuid: str
     name: str = "NVIDIA L4"
@@ -36,9 +36,9 @@ class FakeGpu:
     error: int | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FakeNvml:
-    """`error` is what every call gets. Using it while it is not initialised is an error, as in the real one."""
+    """The library. `error` is what every call raises; so does a call before it is initialised, as with the real one."""
 
     gpus: list[FakeGpu] = field(default_factory=list)
     slices: list[FakeGpu] = field(default_factory=list)
@@ -103,7 +103,7 @@ class FakeNvml:
 
     def _had(self, handle: object, value: int | None) -> int:
         if value is None:
-            # What real ones answer for a slice, and for a whole GPU.
+            # What the real library raises for a slice, and for a whole GPU.
             in_slice = handle in self.slices
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT if in_slice else pynvml.NVML_ERROR_NOT_SUPPORTED)
         return value

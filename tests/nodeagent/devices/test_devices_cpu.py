@@ -152,7 +152,7 @@ def failing(error: DriverError) -> Callable[[], Backend]:
 
 
 def test_auto_takes_gpus_where_there_are_some() -> None:
-    backend = select("auto", backends={**BACKENDS, "cuda": cuda_on(FakeNvml([FakeGpu("GPU-a")]))})
+    backend = select("auto", backends={**BACKENDS, "cuda": cuda_on(FakeNvml(gpus=[FakeGpu(uuid="GPU-a")]))})
     assert backend.name == "cuda"
     backend.close()
 
@@ -172,7 +172,7 @@ def test_auto_takes_the_cpu_and_warns_where_the_driver_is_there_and_fails(caplog
 
 
 def test_auto_takes_the_cpu_where_the_driver_fails_when_asked_for_its_gpus(caplog: pytest.LogCaptureFixture) -> None:
-    nvml = FakeNvml([FakeGpu("GPU-a")])
+    nvml = FakeNvml(gpus=[FakeGpu(uuid="GPU-a")])
     driver = NvmlDriver(nvml)
     nvml.error = pynvml.NVML_ERROR_UNKNOWN
     assert select("auto", backends={**BACKENDS, "cuda": lambda: CudaBackend(driver, {})}).name == "cpu"
@@ -180,13 +180,13 @@ def test_auto_takes_the_cpu_where_the_driver_fails_when_asked_for_its_gpus(caplo
 
 
 def test_auto_takes_the_cpu_where_the_mask_hides_every_gpu_and_lets_go_of_the_driver() -> None:
-    nvml = FakeNvml([FakeGpu("GPU-a")])
+    nvml = FakeNvml(gpus=[FakeGpu(uuid="GPU-a")])
     assert select("auto", backends={**BACKENDS, "cuda": cuda_on(nvml, mask="")}).name == "cpu"
     assert nvml.initialised == 0
 
 
 def test_auto_takes_what_the_declared_devices_are_of() -> None:
-    backends = {**BACKENDS, "cuda": cuda_on(FakeNvml([FakeGpu("GPU-a")]))}
+    backends = {**BACKENDS, "cuda": cuda_on(FakeNvml(gpus=[FakeGpu(uuid="GPU-a")]))}
     assert select("auto", [Declared("cpu:0")], backends=backends).name == "cpu"
     assert select("auto", [Declared("gpu:0")], backends=backends).name == "cuda"
     backends["cuda"] = failing(DriverError("no library", absent=True))
@@ -195,7 +195,7 @@ def test_auto_takes_what_the_declared_devices_are_of() -> None:
 
 
 def test_a_backend_that_was_asked_for_by_name_is_never_replaced() -> None:
-    with pytest.raises(StartupError, match="the backend cuda can't be used: no library"):
+    with pytest.raises(StartupError, match="backend cuda can't be used: no library"):
         select("cuda", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
 
 

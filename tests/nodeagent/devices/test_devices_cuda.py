@@ -42,7 +42,7 @@ class Declared:
 
 
 def three_gpus() -> FakeNvml:
-    return FakeNvml([FakeGpu(uuid) for uuid in UUIDS])
+    return FakeNvml(gpus=[FakeGpu(uuid=uuid) for uuid in UUIDS])
 
 
 def backend_on(nvml: FakeNvml, mask: str | None = None) -> CudaBackend:
@@ -55,7 +55,14 @@ def seen(mask: str | None, nvml: FakeNvml | None = None) -> list[str]:
 
 def test_every_gpu_is_a_device_by_its_number_and_uuid() -> None:
     assert backend_on(three_gpus()).discover() == [
-        DeviceRef(f"gpu:{index}", "cuda", index, "NVIDIA L4", uuid=uuid, memory_total_bytes=24 * GIB)
+        DeviceRef(
+            device_id=f"gpu:{index}",
+            backend="cuda",
+            index=index,
+            name="NVIDIA L4",
+            uuid=uuid,
+            memory_total_bytes=24 * GIB,
+        )
         for index, uuid in enumerate(UUIDS)
     ]
 
@@ -108,7 +115,12 @@ def test_a_gpu_without_a_uuid_is_pinned_by_its_number() -> None:
 def test_slices_of_gpus_in_the_mask_are_devices_and_passed_on_as_they_stand() -> None:
     nvml = three_gpus()
     slice_ = FakeGpu(
-        MIG, "NVIDIA A100 MIG 1g.5gb", Memory(5 * GIB, GIB), utilization=None, temperature=None, milliwatts=None
+        uuid=MIG,
+        name="NVIDIA A100 MIG 1g.5gb",
+        memory=Memory(5 * GIB, GIB),
+        utilization=None,
+        temperature=None,
+        milliwatts=None,
     )
     nvml.slices.append(slice_)
     backend = backend_on(nvml, MIG)
@@ -116,7 +128,7 @@ def test_slices_of_gpus_in_the_mask_are_devices_and_passed_on_as_they_stand() ->
     assert (device.device_id, device.uuid, device.name) == ("gpu:0", MIG, "NVIDIA A100 MIG 1g.5gb")
     assert backend.child_env(device)["CUDA_VISIBLE_DEVICES"] == MIG
     assert backend.read(device, 1.0) == DeviceMetrics(
-        1.0, memory_total_bytes=5 * GIB, memory_used_bytes=GIB, memory_free_bytes=4 * GIB
+        measured_at=1.0, memory_total_bytes=5 * GIB, memory_used_bytes=GIB, memory_free_bytes=4 * GIB
     )
     assert seen(f"{MIG},{MIG}", nvml) == []
 
@@ -136,10 +148,12 @@ def test_a_reading_has_sizes_in_bytes_and_ratios_of_one() -> None:
 
 def test_what_a_gpu_does_not_have_is_unknown_and_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
     # A GPU that shares the host's memory: its NVML answers "Not Supported".
-    backend = backend_on(FakeNvml([FakeGpu(UUIDS[0], "NVIDIA GB10", memory=None, utilization=0, milliwatts=None)]))
+    backend = backend_on(
+        FakeNvml(gpus=[FakeGpu(uuid=UUIDS[0], name="NVIDIA GB10", memory=None, utilization=0, milliwatts=None)])
+    )
     (device,) = backend.discover()
     assert device.memory_total_bytes is None
-    assert backend.read(device, 1.0) == DeviceMetrics(1.0, utilization_ratio=0.0, temperature_celsius=41.0)
+    assert backend.read(device, 1.0) == DeviceMetrics(measured_at=1.0, utilization_ratio=0.0, temperature_celsius=41.0)
     assert caplog.records == []
 
 
@@ -151,9 +165,12 @@ def test_a_driver_that_disappears_leaves_the_metrics_unknown_warns_once_and_is_f
     backend = backend_on(nvml)
     device = backend.discover()[0]
     nvml.error = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
-    assert [backend.read(device, now) for now in (1.0, 2.0)] == [DeviceMetrics(1.0), DeviceMetrics(2.0)]
+    assert [backend.read(device, now) for now in (1.0, 2.0)] == [
+        DeviceMetrics(measured_at=1.0),
+        DeviceMetrics(measured_at=2.0),
+    ]
     nvml.error = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
-    assert backend.read(device, 3.0) == DeviceMetrics(3.0)
+    assert backend.read(device, 3.0) == DeviceMetrics(measured_at=3.0)
     nvml.error = None
     assert backend.read(device, 4.0).memory_total_bytes == 24 * GIB
     assert backend.read(device, 5.0).memory_total_bytes == 24 * GIB
@@ -170,10 +187,10 @@ def test_a_gpu_that_is_lost_takes_no_other_with_it(caplog: pytest.LogCaptureFixt
     backend = backend_on(nvml)
     first, second, third = backend.discover()
     nvml.gpus[1].error = pynvml.NVML_ERROR_GPU_IS_LOST
-    assert backend.read(second, 1.0) == DeviceMetrics(1.0)
+    assert backend.read(second, 1.0) == DeviceMetrics(measured_at=1.0)
     assert [backend.read(device, 1.0).utilization_ratio for device in (first, third)] == [0.37, 0.37]
     assert seen(None, nvml) == ["gpu:0", "gpu:2"]
-    assert "GPU 1 is left out: NVML: GPU is lost" in caplog.text
+    assert "GPU 1 is ignored: NVML: GPU is lost" in caplog.text
 
 
 def test_the_library_is_let_go_of() -> None:
@@ -194,7 +211,7 @@ async def test_closing_does_not_wait_for_a_driver_that_hangs() -> None:
             assert answer.wait(30)
             return super().nvmlDeviceGetHandleByUUID(uuid)
 
-    nvml = HangingNvml([FakeGpu(UUIDS[0])])
+    nvml = HangingNvml(gpus=[FakeGpu(uuid=UUIDS[0])])
     backend = backend_on(nvml)
     (device,) = backend.discover()
     with trio.fail_after(30):
@@ -232,9 +249,9 @@ def test_a_declared_device_that_is_not_there_is_named_with_those_that_are() -> N
 
 
 def test_no_gpu_at_all_says_so_and_names_the_mask() -> None:
-    with pytest.raises(StartupError, match=r"^there is no NVIDIA GPU$"):
+    with pytest.raises(StartupError, match=r"^no NVIDIA GPU found$"):
         backend_on(FakeNvml()).devices([])
-    with pytest.raises(StartupError, match=r"^there is no NVIDIA GPU that CUDA_VISIBLE_DEVICES='-1' leaves visible$"):
+    with pytest.raises(StartupError, match=r"^no NVIDIA GPU found with CUDA_VISIBLE_DEVICES='-1'$"):
         backend_on(three_gpus(), "-1").devices([])
 
 
@@ -268,7 +285,14 @@ GB10 = f"1, {UUIDS[1]}, NVIDIA GB10, [N/A], [N/A], [N/A], 0, 35, 11.17"
 
 def test_recorded_rows_are_read() -> None:
     (_, discrete), (unified, shared) = parse_smi(f"{RTX_2080}\n{GB10}\n")
-    assert discrete == GpuReading(7979 * MIB, 979 * MIB, 7000 * MIB, 0.86, 45.0, 176.98)
+    assert discrete == GpuReading(
+        memory_total_bytes=7979 * MIB,
+        memory_used_bytes=979 * MIB,
+        memory_free_bytes=7000 * MIB,
+        utilization_ratio=0.86,
+        temperature_celsius=45.0,
+        power_watts=176.98,
+    )
     assert (unified.index, unified.uuid, unified.name) == (1, UUIDS[1], "NVIDIA GB10")
     assert shared == GpuReading(utilization_ratio=0.0, temperature_celsius=35.0, power_watts=11.17)
 
@@ -305,7 +329,10 @@ def test_slices_are_passed_on_though_the_command_tells_nothing_of_them(caplog: p
     backend = CudaBackend(SmiDriver(played(ok(RTX_2080))), {"CUDA_VISIBLE_DEVICES": MIG})
     (device,) = backend.discover()
     assert backend.child_env(device)["CUDA_VISIBLE_DEVICES"] == MIG
-    assert [backend.read(device, now) for now in (1.0, 2.0)] == [DeviceMetrics(1.0), DeviceMetrics(2.0)]
+    assert [backend.read(device, now) for now in (1.0, 2.0)] == [
+        DeviceMetrics(measured_at=1.0),
+        DeviceMetrics(measured_at=2.0),
+    ]
     assert caplog.messages == [f"gpu:0 can't be measured: nvidia-smi does not list {MIG}"]
 
 
@@ -333,7 +360,10 @@ MISMATCH = SmiResult(18, "Failed to initialize NVML: Driver/library version mism
 def test_a_command_that_fails_leaves_the_metrics_unknown_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     backend = CudaBackend(SmiDriver(played(ok(RTX_2080), ok(RTX_2080), MISMATCH, MISMATCH, ok(RTX_2080))), {})
     (device,) = backend.discover()
-    assert [backend.read(device, now) for now in (1.0, 2.0)] == [DeviceMetrics(1.0), DeviceMetrics(2.0)]
+    assert [backend.read(device, now) for now in (1.0, 2.0)] == [
+        DeviceMetrics(measured_at=1.0),
+        DeviceMetrics(measured_at=2.0),
+    ]
     assert backend.read(device, 3.0).utilization_ratio == 0.86
     assert caplog.messages == [
         "gpu:0 can't be measured: nvidia-smi: Failed to initialize NVML: Driver/library version mismatch (exit 18)",
@@ -344,7 +374,7 @@ def test_a_command_that_fails_leaves_the_metrics_unknown_and_warns_once(caplog: 
 def test_a_gpu_that_the_command_no_longer_lists_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
     backend = CudaBackend(SmiDriver(played(ok(RTX_2080, GB10), ok(RTX_2080, GB10), ok(GB10))), {})
     discrete, unified = backend.discover()
-    assert backend.read(discrete, 1.0) == DeviceMetrics(1.0)
+    assert backend.read(discrete, 1.0) == DeviceMetrics(measured_at=1.0)
     assert backend.read(unified, 1.0).power_watts == 11.17
     assert "nvidia-smi does not list GPU-22b2c6ac" in caplog.text
 
@@ -376,7 +406,7 @@ def test_the_command_is_run_and_its_words_are_kept_wherever_it_writes_them() -> 
 
 
 def library(error: int | None = None) -> Callable[[], Driver]:
-    return lambda: NvmlDriver(FakeNvml([FakeGpu(UUIDS[0])], error=error))
+    return lambda: NvmlDriver(FakeNvml(gpus=[FakeGpu(uuid=UUIDS[0])], error=error))
 
 
 def command(*results: SmiResult | DriverError) -> Callable[[], Driver]:

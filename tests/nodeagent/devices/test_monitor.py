@@ -1,4 +1,4 @@
-"""Waiting until a device has its memory back: real clock, since readings are made in threads."""
+"""The last reading of each device, and waiting until a device has its memory back."""
 
 import threading
 from collections.abc import Sequence
@@ -7,83 +7,139 @@ from typing import cast
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from nodeagent.devices.backend import Backend
-from nodeagent.devices.monitor import DeviceMonitor
+from nodeagent.devices.monitor import INTERVAL_S, DeviceMonitor
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 
 GIB = 2**30
+NO_BACKEND = cast(Backend, None)
 
 
-class Memory:
-    """A backend whose free memory goes through a list, and then stays."""
+def device(backend: str = "cuda") -> DeviceRef:
+    return DeviceRef(device_id="gpu:0", backend=backend, index=0, name="device")
 
-    def __init__(self, readings: Sequence[int | None]) -> None:
+
+class FreeMemory:
+    """Free memory that follows a list, and then stays; each reading takes `takes_s`."""
+
+    def __init__(self, *readings: int | None, takes_s: float = 0.0) -> None:
         self._readings = chain(readings, repeat(readings[-1]))
+        self._takes_s = takes_s
         self.count = 0
 
-    def read(self, _device: DeviceRef, now: float) -> DeviceMetrics:
+    async def read(self, _device: DeviceRef, now: float) -> DeviceMetrics:
+        await trio.sleep(self._takes_s)
         self.count += 1
-        return DeviceMetrics(now, memory_free_bytes=next(self._readings))
+        return DeviceMetrics(measured_at=now, memory_free_bytes=next(self._readings))
 
 
-async def settle(backend: str, *readings: int | None, settle_max_s: float = 30.0) -> tuple[float, int]:
+async def settle(memory: FreeMemory, backend: str = "cuda", settle_max_s: float = 30.0) -> tuple[float, int]:
     """How long it took in seconds, and how many readings."""
-    memory = Memory(readings)
-    device = DeviceRef("gpu:0", backend, 0, "device")
     began = trio.current_time()
-    await DeviceMonitor(cast(Backend, memory), [device], settle_max_s=settle_max_s).settled("gpu:0")
-    return trio.current_time() - began, memory.count
+    monitor = DeviceMonitor(NO_BACKEND, [device(backend)], settle_max_s=settle_max_s, read=memory.read)
+    await monitor.settled("gpu:0")
+    return round(trio.current_time() - began, 6), memory.count
 
 
-async def test_memory_that_is_back_already_costs_two_readings() -> None:
-    took_s, count = await settle("cuda", 8 * GIB)
-    assert (took_s >= 0.1, count) == (True, 2)
+async def test_free_memory_that_does_not_change_costs_two_readings(autojump_clock: MockClock) -> None:
+    assert await settle(FreeMemory(8 * GIB)) == (0.1, 2)
 
 
-async def test_it_waits_until_two_readings_agree() -> None:
-    took_s, count = await settle("cuda", 1 * GIB, 3 * GIB, 6 * GIB, 8 * GIB, 8 * GIB)
-    assert (took_s >= 0.4, count) == (True, 5)
+async def test_settled_waits_until_two_readings_agree(autojump_clock: MockClock) -> None:
+    assert await settle(FreeMemory(1 * GIB, 3 * GIB, 6 * GIB, 8 * GIB, 8 * GIB)) == (0.4, 5)
 
 
-async def test_it_waits_no_longer_than_its_cap(caplog: pytest.LogCaptureFixture) -> None:
-    took_s, _count = await settle("cuda", *(number * GIB for number in range(1000)), settle_max_s=1.0)
-    assert 1.0 <= took_s < 5
-    assert "still changes" in caplog.text
+async def test_readings_that_differ_by_less_than_64_mib_agree(autojump_clock: MockClock) -> None:
+    assert await settle(FreeMemory(8 * GIB, 8 * GIB + 2**26)) == (0.2, 3)
+    assert await settle(FreeMemory(8 * GIB, 8 * GIB + 2**26 - 1)) == (0.1, 2)
 
 
-async def test_a_driver_that_hangs_is_waited_for_no_longer_than_the_cap() -> None:
-    answer = threading.Event()
-
-    class Hanging(Memory):
-        def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
-            answer.wait(10)
-            return super().read(device, now)
-
-    device = DeviceRef("gpu:0", "cuda", 0, "device")
-    monitor = DeviceMonitor(cast(Backend, Hanging([GIB])), [device], settle_max_s=0.1)
-    with trio.fail_after(5):
-        await monitor.settled("gpu:0")
-    answer.set()
+async def test_settled_waits_no_longer_than_its_limit(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    took_s, _count = await settle(FreeMemory(*(number * GIB for number in range(1000))), settle_max_s=1.0)
+    assert took_s == 1.0
+    assert caplog.messages == ["gpu:0: free memory still changes after 1.0 s; loading anyway"]
 
 
-async def test_a_reading_that_fails_is_one_of_which_nothing_is_known(nursery: trio.Nursery) -> None:
-    class Failing(Memory):
-        def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
-            raise OSError(24, "Too many open files")
+async def test_settled_waits_no_longer_than_its_limit_for_a_driver_that_hangs(autojump_clock: MockClock) -> None:
+    assert await settle(FreeMemory(GIB, takes_s=1000), settle_max_s=0.5) == (0.5, 0)
 
-    device = DeviceRef("gpu:0", "cuda", 0, "device")
-    monitor = DeviceMonitor(cast(Backend, Failing([GIB])), [device], settle_max_s=30.0)
-    with trio.fail_after(10):
+
+async def test_settled_does_not_wait_for_a_cpus_memory_or_an_unknown_one(autojump_clock: MockClock) -> None:
+    assert await settle(FreeMemory(8 * GIB), "cpu") == (0.0, 0)
+    assert await settle(FreeMemory(None)) == (0.0, 1)
+    assert await settle(FreeMemory(8 * GIB, None)) == (0.1, 2)
+
+
+async def test_the_devices_are_read_before_run_has_started_and_then_at_intervals(autojump_clock: MockClock) -> None:
+    memory = FreeMemory(*(number * GIB for number in range(10)))
+    monitor = DeviceMonitor(NO_BACKEND, [device()], settle_max_s=1, read=memory.read)
+    assert monitor.latest("gpu:0") is None
+
+    def latest() -> tuple[float, int | None]:
+        reading = monitor.latest("gpu:0")
+        assert reading is not None
+        return round(reading.measured_at - began, 6), reading.memory_free_bytes
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(monitor.run)
+        assert latest() == (0.0, 0)
+        await trio.sleep(2.5 * INTERVAL_S)
+        assert latest() == (2 * INTERVAL_S, 2 * GIB)
+        nursery.cancel_scope.cancel()
+
+
+async def test_after_a_reading_that_failed_nothing_is_known(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(_device: DeviceRef, _now: float) -> DeviceMetrics:
+        raise OSError(24, "Too many open files")
+
+    monitor = DeviceMonitor(NO_BACKEND, [device()], settle_max_s=30.0, read=fail)
+    async with trio.open_nursery() as nursery:
         await nursery.start(monitor.run)
         await monitor.settled("gpu:0")
+        reading = monitor.latest("gpu:0")
+        assert reading is not None
+        assert reading == DeviceMetrics(measured_at=reading.measured_at)
+        nursery.cancel_scope.cancel()
+    assert caplog.messages[0] == "gpu:0 can't be read: [Errno 24] Too many open files"
+
+
+class SlowDriver:
+    """A backend whose driver answers once `answer` is set."""
+
+    def __init__(self, readings: Sequence[int]) -> None:
+        self.answer = threading.Event()
+        self._readings = iter(readings)
+
+    def read(self, _device: DeviceRef, now: float) -> DeviceMetrics:
+        self.answer.wait(10)
+        return DeviceMetrics(measured_at=now, memory_free_bytes=next(self._readings))
+
+
+async def test_a_driver_that_hangs_does_not_block_the_event_loop() -> None:
+    backend = SlowDriver([GIB])
+    monitor = DeviceMonitor(cast(Backend, backend), [device()], settle_max_s=0.1)
+    try:
+        with trio.fail_after(5):
+            await monitor.settled("gpu:0")
+    finally:
+        backend.answer.set()
+
+
+async def test_the_backend_is_read_by_default() -> None:
+    backend = SlowDriver([GIB])
+    backend.answer.set()
+    monitor = DeviceMonitor(cast(Backend, backend), [device()], settle_max_s=0.1)
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(monitor.run)
+            nursery.cancel_scope.cancel()
     reading = monitor.latest("gpu:0")
     assert reading is not None
-    assert reading.memory_free_bytes is None
-    nursery.cancel_scope.cancel()
-
-
-async def test_a_processors_memory_and_one_that_is_not_known_are_not_waited_for() -> None:
-    assert (await settle("cpu", 8 * GIB))[1] == 0
-    took_s, count = await settle("cuda", None)
-    assert (took_s < 5, count) == (True, 1)
+    assert reading.memory_free_bytes == GIB
