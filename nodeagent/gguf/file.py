@@ -1,12 +1,12 @@
-"""The GGUF file format: metadata as a mapping, and whether the tensors lie inside the file.
+"""The GGUF file format: the metadata as a mapping, and whether the file contains all of its tensors.
 
 GgufError(NodeAgentError)    the file can't be used as a model: `path`, `reason`
 
-The format is that of "GGUF", docs/gguf.md in the ggml repository; versions 2 and 3 are alike in all that is read here.
-Own code, as the `gguf` package builds every value in the file, a vocabulary's hundreds of thousands of texts too, and
-needs numpy. Here they are stepped over: for one small model 0.04 s instead of 2 s.
+The format is that of "GGUF", docs/gguf.md in the ggml repository; versions 2 and 3 are equal in all that is read here.
+Own code, since the `gguf` package needs numpy and builds every value in the file, also the hundreds of thousands of
+texts of a vocabulary. Here they are skipped: one small model takes 0.04 s instead of 2 s.
 
-Files are read by plain reads and never mapped: one that shrinks under a mapping ends the process (SIGBUS).
+Files are read and never mapped: if a file shrinks under a mapping, the process is killed (SIGBUS).
 """
 
 import os
@@ -14,6 +14,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -23,11 +24,11 @@ _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _DEFAULT_ALIGNMENT: Final = 32
 _MAX_DIMENSIONS: Final = 4  # GGML_MAX_DIMS
-# Metadata and tensor table together. The largest vocabularies of today take about 20 MB; a hostile file costs seconds.
+# Metadata and tensor table together. The largest vocabularies need about 20 MB; reading this limit takes seconds.
 _MAX_HEADER_BYTES: Final = 128 << 20
 _MAX_KEY_BYTES: Final = 1 << 16
 
-# Value types by number; text and arrays are handled apart.
+# Value types by number, without text and arrays.
 _TEXT: Final = 8
 _ARRAY: Final = 9
 _SCALARS: Final[Mapping[int, struct.Struct]] = {
@@ -45,11 +46,11 @@ _SCALARS: Final[Mapping[int, struct.Struct]] = {
 }
 _U32: Final = _SCALARS[4]
 _U64: Final = _SCALARS[10]
-# Longer arrays of numbers are stepped over; what has one number for each layer is shorter.
+# Longer arrays of numbers are skipped; an array with one number for each layer is shorter.
 _MAX_NUMBERS: Final = 4096
 
-# Tensor types by number: (elements, bytes) of a block, from ggml.h and ggml-common.h. One that is not listed (newer
-# than this table) counts as nothing: a file is not refused for what we don't know.
+# Tensor types by number: (elements, bytes) of a block, from ggml.h and ggml-common.h. A type that is not in this table
+# (a newer one) counts as 0 bytes, so that the file is not refused because of it.
 _BLOCKS: Final[Mapping[int, tuple[int, int]]] = {
     0: (1, 4),  # F32
     1: (1, 2),  # F16
@@ -84,18 +85,17 @@ _BLOCKS: Final[Mapping[int, tuple[int, int]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SteppedOver:
-    """An array of which nothing is kept but its length."""
+class Skipped(Enum):
+    """Stands for a value that is not kept: an array of texts, or a long one of numbers."""
 
-    count: int
+    ARRAY = "array"
 
 
-Value = str | int | float | tuple[int | float, ...] | SteppedOver | None
+Value = str | int | float | tuple[int | float, ...] | Skipped | None
 
 
 class GgufError(NodeAgentError):
-    """The file can't be used as a model, and why. `path` may be another part of a model that is split."""
+    """The file can't be used as a model, and why. Of a split model, `path` may be another part."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.path = path
@@ -112,18 +112,18 @@ class Part:
 
 
 def read_part(path: Path) -> Part:
-    """Read the metadata of the file at `path`. Blocks on the disk; raises GgufError, whatever the file holds."""
+    """Read the metadata of the file at `path`. Blocks on the disk; raises GgufError, whatever the file contains."""
     try:
-        # Looked at before it is opened: opening a pipe would wait for its writer.
+        # Checked before it is opened: opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise GgufError(path, "not a file")
+            raise GgufError(path, "not a regular file")
         with path.open("rb") as file:
             cursor = _Cursor(path, file, os.fstat(file.fileno()).st_size)
             return Part(cursor.size, _parse(cursor))
     except FileNotFoundError:
         raise GgufError(path, "no such file") from None
     except PermissionError:
-        raise GgufError(path, "no permission to read it") from None
+        raise GgufError(path, "permission denied") from None
     except OSError as error:
         raise GgufError(path, f"can't be read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the path
@@ -131,7 +131,10 @@ def read_part(path: Path) -> Part:
 
 
 class _Cursor:
-    """A place in the file that never passes its end. Every length read from the file is checked here."""
+    """A position in the file, never beyond its end. Every length that is read from the file is checked here.
+
+    What changes: `position`, in `take` and `skip`.
+    """
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path = path
@@ -142,8 +145,8 @@ class _Cursor:
     def take(self, length: int) -> bytes:
         self._require(length)
         data = self._file.read(length)
-        if len(data) != length:  # cut since we looked at its size
-            raise self.error("truncated: it ends in its header")
+        if len(data) != length:  # truncated since its size was read
+            raise self.error("truncated: the file ends in its header")
         self.position += length
         return data
 
@@ -156,7 +159,7 @@ class _Cursor:
         return int(form.unpack(self.take(form.size))[0])
 
     def count(self, least_bytes: int) -> int:
-        """A number of things, each of which takes at least so many bytes of what is left."""
+        """A number of items that follow, each of `least_bytes` or more."""
         count = self.number(_U64)
         self._require(count * least_bytes)
         return count
@@ -164,7 +167,7 @@ class _Cursor:
     def text(self, max_bytes: int = _MAX_HEADER_BYTES) -> str:
         length = self.number(_U64)
         if length > max_bytes:
-            raise self.error(f"damaged: a text of {length} bytes in its header")
+            raise self.error(f"damaged: a text of {length} bytes in the header")
         return self.take(length).decode(errors="replace")
 
     def error(self, reason: str) -> GgufError:
@@ -172,13 +175,13 @@ class _Cursor:
 
     def _require(self, length: int) -> None:
         if self.position + length > self.size:
-            raise self.error("truncated: it ends in its header")
+            raise self.error("truncated: the file ends in its header")
         if self.position + length > _MAX_HEADER_BYTES:
             raise self.error(f"damaged: a header of over {_MAX_HEADER_BYTES >> 20} MiB")
 
 
 def _parse(cursor: _Cursor) -> Mapping[str, Value]:
-    """The metadata; the tensors are only checked to lie inside the file."""
+    """The metadata. Of the tensors it is only checked that they lie inside the file."""
     magic = cursor.take(4) if cursor.size >= 4 else b""
     if magic != _MAGIC:
         raise cursor.error("not a GGUF file" if cursor.size else "empty")
@@ -215,20 +218,20 @@ def _array(cursor: _Cursor, key: str) -> Value:
         count = cursor.count(least_bytes=_U64.size)
         for _ in range(count):
             cursor.skip(cursor.number(_U64))
-        return SteppedOver(count)
+        return Skipped.ARRAY
     form = _SCALARS.get(kind)
     if form is None:
         raise cursor.error(f"damaged: {key!r} has an array of unknown type {kind}")
     count = cursor.count(least_bytes=form.size)
     if count > _MAX_NUMBERS:
         cursor.skip(count * form.size)
-        return SteppedOver(count)
+        return Skipped.ARRAY
     return tuple(item for (item,) in form.iter_unpack(cursor.take(count * form.size)))
 
 
 def _check_tensors(cursor: _Cursor, tensors: int, alignment: Value) -> None:
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise cursor.error(f"damaged: an alignment of {alignment}")
+        raise cursor.error(f"damaged: invalid alignment {alignment}")
     end = 0
     for _ in range(tensors):
         name = cursor.text(_MAX_KEY_BYTES)
@@ -242,4 +245,4 @@ def _check_tensors(cursor: _Cursor, tensors: int, alignment: Value) -> None:
         end = max(end, cursor.number(_U64) + elements // block_elements * block_bytes)
     start = -(-cursor.position // alignment) * alignment
     if tensors and start + end > cursor.size:
-        raise cursor.error(f"truncated: it has {cursor.size} bytes of {start + end}")
+        raise cursor.error(f"truncated: the file has {cursor.size} of {start + end} bytes")

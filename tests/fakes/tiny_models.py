@@ -42,7 +42,7 @@ _CHAT_TEMPLATE: Final = (
 _Array = numpy.typing.NDArray[numpy.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TinyModel:
     """The shape of a model. `width` is a multiple of `heads`, `heads` of `heads_kv`; `words` is at most 256.
 
@@ -66,12 +66,12 @@ class TinyModel:
         return "qwen3" if self.pooling == "rank" else "llama"
 
 
-TINY: Final = TinyModel("tiny", seed=1)
-TINY_B: Final = TinyModel("tiny-b", seed=6, layers=3, width=96, heads=6, heads_kv=3, feed_forward=192, words=200)
+TINY: Final = TinyModel(name="tiny", seed=1)
+TINY_B: Final = TinyModel(name="tiny-b", seed=6, layers=3, width=96, heads=6, heads_kv=3, feed_forward=192, words=200)
 # Slow because of its many layers, each of which costs all threads a few meetings, and not by its size.
-SLOW: Final = TinyModel("slow", seed=3, layers=40, width=32, heads=2, heads_kv=2, feed_forward=32, ctx_train=8192)
-EMBEDDER: Final = TinyModel("embedder", seed=4, pooling="mean")
-RERANKER: Final = TinyModel("reranker", seed=5, pooling="rank")
+SLOW: Final = TinyModel(name="slow", seed=3, layers=40, width=32, heads=2, heads_kv=2, feed_forward=32, ctx_train=8192)
+EMBEDDER: Final = TinyModel(name="embedder", seed=4, pooling="mean")
+RERANKER: Final = TinyModel(name="reranker", seed=5, pooling="rank")
 
 
 def write_model(model: TinyModel, folder: Path) -> Path:
