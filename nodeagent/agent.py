@@ -180,7 +180,7 @@ class Agent:
             supervisor=self._supervisor,
             catalogue=self._catalogue,
             monitor=self._monitor,
-            caches=self._caches,
+            hooks=self._caches,
             patience_s=config.llama_server_startup_timeout_s,
         )
         return ManagedDevice(ref, servers, build_specs, config)

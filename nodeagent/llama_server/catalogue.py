@@ -1,6 +1,6 @@
-"""What the files of the configured models say: their headers, and what is wrong with them.
+"""What is known of the configured models' files: their headers, and what is wrong with them.
 
-A file is looked at when the agent starts and again each time its model is loaded: a mount may come later.
+A file is inspected when the agent starts and again each time its model is loaded: a file system may be mounted later.
 """
 
 import logging
@@ -17,13 +17,13 @@ from nodeagent.gguf.header import GgufError, GgufHeader, read_header
 
 logger = logging.getLogger(__name__)
 
-# A header takes a tenth of a second, a disk that has to spin up some more; what takes longer is a mount that hangs, and
-# neither the node's start nor a lane may hang with it.
+# Reading a header takes a tenth of a second, and longer while a disk spins up. What takes longer still is a mount that
+# hangs, and neither the start of the node nor a lane may hang with it.
 PATIENCE_S = 10.0
 
-# By these a part of the model lies elsewhere than on its device (the experts of a large one in the host's memory, say),
-# or takes less room there than is estimated.
-_SPARING = ("cpu-moe", "n-cpu-moe", "override-tensor", "kv-offload", "cache-type-k", "cache-type-v")
+# These flags keep a part of the model off its device (say, the experts of a large one in the host's memory), or make it
+# smaller than is estimated.
+_REDUCE_MEMORY = ("cpu-moe", "n-cpu-moe", "override-tensor", "kv-offload", "cache-type-k", "cache-type-v")
 
 
 class Catalogue:
@@ -32,7 +32,7 @@ class Catalogue:
     def __init__(self, *, read: Callable[[Path], GgufHeader] = read_header, patience_s: float = PATIENCE_S) -> None:
         self._read = read
         self._patience_s = patience_s
-        # One thread for each model: a mount that hangs must not take those of other models, or of the devices.
+        # One thread for each model: a mount that hangs must not use up the threads of other models and of the devices.
         self._threads = defaultdict[str, trio.CapacityLimiter](lambda: trio.CapacityLimiter(1))
         self._headers: dict[str, GgufHeader] = {}
         self._problems: dict[str, str] = {}
@@ -42,14 +42,14 @@ class Catalogue:
         return self._headers.get(model_id)
 
     def problem(self, model_id: str) -> str | None:
-        """What was wrong with the file at the last look, None if nothing was."""
+        """What was wrong with the file when it was last inspected, None if nothing was."""
         return self._problems.get(model_id)
 
     async def inspect(self, model: ModelConfig) -> str | None:
-        """Look at the model's file now, for so long as is fit; return what is wrong with it, None if nothing is."""
+        """Read the model's header, for `patience_s` at most; return what is wrong with the file, None if nothing is."""
         try:
             with trio.fail_after(self._patience_s):
-                # In a thread: the file may lie on a slow or hanging mount.
+                # In a thread: the file may be on a mount that is slow or hangs.
                 self._headers[model.model_id] = await trio.to_thread.run_sync(
                     self._read, model.path, abandon_on_cancel=True, limiter=self._threads[model.model_id]
                 )
@@ -62,31 +62,41 @@ class Catalogue:
         return self._problems.get(model.model_id)
 
     async def inspect_all(self, models: Sequence[ModelConfig]) -> None:
-        """Look at every file, all at once, and log a warning for each that can't be used."""
-        async with trio.open_nursery() as looks:
+        """Inspect every file, all at once, and log a warning for each that can't be used."""
+        async with trio.open_nursery() as nursery:
             for model in models:
-                looks.start_soon(self.inspect, model)
+                nursery.start_soon(self.inspect, model, name=f"inspect {model.model_id}")
         for model in models:
             problem = self.problem(model.model_id)
             if problem is not None:
                 logger.warning(
-                    "model %s can't be loaded: %s; it is looked at again when asked for", model.model_id, problem
+                    "model %s can't be loaded: %s; the file is checked again with each load", model.model_id, problem
                 )
 
 
 def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | None:
-    """Why this model is known not to fit on this device, None where it may.
+    """Why this model is known not to fit on this device, None if it may fit.
 
-    On a GPU llama-server by itself offloads only as many layers as fit, so only a model whose layers are all asked
-    for there (`gpu_layers`) is known not to. On a CPU the weights are mapped, and need not all be in memory at once.
+    llama-server by default offloads only as many layers to a GPU as fit, so a model is known not to fit only if all of
+    its layers are requested there (`gpu_layers`). On a CPU the weights are mapped, and need not all be in memory.
     """
     total = device.memory_total_bytes
-    if total is None or any(sets_flag(model.server_args, flag) for flag in _SPARING):
+    if total is None or any(sets_flag(model.server_args, flag) for flag in _REDUCE_MEMORY):
         return None
-    on_cpu = device.backend == "cpu"
-    if not on_cpu and (model.gpu_layer_count is None or model.gpu_layer_count < header.layers):
+    layers = model.gpu_layer_count
+    if device.backend != "cpu" and (layers is None or layers < header.layers):
         return None
-    needed = header.estimate_bytes(ctx_size=model.ctx_size) - (header.size_bytes if on_cpu else 0)
+    needed = bytes_on_device(header, model, device)
     if needed <= total:
         return None
     return f"needs about {needed / 2**30:.1f} GiB, and the device has {total / 2**30:.1f} GiB"
+
+
+def bytes_on_device(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> int:
+    """The estimated memory of one more server of the model on the device.
+
+    On a CPU the weights do not count: they are mapped from the file, all servers share them, and the system reclaims
+    the memory if it needs it.
+    """
+    needed = header.estimate_bytes(model.ctx_size, model.parallel, model.ubatch_size)
+    return needed - header.size_bytes if device.backend == "cpu" else needed

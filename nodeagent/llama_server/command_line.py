@@ -1,7 +1,7 @@
-"""How a model's server is started on a device: all of llama-server's command line and environment.
+"""How a model's server is started on a device: llama-server's whole command line and environment. Pure.
 
-Pure: values in, values out. The command line is made of, in this order: what the agent needs for itself, what the
-configuration's keys say, what pins the device, and `server_args`.
+The order of the command line: what the agent needs for itself, the keys of the configuration, what keeps the server to
+its device, and `server_args`.
 """
 
 import os
@@ -23,30 +23,30 @@ from supervisor.spec import ChildSpec, StopPolicy
 
 API_KEY_VARIABLE = "LLAMA_API_KEY"
 
-# A server that streams obeys SIGTERM only at its next ping (30 s apart by default). By the environment, not by its
-# flag: builds that don't know it yet pass over a variable, but end at a flag.
+# A server that streams exits on SIGTERM only at its next ping (every 30 s by default). Set by a variable, not by the
+# flag: builds that don't know it ignore a variable, but exit on an unknown flag.
 _SSE_PING = {"LLAMA_ARG_SSE_PING_INTERVAL": "2"}
 
-# HTTP threads beyond one for each slot: for the probes, and for requests whose client left but whose slot is not
-# free yet. With all threads held by streams, `/health` stalls for seconds.
+# HTTP threads besides one for each slot: for the probes, and for requests whose client left but whose slot is not free
+# yet. If streams hold all threads, `/health` stalls for seconds.
 _SPARE_HTTP_THREADS = 4
 
-# Which slot a request goes to is the server's choice. By default (0.1) conversations that share a system prompt fight
-# over one slot. This close to 1 each keeps its own, and one that has none takes the slot that was idle for longest,
-# whose content the server's cache in memory brings back. Measured with 488 tokens of shared prompt, cached of all
-# prompt tokens: two conversations in turns on two slots 63% instead of 58%, three on two slots 71% instead of 67%; to
-# name the slot in the request (`id_slot`) brought 63%, and with more conversations than slots less than nothing.
+# The server chooses the slot of a request. By default (0.1) conversations that share a system prompt compete for one
+# slot. This close to 1 each keeps its own, and a conversation without a slot gets the one that was idle for longest;
+# the server's cache in memory restores what was evicted. Measured with 488 tokens of shared prompt, as the share of
+# prompt tokens that were cached: two conversations taking turns on two slots 63% instead of 58%, three on two slots 71%
+# instead of 67%. Naming the slot in the request (`id_slot`) gave 63%, and was worse with more conversations than slots.
 _SLOT_SIMILARITY = "0.95"
 _SLOT_CHOICE = ("slot-prompt-similarity", "cache-ram")
 
-# Of the agent's own environment a server must not inherit: llama-server's settings (any of its flags can be set
-# there), and what systemd told the agent about itself.
+# What a server must not inherit from the agent's environment: llama-server's settings (each of its flags can be set
+# there), and what systemd set for the agent.
 _NOT_INHERITED_PREFIXES = ("LLAMA_", "WATCHDOG_", "LISTEN_")
 _NOT_INHERITED = frozenset({"NOTIFY_SOCKET"})
 
 
 class Pinning(Protocol):
-    """The part of a backend that says how a server is kept to one device."""
+    """The part of a backend that keeps a server to one device."""
 
     def child_env(self, device: DeviceRef) -> Mapping[str, str]: ...
 
@@ -55,22 +55,22 @@ class Pinning(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is run: the whole argv, and the variables added to the inherited environment (none of them a secret)."""
+    """The whole argv, and the variables that are added to the inherited environment (none of them a secret)."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
 
 
 def command(model: ModelConfig, device: DeviceRef, backend: Pinning, binary: Path, kv: Path) -> Command:
-    """The server of that model on that device; `kv` is the folder for the model's `keep_kv`."""
-    kept = ["--slot-save-path", str(kv)] if model.keep_kv else []
-    argv = [str(binary), *_own_args(model), *kept, *_model_args(model), *_thread_args(model, device)]
+    """The server of that model on that device; `kv` is the folder of saved caches (`keep_kv`)."""
+    save_path = ["--slot-save-path", str(kv)] if model.keep_kv else []
+    argv = [str(binary), *_own_args(model), *save_path, *_model_args(model), *_thread_args(model, device)]
     argv += [*backend.child_args(device), *flags_argv(model.server_args)]
     return Command(tuple(argv), MappingProxyType({**_SSE_PING, **backend.child_env(device)}))
 
 
 def model_arguments(model: ModelConfig) -> tuple[str, ...]:
-    """What the configuration says of the model's server on any device, for people to read; no secret is in it."""
+    """The arguments that the configuration gives the model's server on any device, for people; without secrets."""
     threads = _pairs({"-t": model.threads, "-tb": model.threads_batch})
     return ("-np", str(model.parallel), *_model_args(model), *threads, *flags_argv(model.server_args))
 
@@ -88,8 +88,8 @@ def child_spec(
 ) -> ChildSpec:
     """The same as a child of the supervisor, in the group of its device.
 
-    The key goes by the environment, since a command line is seen by every user of the host. `environ` is what is
-    inherited, the agent's own where left out.
+    The key is in the environment, since every user of the host can see a command line. `environ` is the environment to
+    inherit from, by default the agent's own.
     """
     run = command(model, device, backend, binary, kv_folder(config.state_dir))
     inherited = inherited_env(os.environ if environ is None else environ)
@@ -108,13 +108,13 @@ def child_spec(
 
 
 def _restart_policy(model: ModelConfig, config: NodeConfig) -> RestartPolicy:
-    """The node's, with what the model says otherwise."""
+    """The policy of the node, with the keys that the model sets itself."""
     own = model.restart.model_dump(exclude_unset=True) if model.restart is not None else {}
     return RestartPolicy(mode="permanent", **{**config.restart.model_dump(), **own})
 
 
 def inherited_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """What of the agent's environment its servers may see."""
+    """The part of the agent's environment that its servers inherit."""
     return {
         name: value
         for name, value in environ.items()
@@ -123,7 +123,7 @@ def inherited_env(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe(config: NodeConfig, devices: Sequence[DeviceRef], backend: Pinning, binary: Path) -> str:
-    """For each model and device what would be run, as lines for a shell, with the secret masked."""
+    """What would be run for each model and device, as lines for a shell, with the secret masked."""
     return "\n\n".join(
         _described(model, device, command(model, device, backend, binary, kv_folder(config.state_dir)))
         for model in config.models
@@ -139,15 +139,15 @@ def _described(model: ModelConfig, device: DeviceRef, run: Command) -> str:
 
 
 def _own_args(model: ModelConfig) -> list[str]:
-    """What the agent needs: a private address, the name that the probe asks for, slots, and a look inside."""
+    """What the agent needs: a private address, the alias that the probe checks, the slots, and metrics."""
     argv = ["-m", str(model.path), "-a", model.server_name, "--host", "127.0.0.1", "--port", "0"]
-    # Always: without it this server takes four slots.
+    # Always: the default is four slots.
     argv += ["-np", str(model.parallel)]
     if model.parallel > 1 and not any(sets_flag(model.server_args, flag) for flag in _SLOT_CHOICE):
         argv += ["-sps", _SLOT_SIMILARITY]
     if not sets_flag(model.server_args, "threads-http"):
         argv += ["--threads-http", str(model.parallel + _SPARE_HTTP_THREADS)]
-    # The older name of --no-ui: every build knows it.
+    # The older name of --no-ui, which every build knows.
     return [*argv, "--no-webui", "--slots", "--metrics"]
 
 
@@ -161,16 +161,16 @@ def _model_args(model: ModelConfig) -> list[str]:
             "-ngl": model.gpu_layers,
             "-mg": model.main_gpu,
             "-ts": shares,
-            # With its value always: a bare -fa takes the next argument for it.
+            # Always with a value: a bare -fa takes the next argument as its value.
             "-fa": model.flash_attn,
         }
     )
 
 
 def _thread_args(model: ModelConfig, device: DeviceRef) -> list[str]:
-    """The model's own numbers, else the device's, else one thread for each CPU that it is pinned to.
+    """The numbers of the model, else of the device, else one thread for each CPU that the server is pinned to.
 
-    llama-server by itself starts a thread for each core of the host, however few it may run on.
+    By default llama-server starts a thread for each core of the host, even if it may run on a few of them only.
     """
     threads = model.threads or device.threads or (len(device.cpus) if device.cpus else None)
     if sets_flag(model.server_args, "threads"):
@@ -180,5 +180,5 @@ def _thread_args(model: ModelConfig, device: DeviceRef) -> list[str]:
 
 
 def _pairs(values: Mapping[str, object]) -> list[str]:
-    """Flags with their values, without those that have none."""
+    """Flags with their values; a flag whose value is None is omitted."""
     return [part for flag, value in values.items() if value is not None for part in (flag, str(value))]

@@ -1,14 +1,14 @@
-"""The client for what the agent itself asks a child; requests of others go by `connection`."""
+"""The HTTP client for what the agent itself asks a child; requests of clients go through `relay`."""
 
 import httpx
 
 
 def control_client(api_key: str, timeout_s: float) -> httpx.AsyncClient:
-    """A client that shows the child its key, for one question or a few.
+    """A client that sends the child its key, for one request or a few.
 
-    A new one for each: no pool that a cancelled question could wedge, and no connection left to time out. The
-    environment's proxies are not asked for what is on this host.
+    A new one each time: no pool that a cancelled request could block, and no idle connection. The proxies in the
+    environment are ignored, since the child is on this host.
     """
-    # No `verify`: to load certificates that plain HTTP does not need takes 40 ms.
+    # Without `verify`: loading certificates, which plain HTTP does not need, takes 40 ms.
     headers = {"Authorization": f"Bearer {api_key}"}
     return httpx.AsyncClient(timeout=timeout_s, trust_env=False, verify=False, headers=headers)

@@ -1,4 +1,4 @@
-"""The next model's weights are read into the page cache while the device still serves the last one."""
+"""Reads the weights of the next model into the page cache while the device still serves another model."""
 
 import logging
 import os
@@ -9,21 +9,21 @@ import trio
 
 logger = logging.getLogger(__name__)
 
-# One hint for a whole file is passed over by Linux: it reads no more than a piece at once. With steps of 8 MiB 3 GB
-# were cached in 1.5 s; reading them by hand took as long, and more of the processor.
+# Linux ignores most of one hint for a whole file: it reads only a piece at once. With steps of 8 MiB, 3 GB were cached
+# in 1.5 s; reading the file took as long, and more CPU time.
 _STEP_BYTES = 8 * 2**20
 
 
 async def read_ahead(path: Path, *, free_bytes: int | None = None) -> int:
-    """Ask the system to cache the file; return how many bytes were asked for, 0 where that can't be or is of no use.
+    """Ask the system to cache the file; return how many bytes were requested, 0 if it can't be done or is of no use.
 
-    `free_bytes` is the memory that may be used, the host's available where left out: a larger file would only push out
-    what is needed more. Cancelling ends the asking. What is cached already costs next to nothing.
+    `free_bytes` is the memory that may be used, by default what the host has available: a larger file would only evict
+    what is needed more. Cancelling ends the requests. For what is cached already they cost next to nothing.
     """
     if not hasattr(os, "posix_fadvise"):
         return 0
     most_bytes = psutil.virtual_memory().available if free_bytes is None else free_bytes
-    # Abandoned on cancel: it may lie on a mount that hangs.
+    # Abandoned on cancel: the file may be on a mount that hangs.
     return await trio.to_thread.run_sync(_advise, path, most_bytes, abandon_on_cancel=True)
 
 
@@ -37,6 +37,6 @@ def _advise(path: Path, free_bytes: int) -> int:
                 trio.from_thread.check_cancelled()
                 os.posix_fadvise(file.fileno(), offset, _STEP_BYTES, os.POSIX_FADV_WILLNEED)
     except OSError as error:
-        logger.debug("%s is not read ahead: %s", path, error)  # whoever loads it will say what is wrong with it
+        logger.debug("%s is not read ahead: %s", path, error)  # its load will report what is wrong with it
         return 0
     return size

@@ -1,6 +1,6 @@
-"""HTTP/1.1 to one llama-server: httptools on trio streams, with a small set of idle connections and no lock.
+"""HTTP/1.1 to one llama-server: httptools on trio streams, with a few idle connections and no lock.
 
-Upstream.open ──> UpstreamResponse: head and first bytes are here
+Upstream.open ──> UpstreamResponse: the head and the first bytes have arrived
                       ├──next_chunk...──> None: the connection is idle again
                       └──close──> the connection is closed at once, and the child sees that
 """
@@ -15,7 +15,7 @@ import httptools
 import trio
 
 from nodeagent.errors import UpstreamLost
-from nodeagent.llama_server.headers import passed_on
+from nodeagent.llama_server.headers import returnable
 from nodeagent.llama_server.sse import EventCutter
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,11 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Upstream:
-    """One generation of a server, at one address. `closed` is set when that generation is gone; `ends_as_asked` says
-    that it was told to end, so that no request is to blame for it.
+    """One generation of a server, at one address (host:port).
 
-    `in_flight` counts the requests sent and not let go of; `bytes_received` all that came back in answers.
+    `closed` is set once that generation is gone. `ends_as_asked` means that it was asked to stop, so no request is to
+    blame for its end. `in_flight` counts the requests that were sent and not closed; `bytes_received` is the total of
+    all responses. What changes: these, and `_idle`, the idle connections with the times since when.
     """
 
     def __init__(self, address: str, api_key: str) -> None:
@@ -42,15 +43,19 @@ class Upstream:
         self.ends_as_asked = False
         self.in_flight = 0
         self.bytes_received = 0
-        self._host, _, port = address.rpartition(":")
+        self._ip, _, port = address.rpartition(":")
         self._port = int(port)
         self._idle: deque[tuple[float, _Connection]] = deque()
 
-    async def open(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> "UpstreamResponse":
-        """Send the request; return when the answer's head and its first bytes are here.
+    def __repr__(self) -> str:
+        closed = ", closed" if self.closed.is_set() else ""
+        return f"<Upstream {self.address}: {self.in_flight} in flight, {len(self._idle)} idle connections{closed}>"
 
-        Raises UpstreamLost. A connection that was idle may turn out closed: that is no loss, and the request is sent
-        again on a new one. Cancelling closes the connection.
+    async def open(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> "UpstreamResponse":
+        """Send the request; return once the head of the response and its first bytes have arrived.
+
+        Raises UpstreamLost. An idle connection may turn out to be closed: then the request is sent again on a new one.
+        Cancelling closes the connection.
         """
         request = self._request(method, path, headers, body)
         connection = self._take_idle()
@@ -58,14 +63,14 @@ class Upstream:
             try:
                 return await self._exchange(connection, request)
             except _Stale:
-                logger.debug("%s had closed an idle connection", self.address)
+                logger.debug("%s was closed while idle", connection)
         try:
             return await self._exchange(await self._connect(), request)
         except _Stale as error:
-            raise UpstreamLost(self.address, "closed the connection without an answer") from error
+            raise UpstreamLost(self.address, "closed the connection without a response") from error
 
     def close(self) -> None:
-        """The server is gone: say so, and let go of the idle connections."""
+        """The server is gone: set `closed`, and close the idle connections."""
         self.closed.set()
         while self._idle:
             self._idle.pop()[1].close()
@@ -77,7 +82,7 @@ class Upstream:
         return b"\r\n".join([*lines, b"", body])
 
     def _take_idle(self) -> "_Connection | None":
-        """The connection that was used last, if it can still be alive."""
+        """The connection that was used last, if the server can't have closed it yet."""
         now = trio.current_time()
         while self._idle:
             since, connection = self._idle.pop()
@@ -95,45 +100,50 @@ class Upstream:
         sock = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             with trio.fail_after(_CONNECT_TIMEOUT_S):
-                await sock.connect((self._host, self._port))
+                await sock.connect((self._ip, self._port))
         except BaseException as error:
             sock.close()
             if isinstance(error, OSError | trio.TooSlowError):
-                raise UpstreamLost(self.address, f"can't be connected to: {error!r}") from error
+                raise UpstreamLost(self.address, f"connection failed: {error!r}") from error
             raise
-        return _Connection(trio.SocketStream(sock))  # which also sets TCP_NODELAY
+        return _Connection(self.address, trio.SocketStream(sock))  # which also sets TCP_NODELAY
 
     async def _exchange(self, connection: "_Connection", request: bytes) -> "UpstreamResponse":
-        answer = UpstreamResponse(self, connection)
+        response = UpstreamResponse(self, connection)
         self.in_flight += 1
         try:
-            await answer._begin(request)
+            await response._begin(request)
         except BaseException:
-            answer.close()
+            response.close()
             raise
-        return answer
+        return response
 
 
 class _Stale(Exception):
-    """The connection was closed before a byte of the answer came."""
+    """The connection was closed before a byte of the response arrived."""
 
 
 class _Connection:
-    """A stream that is closed without waiting."""
+    """A stream to that address that is closed without waiting."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, address: str, stream: trio.SocketStream) -> None:
         self.stream = stream
+        self._address = address
+
+    def __repr__(self) -> str:
+        state = "closed" if self.stream.socket.fileno() < 0 else "open"
+        return f"<Connection to {self._address}, {state}>"
 
     def close(self) -> None:
         self.stream.socket.close()
 
 
 class UpstreamResponse:
-    """A child's answer, from its head on. What changes: all of it, in `next_chunk` and `close`.
+    """A child's response, from its head on.
 
-    `headers` are those that a client may be sent. `event_stream` says that the body is server-sent events; then each
-    chunk ends where an event ends. A body that only the connection's end would end is not taken for whole:
-    llama-server gives lengths or sends chunks.
+    `headers` are those that may be sent to a client. `event_stream` means that the body is server-sent events; then
+    each chunk ends where an event ends. A body that only the end of the connection ends counts as incomplete:
+    llama-server sends lengths or chunks. What changes: everything, in `next_chunk` and `close`.
     """
 
     def __init__(self, upstream: Upstream, connection: _Connection) -> None:
@@ -153,15 +163,19 @@ class UpstreamResponse:
         self._cutter: EventCutter | None = None
         self._first = b""
 
+    def __repr__(self) -> str:
+        state = "open" if self._connection is not None else "complete" if self._complete else "closed"
+        return f"<UpstreamResponse {self.status} from {self._upstream.address}, {state}>"
+
     @property
     def first_bytes(self) -> bytes:
-        """The body's first bytes, as the first chunk will bring them."""
+        """The first bytes of the body, which are also the first chunk."""
         return self._first
 
     async def next_chunk(self) -> bytes | None:
-        """The next bytes of the body, all that piled up at once; None at its end.
+        """The next bytes of the body, everything that has arrived; None at its end.
 
-        Raises UpstreamLost if the connection breaks before. Cancelling leaves the answer to `close`.
+        Raises UpstreamLost if the connection breaks before that. Cancelling leaves the response open: `close` it.
         """
         if self._first:
             first, self._first = self._first, b""
@@ -169,7 +183,7 @@ class UpstreamResponse:
         return await self._chunk()
 
     def close(self) -> None:
-        """Let go of the connection: kept for the next request if this answer is whole, closed at once if not."""
+        """Give up the connection: kept for the next request if this response is complete, else closed at once."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -180,10 +194,10 @@ class UpstreamResponse:
             connection.close()
 
     async def _begin(self, request: bytes) -> None:
-        """Send the request while listening: a server that refuses a long body answers before it has read it."""
+        """Send the request while receiving: a server that refuses a long body responds before it has read it."""
         failure: UpstreamLost | _Stale | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send, request)
+            nursery.start_soon(self._send, request, name=f"send to {self._upstream.address}")
             try:
                 while not self._head_done:
                     await self._receive()
@@ -200,8 +214,8 @@ class UpstreamResponse:
             await self._connection.stream.send_all(request)
             self._sent = True
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            # What it answered, if anything, decides; the receiving side will know.
-            logger.debug("%s stopped listening: %r", self._upstream.address, error)
+            # What the receiving side gets, a response or the end of the connection, decides.
+            logger.debug("sending to %s failed: %r", self._upstream.address, error)
 
     async def _chunk(self) -> bytes | None:
         while True:
@@ -219,20 +233,20 @@ class UpstreamResponse:
             await self._receive()
 
     async def _receive(self) -> None:
-        """Feed the parser with what has come; its callbacks below take it from there."""
-        assert self._connection is not None, "the answer was closed"
+        """Feed the parser with what has arrived; it calls the methods below."""
+        assert self._connection is not None, "the response is closed"
         address = self._upstream.address
         try:
             data = await self._connection.stream.receive_some(_READ_BYTES)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._lost(f"broke the connection: {error.__cause__ or error!r}")
+            self._lost(f"the connection broke: {error.__cause__ or error!r}")
         if not data:
-            self._lost("closed the connection before its answer was whole")
+            self._lost("closed the connection before the response was complete")
         self._upstream.bytes_received += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
-            raise UpstreamLost(address, f"does not speak HTTP: {error}") from error
+            raise UpstreamLost(address, f"sent invalid HTTP: {error}") from error
         self._head_bytes += 0 if self._head_done else len(data)
         if self._head_bytes > _HEAD_MAX_BYTES:
             raise UpstreamLost(address, f"sent more than {_HEAD_MAX_BYTES} bytes of headers")
@@ -242,7 +256,7 @@ class UpstreamResponse:
             raise _Stale
         raise UpstreamLost(self._upstream.address, reason)
 
-    # httptools' callbacks.
+    # What httptools calls.
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._raw_headers.append((name.lower(), value))
@@ -253,7 +267,7 @@ class UpstreamResponse:
             self._raw_headers.clear()
             return
         self.status = status
-        self.headers = passed_on(self._raw_headers)
+        self.headers = returnable(self._raw_headers)
         content_type = dict(self._raw_headers).get(b"content-type", b"")
         self.event_stream = content_type.startswith(b"text/event-stream")
         self._cutter = EventCutter() if self.event_stream else None
@@ -264,16 +278,16 @@ class UpstreamResponse:
 
     def on_message_complete(self) -> None:
         self._complete = self._head_done
-        # Here, and not when it is needed: the parser forgets it with the message.
+        # Here, and not in `close`: the parser forgets it once the message is complete.
         self._keeps_alive = self._parser.should_keep_alive()
 
 
-def is_loading_answer(answer: UpstreamResponse) -> bool:
-    """Whether this is llama-server's own word for "not yet", which it also says of a model that it wakes up."""
-    if answer.status != 503:
+def is_loading_answer(response: UpstreamResponse) -> bool:
+    """Whether this is llama-server's response while it loads its model, which it also sends while it wakes one up."""
+    if response.status != 503:
         return False
     try:
-        error = json.loads(answer.first_bytes)["error"]
+        error = json.loads(response.first_bytes)["error"]
         return bool(error["type"] == "unavailable_error")
     except (ValueError, KeyError, TypeError):
         return False

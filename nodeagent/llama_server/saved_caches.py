@@ -1,17 +1,20 @@
-"""Conversations outlast a switch of models: the cache (KV) of a server that is stopped, kept in files until its model
-is loaded again.
+"""Conversations outlast a switch of models (`keep_kv`): the KV cache of a server that is stopped is saved to files,
+and restored when its model is loaded again.
 
-A file is given back only to the same model (its file unchanged) under the same command line, in the same life of the
-agent, and only whole: llama-server checks none of that by itself. Files hold conversations, so nobody else may read
-them, and they go when they were used, when the model changes, and when the agent starts and ends.
+A file is restored only to the same model (its file unchanged) under the same command line, in the same run of the
+agent, and only if it is complete: llama-server checks none of that. The files contain conversations, so only the
+agent's own user may read them. They are deleted once they were used, when the model's configuration changes, and when
+the agent starts and ends.
 """
 
 import hashlib
 import logging
 import shutil
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nodeagent.config import ModelConfig
 from nodeagent.errors import UpstreamLost
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.slots import restore_slot, save_slot
@@ -19,10 +22,13 @@ from supervisor.spec import ChildSpec
 
 logger = logging.getLogger(__name__)
 
+SaveSlot = Callable[[Upstream, int, str], Awaitable[tuple[int, int]]]
+RestoreSlot = Callable[[Upstream, int, str], Awaitable[int]]
+
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """What was kept of one server: by slot the file and its size in bytes, and what it belongs to."""
+class _Saved:
+    """What was saved of one server: by slot the file and its size in bytes; and what it belongs to."""
 
     files: dict[int, tuple[Path, int]]
     spec: ChildSpec
@@ -30,66 +36,86 @@ class _Kept:
 
 
 class SavedCaches:
-    """The kept caches, by child id. The folder is this agent's alone; what is in it is of an earlier life, and goes.
+    """The saved caches, by child id; implements `seams.ServerHooks`.
 
-    What changes: `_kept`, in `keep`, `forget` and `clear`.
+    The folder belongs to this agent alone, and is emptied at the start. `save_slot` and `restore_slot` behave as those
+    of `slots`. What changes: `_saved`, in `save`, `discard` and `clear`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._kept: dict[str, _Kept] = {}
+    def __init__(self, folder: Path, *, save_slot: SaveSlot = save_slot, restore_slot: RestoreSlot = restore_slot):
+        self._folder = folder
+        self._save_slot = save_slot
+        self._restore_slot = restore_slot
+        self._saved: dict[str, _Saved] = {}
         self.clear()
 
     def clear(self) -> None:
-        """Delete everything, what an earlier life left too."""
-        self._kept.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete every saved cache, those of an earlier run too."""
+        self._saved.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def make_folder(self) -> None:
-        """Make it, for the agent's own user alone; raises OSError."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # What DeviceServers calls (seams.ServerHooks).
 
-    def has(self, child_id: str) -> bool:
-        return child_id in self._kept
+    def before_start(self, model: ModelConfig, spec: ChildSpec) -> bool:
+        """Make the folder, without which the server does not start; return whether there is a cache to restore."""
+        if not model.keep_kv:
+            return False
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return spec.child_id in self._saved
 
-    async def keep(self, spec: ChildSpec, model: Path, upstream: Upstream, slots: int) -> None:
-        """Write the caches of a server that is about to be stopped. What can't be written is not kept."""
-        self.forget(spec.child_id)
+    async def after_ready(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
+        if model.keep_kv:
+            await self.restore(spec, model.path, upstream)
+
+    def after_start(self, spec: ChildSpec) -> None:
+        self.discard(spec.child_id)
+
+    async def before_stop(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
+        """Save the caches, unless requests are in flight: the server would answer only after them."""
+        if model.keep_kv and not upstream.in_flight:
+            await self.save(spec, model.path, upstream, model.parallel)
+
+    # What these consist of.
+
+    async def save(self, spec: ChildSpec, model: Path, upstream: Upstream, slots: int) -> None:
+        """Save the caches of a server that is about to be stopped. A slot that can't be saved is skipped."""
+        self.discard(spec.child_id)
         files: dict[int, tuple[Path, int]] = {}
         for slot in range(slots):
-            path = self.folder / _file_name(spec.child_id, slot)
+            path = self._folder / _file_name(spec.child_id, slot)
             tokens = size = 0
             try:
-                tokens, size = await save_slot(upstream, slot, path.name)
+                tokens, size = await self._save_slot(upstream, slot, path.name)
             except UpstreamLost as error:
-                logger.warning("%s: its cache is not kept: %s", spec.child_id, error)
+                logger.warning("%s: the cache of slot %d is not saved: %s", spec.child_id, slot, error)
             if tokens:
                 files[slot] = (path, size)
             else:
                 _delete(path)
         if files:
-            self._kept[spec.child_id] = _Kept(files, spec, _stamp(model))
-            logger.info("%s: kept %d bytes of cache", spec.child_id, sum(size for _path, size in files.values()))
+            self._saved[spec.child_id] = _Saved(files, spec, _stamp(model))
+            logger.info("%s: saved %d bytes of cache", spec.child_id, sum(size for _path, size in files.values()))
 
-    async def bring_back(self, spec: ChildSpec, model: Path, upstream: Upstream) -> None:
-        """Read into a server that was just started what was kept of it, if that is still right for it. The files stay
-        until `forget`."""
-        kept = self._kept.get(spec.child_id)
-        if kept is None:
+    async def restore(self, spec: ChildSpec, model: Path, upstream: Upstream) -> None:
+        """Restore what was saved of a server to the same server, newly started, if it still belongs to it.
+
+        The files stay until `discard`.
+        """
+        saved = self._saved.get(spec.child_id)
+        if saved is None or saved.spec != spec or saved.stamp != _stamp(model):
             return
         try:
-            if kept.spec == spec and kept.stamp == _stamp(model):
-                for slot, (path, size) in kept.files.items():
-                    if _size(path) == size:
-                        tokens = await restore_slot(upstream, slot, path.name)
-                        logger.info("%s: slot %d has its %d tokens back", spec.child_id, slot, tokens)
+            for slot, (path, size) in saved.files.items():
+                if _size(path) == size:
+                    tokens = await self._restore_slot(upstream, slot, path.name)
+                    logger.info("%s: restored %d tokens to slot %d", spec.child_id, tokens, slot)
         except UpstreamLost as error:
-            logger.warning("%s: its cache is not brought back: %s", spec.child_id, error)
+            logger.warning("%s: its cache is not restored: %s", spec.child_id, error)
 
-    def forget(self, child_id: str) -> None:
-        """Delete what was kept of that child."""
-        kept = self._kept.pop(child_id, None)
-        for path, _size in kept.files.values() if kept is not None else ():
+    def discard(self, child_id: str) -> None:
+        """Delete what was saved of that child."""
+        saved = self._saved.pop(child_id, None)
+        for path, _size in saved.files.values() if saved is not None else ():
             _delete(path)
 
 
@@ -101,7 +127,7 @@ def _delete(path: Path) -> None:
 
 
 def _file_name(child_id: str, slot: int) -> str:
-    """llama-server takes plain names only."""
+    """llama-server accepts plain file names only; the hash is one, whatever the id contains."""
     return f"{hashlib.sha256(child_id.encode()).hexdigest()[:16]}-{slot}.kv"
 
 
@@ -113,7 +139,7 @@ def _size(path: Path) -> int | None:
 
 
 def _stamp(model: Path) -> tuple[int, int] | None:
-    """What changes with the model's file."""
+    """Size and modification time of the model's file; they change with it. None if the file can't be seen."""
     try:
         stat = model.stat()
     except OSError:

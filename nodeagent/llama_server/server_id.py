@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServerId:
-    """`str()` is the id of the child, `cpu:0/planner`; a device id holds no slash, a model id may."""
+    """`str()` is the id of the child, `cpu:0/planner`; a device id has no slash, a model id may have one."""
 
     device_id: str
     model_id: str

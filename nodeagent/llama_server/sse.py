@@ -8,23 +8,23 @@ _EVENT_END = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)")
 
 
 class EventCutter:
-    """Lets whole events through and holds the begun one back, so that another event can always follow."""
+    """Returns complete events and keeps back an incomplete one, so that another event can follow at any time."""
 
     def __init__(self) -> None:
-        self._held = b""
+        self._kept = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Return what is whole by now: all up to the last event's end; b"" where no event ended."""
-        # An end may begin in what is held: look again at its last three bytes, and no further.
-        look_from = max(0, len(self._held) - 3)
-        self._held += data
+        """Add what was received; return everything up to the end of the last complete event, b"" if none ended."""
+        # An end may begin in what was kept: search its last three bytes again, and no more.
+        search_from = max(0, len(self._kept) - 3)
+        self._kept += data
         end = 0
-        for found in _EVENT_END.finditer(self._held, look_from):
+        for found in _EVENT_END.finditer(self._kept, search_from):
             end = found.end()
-        whole, self._held = self._held[:end], self._held[end:]
-        return whole
+        complete, self._kept = self._kept[:end], self._kept[end:]
+        return complete
 
     def rest(self) -> bytes:
-        """What is still held when the stream has ended well."""
-        rest, self._held = self._held, b""
+        """What is still kept after a stream that ended properly."""
+        rest, self._kept = self._kept, b""
         return rest

@@ -131,7 +131,7 @@ class NodeWithFakes:
             supervisor=self.supervisor,
             catalogue=self.catalogue,
             monitor=self._monitor,
-            caches=caches,
+            hooks=caches,
             patience_s=self.config.llama_server_startup_timeout_s,
         )
         return ManagedDevice(ref, servers, build_specs, self.config)

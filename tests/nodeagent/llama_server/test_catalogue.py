@@ -1,6 +1,6 @@
-"""What is known of the models' files: that they can be read, and which can't fit on a device.
+"""What is known of the model files: whether they can be read, and which models can't fit on a device.
 
-Only those that no setting could make fit are known not to.
+A model is known not to fit only if no setting of llama-server could make it fit.
 """
 
 import threading
@@ -23,21 +23,15 @@ CPU = DeviceRef(device_id="cpu:0", backend="cpu", index=0, name="CPU", memory_to
 def header(size_bytes: int) -> GgufHeader:
     """A model of this size; each token of context takes it 256 KiB."""
     return GgufHeader(
-        path=Path("large.gguf"),
         size_bytes=size_bytes,
-        architecture="llama",
-        name=None,
         layers=64,
         ctx_train=262_144,
         embedding_length=8192,
         heads_kv=(8,) * 64,
         key_length=128,
         value_length=128,
-        vocab_size=128_000,
         window=None,
         layers_windowed=0,
-        pooling=None,
-        has_chat_template=True,
     )
 
 
@@ -45,13 +39,14 @@ def model(**keys: Any) -> ModelConfig:
     return ModelConfig(model_id="large", path=Path("large.gguf"), **keys)
 
 
-def test_a_model_that_is_to_be_all_on_a_gpu_and_is_larger_does_not_fit() -> None:
+def test_a_model_that_is_larger_than_the_gpu_it_is_configured_for_does_not_fit() -> None:
     assert misfit(header(40 * GIB), model(gpu_layers=99), GPU) == "needs about 41.1 GiB, and the device has 24.0 GiB"
+    assert misfit(header(40 * GIB), model(gpu_layers="all"), GPU) is not None
     assert misfit(header(20 * GIB), model(gpu_layers=99), GPU) is None
 
 
-@pytest.mark.parametrize("keys", [{}, {"gpu_layers": 20}])
-def test_what_llama_server_itself_keeps_off_the_gpu_may_fit(keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("keys", [{}, {"gpu_layers": 20}, {"gpu_layers": "auto"}, {"gpu_layers": -1}])
+def test_a_model_of_which_llama_server_decides_the_gpu_layers_may_fit(keys: dict[str, Any]) -> None:
     assert misfit(header(40 * GIB), model(**keys), GPU) is None
 
 
@@ -66,11 +61,11 @@ def test_what_llama_server_itself_keeps_off_the_gpu_may_fit(keys: dict[str, Any]
     ],
     ids=str,
 )
-def test_a_model_of_which_a_part_lies_elsewhere_or_takes_less_may_fit(flags: dict[str, Any]) -> None:
+def test_a_model_with_flags_that_reduce_its_memory_on_the_device_may_fit(flags: dict[str, Any]) -> None:
     assert misfit(header(40 * GIB), model(gpu_layers=99, server_args=flags), GPU) is None
 
 
-def test_weights_that_are_mapped_may_be_larger_than_the_hosts_memory() -> None:
+def test_mapped_weights_may_be_larger_than_the_hosts_memory() -> None:
     assert misfit(header(40 * GIB), model(), CPU) is None
 
 
@@ -78,12 +73,12 @@ def test_a_context_that_is_larger_than_the_hosts_memory_does_not_fit() -> None:
     assert misfit(header(1 * GIB), model(ctx_size=131_072), CPU) is not None
 
 
-def test_nothing_is_known_of_a_device_that_does_not_say_its_memory() -> None:
+def test_any_model_may_fit_on_a_device_whose_memory_is_unknown() -> None:
     unknown = DeviceRef(device_id="gpu:0", backend="cuda", index=0, name="GPU", memory_total_bytes=None)
     assert misfit(header(40 * GIB), model(gpu_layers=99), unknown) is None
 
 
-async def test_a_mount_that_hangs_is_a_problem_of_its_models_alone(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_mount_that_hangs_affects_only_its_own_models(caplog: pytest.LogCaptureFixture) -> None:
     hangs = threading.Event()
 
     def read(path: Path) -> GgufHeader:
@@ -101,7 +96,7 @@ async def test_a_mount_that_hangs_is_a_problem_of_its_models_alone(caplog: pytes
             assert catalogue.problem("large") is None
             assert catalogue.problem("lost-11") == "/mnt/11.gguf: could not be read within 0.2 s"
             assert caplog.text.count("could not be read within") == 12
-            for _ in range(4):  # nor do those that are stuck take all the threads there are
+            for _ in range(4):  # and those that hang do not use up all threads
                 await catalogue.inspect_all(lost)
             assert await trio.to_thread.run_sync(lambda: "free") == "free"
     finally:

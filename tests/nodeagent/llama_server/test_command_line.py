@@ -29,8 +29,14 @@ if TYPE_CHECKING:
     from supervisor.probe import ProcessView
 
 BINARY = Path("/opt/llama-server")
-CPU = DeviceRef("cpu:0", "cpu", 0, "CPU")
-GPU = DeviceRef("gpu:1", "cuda", 1, "NVIDIA L4")
+
+
+def cpu(index: int = 0, *, threads: int | None = None, cpus: frozenset[int] | None = None) -> DeviceRef:
+    return DeviceRef(device_id=f"cpu:{index}", backend="cpu", index=index, name="CPU", threads=threads, cpus=cpus)
+
+
+CPU = cpu()
+GPU = DeviceRef(device_id="gpu:1", backend="cuda", index=1, name="NVIDIA L4")
 
 
 @dataclass(frozen=True)
@@ -113,14 +119,14 @@ def test_flash_attention_is_always_passed_with_a_word(said: str, word: str) -> N
     ("device", "keys", "threads", "threads_batch"),
     [
         (CPU, "", None, None),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", threads=2), "", "2", "2"),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", threads=2), "threads: 3", "3", "3"),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", threads=2), "threads: 3, threads_batch: 4", "3", "4"),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", threads=2), "threads_batch: 4", "2", "4"),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", threads=2), "server_args: {t: 6}", "6", None),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", threads=2), "server_args: {tb: 6}", "2", "6"),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", cpus=frozenset({0, 3, 5})), "", "3", "3"),
-        (DeviceRef("cpu:0", "cpu", 0, "CPU", threads=1, cpus=frozenset({0, 3})), "", "1", "1"),
+        (cpu(threads=2), "", "2", "2"),
+        (cpu(threads=2), "threads: 3", "3", "3"),
+        (cpu(threads=2), "threads: 3, threads_batch: 4", "3", "4"),
+        (cpu(threads=2), "threads_batch: 4", "2", "4"),
+        (cpu(threads=2), "server_args: {t: 6}", "6", None),
+        (cpu(threads=2), "server_args: {tb: 6}", "2", "6"),
+        (cpu(cpus=frozenset({0, 3, 5})), "", "3", "3"),
+        (cpu(threads=1, cpus=frozenset({0, 3})), "", "1", "1"),
     ],
 )
 def test_the_models_threads_win_over_the_devices(
@@ -193,7 +199,7 @@ def test_a_server_inherits_neither_llama_servers_settings_nor_what_systemd_told_
 def spec(more: str = "") -> ChildSpec:
     return child_spec(
         model(),
-        DeviceRef("cpu:1", "cpu", 1, "CPU", cpus=frozenset({1})),
+        cpu(1, cpus=frozenset({1})),
         Pins(env={"PIN": "1"}),
         BINARY,
         config=config(more=more),
@@ -229,7 +235,7 @@ def test_what_would_be_run_is_shown_for_each_model_and_device_as_a_shell_takes_i
     two = parse_config(
         "models: [{model_id: a, path: '/m/my model.gguf'}, {model_id: b, path: /m/b.gguf}]", Path("/etc/agent.yaml")
     )
-    pinned = DeviceRef("cpu:1", "cpu", 1, "CPU", cpus=frozenset({2, 0}))
+    pinned = cpu(1, cpus=frozenset({2, 0}))
 
     shown = describe(two, [CPU, pinned], Pins(env={"PIN": "x y"}), BINARY)
 

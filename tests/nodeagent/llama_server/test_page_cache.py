@@ -11,7 +11,7 @@ from nodeagent.llama_server.page_cache import read_ahead
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="hardware: the page cache is asked Linux' way")
 
 
-async def test_the_whole_file_is_asked_for(tmp_path: Path) -> None:
+async def test_the_whole_file_is_requested(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(os.urandom(3 * 2**20))
     assert await read_ahead(path) == 3 * 2**20
@@ -29,14 +29,14 @@ async def test_a_file_that_is_not_cached_is_cached_after_a_while(tmp_path: Path)
             await trio.sleep(0.02)
 
 
-async def test_what_is_larger_than_the_free_memory_is_left_alone(tmp_path: Path) -> None:
+async def test_a_file_that_is_larger_than_the_free_memory_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(bytes(4096))
     assert await read_ahead(path, free_bytes=4095) == 0
     assert await read_ahead(path, free_bytes=4096) == 4096
 
 
-async def test_a_missing_file_is_for_its_load_to_complain_of(tmp_path: Path) -> None:
+async def test_a_missing_file_is_no_error_before_its_load(tmp_path: Path) -> None:
     assert await read_ahead(tmp_path / "none") == 0
 
 

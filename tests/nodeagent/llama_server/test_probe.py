@@ -1,4 +1,4 @@
-"""Readiness: the child's own address, its health, its name."""
+"""Readiness: the child's own address, its health, its alias."""
 
 import json
 from functools import partial
@@ -59,14 +59,14 @@ async def test_a_server_that_is_healthy_and_has_our_name_is_ready_at_the_address
     nursery.cancel_scope.cancel()
 
 
-async def test_nobody_is_asked_before_the_child_has_said_where() -> None:
-    with pytest.raises(NotReady, match="not said where"):
+async def test_nothing_is_asked_before_the_child_has_printed_its_address() -> None:
+    with pytest.raises(NotReady, match="not printed its address"):
         await check(LlamaServerProbe("mine", "key"), Printed("loading model"))
 
 
 async def test_a_server_that_still_loads_is_not_ready(nursery: trio.Nursery) -> None:
     process = Printed(await Server(health=503).start(nursery))
-    with pytest.raises(NotReady, match="503"):
+    with pytest.raises(NotReady, match="/health returned 503"):
         await check(LlamaServerProbe("mine", "key"), process)
     nursery.cancel_scope.cancel()
 
@@ -79,7 +79,7 @@ async def test_a_server_of_another_name_is_never_ready(nursery: trio.Nursery) ->
 
 
 async def test_a_server_that_does_not_answer_is_not_ready() -> None:
-    with pytest.raises(NotReady, match="/health does not answer"):
+    with pytest.raises(NotReady, match="/health failed"):
         await check(LlamaServerProbe("mine", "key"), Printed("listening on http://127.0.0.1:1"))
 
 
@@ -93,20 +93,20 @@ async def test_the_name_is_asked_for_once_in_each_generation(nursery: trio.Nurse
     nursery.cancel_scope.cancel()
 
 
-class Unhurried(Server):
-    """Takes a millisecond for each answer, and is used to clients that leave."""
+class Slow(Server):
+    """Takes a millisecond for each response, and accepts that clients leave."""
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         await trio.sleep(0.001)
         try:
             await super()._handle(stream)
-        except (trio.BrokenResourceError, IndexError):  # left before or after it had asked
+        except (trio.BrokenResourceError, IndexError):  # left before or after its request
             return
 
 
-async def test_looks_that_are_cancelled_at_any_moment_do_not_hinder_the_next_ones(nursery: trio.Nursery) -> None:
+async def test_probes_that_are_cancelled_at_any_moment_do_not_block_the_next_ones(nursery: trio.Nursery) -> None:
     """A pool of httpx's that is cancelled while it is at its limit never lends a connection again (httpcore#1093)."""
-    process = Printed(await Unhurried().start(nursery))
+    process = Printed(await Slow().start(nursery))
     probe = LlamaServerProbe("mine", "key")
 
     async def cancelled(after_s: float) -> None:
@@ -115,10 +115,10 @@ async def test_looks_that_are_cancelled_at_any_moment_do_not_hinder_the_next_one
 
     with trio.fail_after(30):
         for round_ in range(25):
-            async with trio.open_nursery() as looks:
-                for look in range(60):
-                    looks.start_soon(cancelled, ((7 * round_ + look) % 60) * 0.0005)
-        async with trio.open_nursery() as looks:
+            async with trio.open_nursery() as probes:
+                for number in range(60):
+                    probes.start_soon(cancelled, ((7 * round_ + number) % 60) * 0.0005)
+        async with trio.open_nursery() as probes:
             for _ in range(20):
-                looks.start_soon(check, probe, process)
+                probes.start_soon(check, probe, process)
     nursery.cancel_scope.cancel()

@@ -19,7 +19,7 @@ def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 @given(st.lists(EVENT, max_size=6), st.lists(st.integers(0, 500), max_size=12), st.sampled_from([b"", b"data: be"]))
-def test_only_whole_events_pass_and_nothing_is_lost(
+def test_only_complete_events_are_returned_and_nothing_is_lost(
     events: list[tuple[bytes, bytes]], cuts: list[int], begun: bytes
 ) -> None:
     stream = b"".join(text + end for text, end in events) + begun
@@ -33,7 +33,7 @@ def test_only_whole_events_pass_and_nothing_is_lost(
     assert rest.strip() == begun
 
 
-def test_an_event_that_comes_byte_by_byte_takes_linear_time() -> None:
+def test_an_event_that_arrives_in_small_pieces_takes_linear_time() -> None:
     cutter = EventCutter()
     event = b"data: " + b"x" * 200_000
     for place in range(0, len(event), 100):

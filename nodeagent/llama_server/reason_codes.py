@@ -1,0 +1,25 @@
+"""Why a server is not ready or a device can't serve a model, as codes for programs."""
+
+from enum import StrEnum
+
+from supervisor.lifecycle import Cause
+
+
+class ReasonCode(StrEnum):
+    """The closed set of `ServerView.reason_code` and `Obstacle.reason_code`: each `Cause` of the supervisor, and what
+    the agent itself finds before it starts a server. The `reason` beside it is for people."""
+
+    EXITED = Cause.EXITED.value
+    KILLED_BY_SIGNAL = Cause.KILLED_BY_SIGNAL.value
+    SPAWN_FAILED = Cause.SPAWN_FAILED.value
+    START_TIMEOUT = Cause.START_TIMEOUT.value
+    LIVENESS_FAILED = Cause.LIVENESS_FAILED.value
+    SUSPENDED = Cause.SUSPENDED.value
+    STALLED = Cause.STALLED.value
+    STOPPED = Cause.STOPPED.value
+    MODEL_FILE_UNUSABLE = "model_file_unusable"
+    """The model's file is missing, damaged, or could not be read."""
+    DOES_NOT_FIT = "does_not_fit"
+    """The model needs more memory than the device has."""
+    NOT_CONFIGURED = "not_configured"
+    """The configuration was reloaded, and no longer has the model."""

@@ -1,0 +1,49 @@
+"""What `DeviceServers` needs of the parts around it; the tests implement each with a fake."""
+
+from typing import Protocol
+
+from nodeagent.config import ModelConfig
+from nodeagent.devices.values import DeviceMetrics
+from nodeagent.gguf.header import GgufHeader
+from nodeagent.llama_server.relay import Upstream
+from supervisor.spec import ChildSpec
+
+
+class ModelFiles(Protocol):
+    """What is known of the model files; see `Catalogue`."""
+
+    def header(self, model_id: str) -> GgufHeader | None: ...
+
+    def problem(self, model_id: str) -> str | None: ...
+
+    async def inspect(self, model: ModelConfig) -> str | None: ...
+
+
+class DeviceReadings(Protocol):
+    """What was measured on the devices; see `DeviceMonitor`."""
+
+    def latest(self, device_id: str) -> DeviceMetrics | None: ...
+
+    async def settled(self, device_id: str) -> None: ...
+
+
+class ServerHooks(Protocol):
+    """What else is done when a server is started or stopped.
+
+    For each start `before_start` is called, then `after_ready` if the server became ready, then `after_start`.
+    """
+
+    def before_start(self, model: ModelConfig, spec: ChildSpec) -> bool:
+        """Prepare the start; return whether `after_ready` has work to do.
+
+        If so, the server counts as starting until that is done. An OSError fails the start.
+        """
+
+    async def after_ready(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
+        """The server is ready."""
+
+    def after_start(self, spec: ChildSpec) -> None:
+        """The start is over: the server is ready, or the start failed or was cancelled."""
+
+    async def before_stop(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
+        """The server is ready and about to be stopped; it was started as it is configured now."""

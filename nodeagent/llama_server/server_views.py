@@ -1,0 +1,81 @@
+"""A server as scheduling sees it, made from the supervisor's snapshot of the child. Pure."""
+
+from collections.abc import Callable, Sequence
+
+from nodeagent.config import ModelConfig
+from nodeagent.llama_server.reason_codes import ReasonCode
+from nodeagent.llama_server.relay import Upstream
+from nodeagent.scheduling.seam import ServerState, ServerView
+from supervisor.snapshot import ChildSnapshot, ChildState
+
+LAST_LINES = 5
+"""How many of the last lines of a server that exited are shown to clients and in the inventory; the log has all."""
+
+_STATES = {
+    ChildState.STARTING: ServerState.STARTING,
+    ChildState.READY: ServerState.READY,
+    ChildState.UNHEALTHY: ServerState.UNHEALTHY,
+    ChildState.STOPPING: ServerState.STOPPING,
+    ChildState.BACKING_OFF: ServerState.BACKING_OFF,
+    ChildState.FAILED: ServerState.FAILED,
+}
+
+
+def view_of_unusable_model(model: ModelConfig, problem: str, now: float) -> ServerView[Upstream]:
+    """The failed server of a model that has no child, since its file can't be used."""
+    return ServerView(
+        model_id=model.model_id,
+        state=ServerState.FAILED,
+        generation=0,
+        since=now,
+        slots=model.parallel,
+        reason=problem,
+        reason_code=ReasonCode.MODEL_FILE_UNUSABLE,
+    )
+
+
+def view_of_child(
+    model_id: str,
+    model: ModelConfig | None,
+    child: ChildSnapshot,
+    upstream: Upstream | None,
+    *,
+    reason: str | None,
+    still_starting: bool,
+) -> ServerView[Upstream]:
+    """The server of a child that is not stopped. `model` is None if it is no longer configured; `reason` is that of
+    `reason_of`. With `still_starting` a child that is ready counts as starting."""
+    state = _STATES[child.state]
+    if state is ServerState.READY and still_starting:
+        state = ServerState.STARTING
+    return ServerView(
+        model_id=model_id,
+        state=state,
+        generation=child.generation,
+        since=child.since,
+        slots=model.parallel if model is not None else 1,
+        spawned_at=child.spawned_at,
+        reason=reason,
+        reason_code=code_of(child),
+        retry_at=child.retry_at,
+        endpoint=upstream if state is ServerState.READY else None,
+        idle_unload_s=model.idle_unload_s if model is not None else None,
+    )
+
+
+def code_of(child: ChildSnapshot) -> ReasonCode | None:
+    """Why the child is unhealthy, backing off or failed."""
+    return None if child.cause is None else ReasonCode(child.cause.value)
+
+
+def reason_of(child: ChildSnapshot, last_lines: Callable[[], Sequence[str]]) -> str | None:
+    """The same for people; if the child has exited, with the last lines that it printed."""
+    if child.reason is None or child.state not in (ChildState.BACKING_OFF, ChildState.FAILED):
+        return child.reason
+    return with_last_lines(child.reason, last_lines())
+
+
+def with_last_lines(reason: str, lines: Sequence[str]) -> str:
+    """The reason with the last of these lines, if there are any."""
+    last = " | ".join(lines[-LAST_LINES:])
+    return f"{reason}; it last printed: {last}" if last else reason
