@@ -1,25 +1,30 @@
-"""The Quart-Trio application: its routes, its settings, and how its errors are answered."""
+"""The Quart-Trio application: its routes, its settings, and the responses to its errors."""
 
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
 from nodeagent.front import health, node, openai
 from nodeagent.front.asgi import request_id
-from nodeagent.front.refusals import error_response, refusal_response
+from nodeagent.front.refusals import echo, error_response, refusal_response
 from nodeagent.front.seam import Node
+
+_WHERE = (
+    "OpenAI's API is under /v1/ (/v1/models, /v1/chat/completions, /v1/completions), the node's own under /v1/node/, "
+    "and health checks are /livez, /readyz and /health."
+)
 
 
 def create_app(of: Node) -> QuartTrio:
     """Build the application that serves this node."""
     app = QuartTrio(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = of.max_request_bytes
-    # The wrapper around the app bounds bodies in time; Quart by itself cuts any answer, streams too, after 60 s.
+    # `Front` limits how long a body may take. Quart's own default ends any response after 60 s, streams too.
     app.config["BODY_TIMEOUT"] = None
     app.config["RESPONSE_TIMEOUT"] = None
-    # Faults of ours go to the wrapper, which answers and logs them with the request's id.
+    # `Front` answers and logs unexpected exceptions, with the request's id.
     app.config["PROPAGATE_EXCEPTIONS"] = True
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for room in (openai, node, health):
@@ -33,11 +38,28 @@ def create_app(of: Node) -> QuartTrio:
     async def too_large(_error: RequestEntityTooLarge) -> Response:
         return await refuse(BodyTooLarge(of.max_request_bytes))
 
+    @app.errorhandler(NotFound)
+    async def not_found(_error: NotFound) -> Response:
+        return _http_error(404, f"{request.method} {echo(request.path)}: there is no such path. {_WHERE}")
+
+    @app.errorhandler(MethodNotAllowed)
+    async def method_not_allowed(error: MethodNotAllowed) -> Response:
+        allowed = ", ".join(sorted(error.valid_methods or ()))
+        response = _http_error(
+            405, f"{request.method} is not allowed on {echo(request.path)}, only: {allowed}. {_WHERE}"
+        )
+        response.headers["Allow"] = allowed  # required by RFC 9110, 15.5.6
+        return response
+
     @app.errorhandler(HTTPException)
     async def http_error(error: HTTPException) -> Response:
-        return _response(*error_response(error.code or 500, error.description or error.name, request_id()))
+        return _http_error(error.code or 500, error.description or error.name)
 
     return app
+
+
+def _http_error(status: int, message: str) -> Response:
+    return _response(*error_response(status, message, request_id()))
 
 
 def _response(status: int, headers: list[tuple[str, str]], body: bytes) -> Response:

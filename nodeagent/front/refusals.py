@@ -1,8 +1,8 @@
-"""The one table from our errors to what a client gets: status, OpenAI's type and code, retry hints, a sentence.
+"""The one table from our errors to what a client gets: status, OpenAI's type and code, a message, when to retry.
 
-The body has OpenAI's shape, `{"error": {"message", "type", "param", "code"}, "request_id"}`. `Retry-After` is in whole
-seconds; `retry-after-ms`, which OpenAI's clients read first, is exact; neither is there where nobody knows when another
-try may help. `x-should-retry: false` tells those clients to leave it.
+The body has OpenAI's shape: `{"error": {"message", "type", "param", "code"}, "request_id"}`. `Retry-After` is in whole
+seconds and `retry-after-ms`, which OpenAI's clients read first, is exact. Both are missing if nobody knows when a retry
+may help. `x-should-retry: false` tells OpenAI's clients not to retry. `error_table.py` prints the table for people.
 """
 
 import json
@@ -34,184 +34,206 @@ from nodeagent.errors import (
     UnsupportedEncoding,
 )
 
-# OpenAI's clients give up at once where they are told to wait longer than this.
+# OpenAI's clients don't retry at all if they are to wait longer than this.
 _RETRY_AFTER_MAX_S = 120.0
-# Bodies held are let go of within one request's time; nothing better is known.
+# A request that frees its body may end at any moment; nothing better is known.
 _BUSY_RETRY_S = 1.0
-# A model's file that can't be used may be mounted or mended; nobody knows when.
+# A model file that can't be used may be mounted or repaired; nobody knows when.
 _UNKNOWN_RETRY_S = 30.0
-# A field's value that is echoed, however long it came.
+# How much of a client's value an error repeats.
 _ECHO_CHARS = 100
 
 Headers = list[tuple[str, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """How one error is answered. `message` makes the sentence from the error.
+
+    An error's own `retry_after_s` comes before the row's. `final` says that a retry would end the same way. `when` and
+    `client` are for the documentation: when it happens, and what the client should do.
+    """
+
     status: int
     type: str
     code: str | None
     message: Callable[[Any], str]
+    when: str
+    client: str
     param: str | None = None
     retry_after_s: float | None = None
     final: bool = False
-    """Another try would meet the same end."""
 
 
-_TABLE: dict[type[Refusal], _Row] = {
-    InvalidRequest: _Row(400, "invalid_request_error", None, lambda it: it.message),
-    UnsupportedEncoding: _Row(
-        415,
-        "invalid_request_error",
-        "unsupported_encoding",
-        lambda it: f"Content-Encoding {_echo(it.encoding)} is not taken: send the body as it is, without that header.",
+REFUSALS: dict[type[Refusal], Row] = {
+    InvalidRequest: Row(
+        status=400,
+        type="invalid_request_error",
+        code=None,
+        message=lambda it: it.message,
+        when="a field or header is missing or wrong (`param` names it); code `invalid_json` if the body is not JSON",
+        client="correct the request",
     ),
-    BodyTooLarge: _Row(
-        413,
-        "invalid_request_error",
-        "request_too_large",
-        lambda it: f"The body is longer than the {it.limit_bytes} bytes that this node takes (max_request_bytes).",
-    ),
-    BodyTooSlow: _Row(
-        408,
-        "invalid_request_error",
-        "request_timeout",
-        lambda it: (
-            f"The body did not arrive: {it.received_bytes} bytes of it came in {it.waited_s:.0f} s. Send it at once."
+    UnsupportedEncoding: Row(
+        status=415,
+        type="invalid_request_error",
+        code="unsupported_encoding",
+        message=lambda it: (
+            f"Content-Encoding {echo(it.encoding)} is not supported: send the body as it is, without that header."
         ),
+        when="the body is compressed",
+        client="send it uncompressed",
     ),
-    ServerBusy: _Row(
-        503,
-        "server_error",
-        "server_busy",
-        lambda it: f"This node already holds request bodies up to its limit of {it.budget_bytes} bytes. Try again.",
+    BodyTooLarge: Row(
+        status=413,
+        type="invalid_request_error",
+        code="request_too_large",
+        message=lambda it: f"The body is longer than this node's limit of {it.limit_bytes} bytes (max_request_bytes).",
+        when="the body is longer than `max_request_bytes`",
+        client="send less",
+    ),
+    BodyTooSlow: Row(
+        status=408,
+        type="invalid_request_error",
+        code="request_timeout",
+        message=lambda it: f"Timed out reading the request body ({it.received_bytes} bytes in {it.waited_s:.0f} s).",
+        when="the body took longer than 60 s and 1 s more per 16 KiB received",
+        client="retry",
+    ),
+    ServerBusy: Row(
+        status=503,
+        type="server_error",
+        code="server_busy",
+        message=lambda it: f"This node already holds request bodies up to its limit of {it.budget_bytes} bytes. Retry.",
         retry_after_s=_BUSY_RETRY_S,
+        when="the bodies of all requests in progress would exceed four times `max_request_bytes`",
+        client="retry after the wait, or use another node",
     ),
-    ModelNotFound: _Row(
-        404,
-        "invalid_request_error",
-        "model_not_found",
-        lambda it: f"The model {_echo(it.model)} is not served here. {_known(it.known)}",
+    ModelNotFound: Row(
+        status=404,
+        type="invalid_request_error",
+        code="model_not_found",
+        message=lambda it: f"The model {echo(it.model)} is not served here. {_known_models(it.known)}",
         param="model",
+        when="no model has that id or alias; the message lists those there are",
+        client="use another model or node",
     ),
-    QueueFull: _Row(
-        429,
-        "rate_limit_error",
-        "queue_full",
-        lambda it: (
-            f"Every device that can serve {it.model_id!r} already has {it.limit} requests in flight or waiting "
-            "(max_pending_requests_per_device). Try again."
+    QueueFull: Row(
+        status=429,
+        type="rate_limit_error",
+        code="queue_full",
+        message=lambda it: (
+            f"Every device that can serve {it.model_id!r} already has {it.limit} requests in flight or queued "
+            "(max_pending_requests_per_device). Retry later."
         ),
+        when="every device that can serve the model has `max_pending_requests_per_device` requests",
+        client="retry after the wait, or use another node",
     ),
-    QueueTimeout: _Row(
-        504,
-        "server_error",
-        "queue_timeout",
-        lambda it: (
-            f"The request waited {it.waited_s:.0f} s for its turn on {it.device_id} with {it.model_id!r}, which is as "
-            "long as requests may wait (queue_timeout_s)."
+    QueueTimeout: Row(
+        status=504,
+        type="server_error",
+        code="queue_timeout",
+        message=lambda it: (
+            f"The request for {it.model_id!r} was queued on {it.device_id} for {it.waited_s:.0f} s, the longest that "
+            "this node allows (queue_timeout_s)."
         ),
+        when="the request was queued for `queue_timeout_s`",
+        client="use another node, or retry with less load",
     ),
-    ModelLoadTimeout: _Row(
-        503,
-        "server_error",
-        "model_loading",
-        lambda it: f"The model {it.model_id!r} is still loading on {it.device_id}. Try again.",
+    ModelLoadTimeout: Row(
+        status=503,
+        type="server_error",
+        code="model_loading",
+        message=lambda it: f"The model {it.model_id!r} is still loading on {it.device_id}. Retry later.",
+        when="the model was not ready after `llama_server_startup_timeout_s`; its start goes on",
+        client="retry after the wait",
     ),
-    BackendUnavailable: _Row(
-        503,
-        "server_error",
-        "backend_unavailable",
-        lambda it: f"No device can serve {it.model_id!r} now: {it.reason}",
+    BackendUnavailable: Row(
+        status=503,
+        type="server_error",
+        code="backend_unavailable",
+        message=lambda it: f"No device can serve {it.model_id!r} now: {it.reason}",
         retry_after_s=_UNKNOWN_RETRY_S,
+        when="no device can serve the model now (file missing, does not fit, keeps failing), or its "
+        "server was stopped during the request; the message says why",
+        client="retry after the wait, or use another node",
     ),
-    BackendCrashed: _Row(
-        502,
-        "server_error",
-        "backend_crashed",
-        lambda it: f"The server of {it.model_id!r} on {it.device_id} died under this request: {it.reason}",
+    BackendCrashed: Row(
+        status=502,
+        type="server_error",
+        code="backend_crashed",
+        message=lambda it: f"The server of {it.model_id!r} on {it.device_id} crashed during this request: {it.reason}",
         final=True,
+        when="the server crashed during the request, and after one retry again; or in mid-stream (then as an event)",
+        client="don't retry at once",
     ),
-    PoisonedRequest: _Row(
-        502,
-        "server_error",
-        "backend_crashed",
-        lambda it: (
-            f"Two servers of {it.model_id!r} died under this very request. It is refused for {it.blocked_s:.0f} s more."
+    PoisonedRequest: Row(
+        status=502,
+        type="server_error",
+        code="backend_crashed",
+        message=lambda it: (
+            f"Two servers of {it.model_id!r} crashed on this body, so it is rejected for {it.blocked_s:.0f} s more."
         ),
         final=True,
+        when="two servers crashed on the same body within 60 s; it is rejected for 60 s after the last crash",
+        client="change the request",
     ),
-    Unauthorized: _Row(
-        401,
-        "invalid_request_error",
-        "invalid_admin_token",
-        lambda _it: (
-            "This needs the admin token, as 'Authorization: Bearer ...'; it is in admin.token in the state_dir."
+    Unauthorized: Row(
+        status=401,
+        type="invalid_request_error",
+        code="invalid_admin_token",
+        message=lambda _it: (
+            "This path needs the admin token, as 'Authorization: Bearer ...'. It is in the file admin.token in the "
+            "state_dir."
         ),
+        when="an operator's path, without the admin token",
+        client="send the token",
     ),
-    OriginForbidden: _Row(
-        403,
-        "invalid_request_error",
-        "origin_forbidden",
-        lambda it: f"Web pages may not do this: the request carries Origin {_echo(it.origin)}.",
+    OriginForbidden: Row(
+        status=403,
+        type="invalid_request_error",
+        code="origin_forbidden",
+        message=lambda it: f"Web pages may not use this path: the request has the Origin {echo(it.origin)}.",
+        when="an operator's path, from a web page",
+        client="use another program",
     ),
-    NoSuchDevice: _Row(
-        404,
-        "invalid_request_error",
-        "device_not_found",
-        lambda it: f"There is no device {_echo(it.device_id)} here, only: {', '.join(it.known)}.",
+    NoSuchDevice: Row(
+        status=404,
+        type="invalid_request_error",
+        code="device_not_found",
+        message=lambda it: f"There is no device {echo(it.device_id)} here, only: {', '.join(it.known)}.",
         param="device_id",
+        when="an operator named a device that this node does not have; the message lists those it has",
+        client="use another device",
     ),
-    ReloadRefused: _Row(
-        422,
-        "invalid_request_error",
-        "bad_configuration",
-        lambda it: "The configuration is bad, and the old one stays: " + "; ".join(it.problems),
+    ReloadRefused: Row(
+        status=422,
+        type="invalid_request_error",
+        code="bad_configuration",
+        message=lambda it: "The configuration is bad, and the old one stays: " + "; ".join(it.problems),
+        when="a reload found problems in the configuration; the old one stays",
+        client="correct the file",
     ),
-    Draining: _Row(
-        503,
-        "server_error",
-        "draining",
-        lambda it: (
+    Draining: Row(
+        status=503,
+        type="server_error",
+        code="draining",
+        message=lambda it: (
             "An operator has drained this node, so it accepts no new requests. Use another node, or retry later."
             if it.by_operator
             else "This node is shutting down and accepts no new requests. Use another node, or retry later."
         ),
+        when="an operator drained the node, or it is shutting down",
+        client="use another node, or retry after the wait",
     ),
 }
 
 
 def refusal_response(error: Refusal, request_id: str) -> tuple[int, Headers, bytes]:
-    """Answer a refusal: status, headers and JSON body."""
+    """The response to a refused request: status, headers and JSON body."""
     row = _row(error)
-    return row.status, _headers(row, error, request_id), _json(_payload(row, error, request_id))
-
-
-def error_response(status: int, message: str, request_id: str) -> tuple[int, Headers, bytes]:
-    """Answer an error that is no Refusal: what HTTP itself refuses (404, 405, ...), and faults of ours (500)."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    phrase = "internal_error" if status == 500 else responses.get(status, "").lower()
-    row = _Row(status, kind, re.sub("[^a-z]+", "_", phrase) or None, lambda _error: message)
-    return status, _headers(row, None, request_id), _json(_payload(row, None, request_id))
-
-
-def internal_error_response(request_id: str) -> tuple[int, Headers, bytes]:
-    """Answer a fault of ours; what it was is in the log, under the request's id, and nowhere else."""
-    return error_response(500, f"The node failed to answer; its log has the reason under {request_id}.", request_id)
-
-
-def error_event(error: Refusal, request_id: str) -> bytes:
-    """Say in mid-stream, as a server-sent event, what a status line can say no more."""
-    return b"data: " + _json(_payload(_row(error), error, request_id)) + b"\n\n"
-
-
-def _row(error: Refusal) -> _Row:
-    return next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
-
-
-def _headers(row: _Row, error: Refusal | None, request_id: str) -> Headers:
-    headers = [("content-type", "application/json"), ("x-request-id", request_id)]
-    known_s = getattr(error, "retry_after_s", None)
+    headers = _headers(request_id)
+    known_s: float | None = getattr(error, "retry_after_s", None)
     retry_after_s = known_s if known_s is not None else row.retry_after_s
     if retry_after_s is not None:
         # Below a second only the milliseconds can say it.
@@ -220,29 +242,52 @@ def _headers(row: _Row, error: Refusal | None, request_id: str) -> Headers:
         headers.append(("retry-after-ms", str(round(retry_after_s * 1000))))
     if row.final:
         headers.append(("x-should-retry", "false"))
-    return headers
+    return row.status, headers, _refusal_json(row, error, request_id)
 
 
-def _payload(row: _Row, error: Refusal | None, request_id: str) -> dict[str, Any]:
-    return {
-        "error": {
-            "message": row.message(error),
-            "type": row.type,
-            "param": getattr(error, "param", row.param),
-            "code": getattr(error, "code", None) or row.code,
-        },
-        "request_id": request_id,
-    }
+def error_response(status: int, message: str, request_id: str) -> tuple[int, Headers, bytes]:
+    """The response to an error that is no Refusal: of HTTP itself (404, 405, ...), or a bug of ours (500)."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    phrase = "internal_error" if status == 500 else responses.get(status, "").lower()
+    code = re.sub("[^a-z]+", "_", phrase) or None
+    return status, _headers(request_id), _json(message, kind, None, code, request_id)
 
 
-def _json(payload: dict[str, Any]) -> bytes:
-    # ASCII, since what a client sent and is echoed may hold lone surrogates, which UTF-8 can't carry.
-    return json.dumps(payload).encode("ascii")
+def internal_error_response(request_id: str) -> tuple[int, Headers, bytes]:
+    """The response after a bug of ours. What happened is in the log only, under the request's id."""
+    return error_response(
+        500, f"Internal error. The node's log has the reason, under request {request_id}.", request_id
+    )
 
 
-def _echo(value: str) -> str:
+def error_event(error: Refusal, request_id: str) -> bytes:
+    """The error as a server-sent event, for a stream whose status line has already been sent."""
+    return b"data: " + _refusal_json(_row(error), error, request_id) + b"\n\n"
+
+
+def echo(value: str) -> str:
+    """A value that a client sent, quoted and shortened for an error message."""
     return repr(value if len(value) <= _ECHO_CHARS else value[:_ECHO_CHARS] + "...")
 
 
-def _known(models: list[str]) -> str:
+def _row(error: Refusal) -> Row:
+    return next(REFUSALS[kind] for kind in type(error).__mro__ if kind in REFUSALS)
+
+
+def _headers(request_id: str) -> Headers:
+    return [("content-type", "application/json"), ("x-request-id", request_id)]
+
+
+def _refusal_json(row: Row, error: Refusal, request_id: str) -> bytes:
+    param, code = getattr(error, "param", row.param), getattr(error, "code", None) or row.code
+    return _json(row.message(error), row.type, param, code, request_id)
+
+
+def _json(message: str, kind: str, param: str | None, code: str | None, request_id: str) -> bytes:
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    # As ASCII: a repeated value of the client may have lone surrogates, which UTF-8 can't encode.
+    return json.dumps({"error": error, "request_id": request_id}).encode("ascii")
+
+
+def _known_models(models: list[str]) -> str:
     return f"It serves: {', '.join(models)}." if models else "No model is configured here."

@@ -121,8 +121,8 @@ async def test_a_request_takes_as_many_slots_as_it_needs(node: Node, autojump_cl
         for request in (REQUEST, OTHER):
             clients.start_soon(node.serve, replace(request, slots=2))
         await trio.sleep(LOAD_S + 0.5)
-        assert [sent.body for sent in node.servers.sent] == [REQUEST.body]
-    assert [sent.body for sent in node.servers.sent] == [REQUEST.body, OTHER.body]
+        assert len(node.servers.sent) == 1, "the second request needs two slots, and one is free"
+    assert len(node.servers.sent) == 2
 
 
 async def test_a_server_lost_before_the_first_byte_costs_one_retry(

@@ -26,14 +26,14 @@ from nodeagent.errors import (
     UnsupportedEncoding,
 )
 from nodeagent.front.refusals import (
-    _TABLE,
+    REFUSALS,
     error_event,
     error_response,
     internal_error_response,
     refusal_response,
 )
 
-# One of each, with status, type, code, and words that a person needs.
+# One of each, with its status, type and code, and what its message must say.
 CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
     (InvalidRequest("'n' must be 1, not 2.", param="n"), 400, "invalid_request_error", None, ["'n' must be 1"]),
     (
@@ -41,10 +41,16 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
         415,
         "invalid_request_error",
         "unsupported_encoding",
-        ["Content-Encoding", "gzip", "send the body as it is"],
+        ["Content-Encoding", "'gzip'", "send the body as it is"],
     ),
     (BodyTooLarge(1000), 413, "invalid_request_error", "request_too_large", ["1000 bytes", "max_request_bytes"]),
-    (BodyTooSlow(12, 60.0), 408, "invalid_request_error", "request_timeout", ["12 bytes", "60 s"]),
+    (
+        BodyTooSlow(12, 60.0),
+        408,
+        "invalid_request_error",
+        "request_timeout",
+        ["reading the request body (12 bytes in 60 s)"],
+    ),
     (ServerBusy(4000), 503, "server_error", "server_busy", ["4000 bytes"]),
     (ModelNotFound("a", ["b", "c"]), 404, "invalid_request_error", "model_not_found", ["'a'", "b, c"]),
     (ModelNotFound("a", []), 404, "invalid_request_error", "model_not_found", ["No model is configured"]),
@@ -58,7 +64,14 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
     (OriginForbidden("http://evil"), 403, "invalid_request_error", "origin_forbidden", ["http://evil"]),
     (NoSuchDevice("gpu:9", ["gpu:0"]), 404, "invalid_request_error", "device_not_found", ["'gpu:9'", "gpu:0"]),
     (ReloadRefused(["a: b"]), 422, "invalid_request_error", "bad_configuration", ["a: b", "the old one stays"]),
-    (Draining(30.0), 503, "server_error", "draining", ["shutting down"]),
+    (Draining(30.0), 503, "server_error", "draining", ["This node is shutting down", "Use another node"]),
+    (
+        Draining(30.0, by_operator=True),
+        503,
+        "server_error",
+        "draining",
+        ["An operator has drained this node", "Use another node"],
+    ),
 ]
 IDS = [type(case[0]).__name__ for case in CASES]
 
@@ -75,7 +88,7 @@ def subclasses(of: type[Refusal]) -> set[type[Refusal]]:
 
 def test_every_refusal_has_a_row_of_its_own_and_a_case_here() -> None:
     ours = {kind for kind in subclasses(Refusal) if kind.__module__ == "nodeagent.errors"}
-    assert ours == set(_TABLE) == {type(error) for error, *_ in CASES}
+    assert ours == set(REFUSALS) == {type(error) for error, *_ in CASES}
 
 
 @pytest.mark.parametrize(("error", "status", "kind", "code", "words"), CASES, ids=IDS)
@@ -93,7 +106,7 @@ def test_a_refusal_is_answered_in_openais_shape(
         assert word in content["error"]["message"]
 
 
-def test_the_field_to_blame_is_named() -> None:
+def test_the_field_at_fault_is_named() -> None:
     def param(error: Refusal) -> object:
         return json.loads(refusal_response(error, "r1")[2])["error"]["param"]
 
@@ -128,13 +141,13 @@ def test_the_wait_is_rounded_up_to_seconds_within_what_clients_accept(
     assert (headers["retry-after"], headers["retry-after-ms"]) == (seconds, milliseconds)
 
 
-def test_those_are_told_when_to_come_back_who_may_be_served_then() -> None:
+def test_retry_after_is_sent_exactly_where_a_retry_may_help() -> None:
     waits = {type(error).__name__ for error, *_ in CASES if "retry-after" in headers_of(error)}
     assert waits == {"ServerBusy", "QueueFull", "ModelLoadTimeout", "BackendUnavailable", "Draining"}
     assert headers_of(BackendUnavailable("m", "no such file", None))["retry-after"] == "30"
 
 
-def test_a_prompt_that_felled_two_servers_is_not_tried_again() -> None:
+def test_clients_are_told_not_to_retry_a_body_that_crashed_two_servers() -> None:
     told = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
     assert told == {"BackendCrashed", "PoisonedRequest"}
 
@@ -169,7 +182,7 @@ def test_errors_of_http_itself_have_the_same_shape(status: int, kind: str, code:
     assert json.loads(body)["error"] == {"message": "a sentence", "type": kind, "param": None, "code": code}
 
 
-def test_a_fault_of_ours_names_the_request_and_nothing_else() -> None:
+def test_an_internal_error_names_the_request_and_nothing_else() -> None:
     status, _, body = internal_error_response("r1")
     content = json.loads(body)
     assert (status, content["error"]["code"]) == (500, "internal_error")

@@ -1,0 +1,76 @@
+"""The real application, by ASGI messages."""
+
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+import trio
+from quart import Response
+from trio.testing import MockClock
+
+from fakes.asgi import Exchange
+from nodeagent.front.app import create_app
+from nodeagent.front.seam import ModelCard, Node
+from nodeagent.status import NodeState, NodeStatus
+
+
+class BareNode:
+    """What `create_app` needs of a node whose own routes are not called."""
+
+    node_id = "box-a"
+    max_request_bytes = 1000
+    scheduler: Any = None
+
+    def cards(self) -> list[ModelCard]:
+        return []
+
+    def state(self) -> NodeState:
+        return NodeState(NodeStatus.READY, (), can_serve=True)
+
+    def inventory_json(self) -> bytes:
+        return b"{}"
+
+
+async def test_a_stream_of_the_real_application_may_take_hours(autojump_clock: MockClock) -> None:
+    app = create_app(cast(Node, BareNode()))
+
+    @app.get("/hours")
+    async def hours() -> Response:
+        return Response(chunks())
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"chunk"
+            await trio.sleep(3600)
+
+    exchange = Exchange(method="GET", path="/hours")
+    await exchange.through(app)
+    assert [message.get("body") for message in exchange.sent[1:]] == [b"chunk", b"chunk", b"chunk", b""]
+    assert trio.current_time() >= 3 * 3600
+
+
+@pytest.mark.parametrize("path", ["/", "/nothing", "/v1", "/v1/nothing", "/chat/completions"])
+async def test_an_unknown_path_is_told_where_the_paths_are(path: str, autojump_clock: MockClock) -> None:
+    exchange = Exchange(method="GET", path=path)
+    await exchange.through(create_app(cast(Node, BareNode())))
+    assert exchange.error() == (404, "not_found")
+    message = exchange.content["error"]["message"]
+    assert message.startswith(f"GET {path!r}: there is no such path. OpenAI's API is under /v1/")
+    assert "/v1/chat/completions" in message
+    assert "URL" not in message
+
+
+async def test_a_wrong_method_is_told_the_methods_that_the_path_allows(autojump_clock: MockClock) -> None:
+    exchange = Exchange(method="GET", path="/v1/chat/completions")
+    await exchange.through(create_app(cast(Node, BareNode())))
+    assert exchange.error() == (405, "method_not_allowed")
+    message = exchange.content["error"]["message"]
+    assert message.startswith("GET is not allowed on '/v1/chat/completions', only: OPTIONS, POST. OpenAI's API is")
+    assert exchange.headers["allow"] == "OPTIONS, POST"
+
+
+async def test_a_long_path_is_shortened_in_the_error(autojump_clock: MockClock) -> None:
+    exchange = Exchange(method="GET", path="/" + "x" * 10_000)
+    await exchange.through(create_app(cast(Node, BareNode())))
+    assert exchange.error() == (404, "not_found")
+    assert len(exchange.content["error"]["message"]) < 500
