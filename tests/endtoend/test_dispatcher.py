@@ -22,13 +22,13 @@ def dispatcher(port: int, *arguments: str) -> Iterator[None]:
     argv = [sys.executable, str(EXAMPLE), "--port", str(port), *arguments]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         try:
-            wait_until(lambda: answers(port))
+            wait_until(lambda: responds(port))
             yield
         finally:
             running.kill()
 
 
-def answers(port: int) -> bool:
+def responds(port: int) -> bool:
     try:
         httpx.get(f"http://127.0.0.1:{port}/nodes", timeout=2, trust_env=False)
     except httpx.TransportError:
@@ -73,20 +73,20 @@ def test_a_dispatcher_sees_the_node_and_serving_does_not_depend_on_it(
             url = f"{agent.base_url}/v1/chat/completions"
             return httpx.post(url, json=body, timeout=30, trust_env=False).status_code
 
-        assert chat() == 200  # nobody listens there yet
+        assert chat() == 200  # no dispatcher yet
         with dispatcher(port):
             wait_until(lambda: node_at(port).get("status") == "ready")
             assert node_at(port)["devices"] == ["cpu:0"]
             wait_until(lambda: node_at(port)["models"] == {"tiny": ["cpu:0"]})
             agent.wait_child().kill()
             assert chat() == 200
-        assert chat() == 200  # killed
+        assert chat() == 200  # the dispatcher was killed
         with dispatcher(port):
             wait_until(lambda: node_at(port).get("status") == "ready")
             assert chat() == 200
 
 
-def test_a_dispatcher_hears_of_the_draining_and_of_the_end(
+def test_a_dispatcher_gets_the_status_of_a_node_that_drains_and_stops(
     llama_server: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     port = free_port()
@@ -102,24 +102,24 @@ def test_a_dispatcher_hears_of_the_draining_and_of_the_end(
         assert agent.wait_exit() == 0
 
 
-def test_a_token_is_shown_and_a_wrong_one_is_logged_as_an_error(
+def test_the_token_is_sent_and_a_wrong_one_is_logged_as_an_error(
     llama_server: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     port = free_port()
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    ours.write_text("right-token\n")
-    theirs.write_text("right-token\n")
+    node_token, dispatcher_token = tmp_path / "node.token", tmp_path / "dispatcher.token"
+    node_token.write_text("right-token\n")
+    dispatcher_token.write_text("right-token\n")
     config = write_config(
         tmp_path,
         llama_server,
         [{"model_id": "tiny", "path": str(tiny_model)}],
         dispatcher_base_url=f"http://127.0.0.1:{port}",
-        dispatcher_token_file=str(ours),
+        dispatcher_token_file=str(node_token),
     )
-    with dispatcher(port, "--token-file", str(theirs)), running_agent(config) as agent:
+    with dispatcher(port, "--token-file", str(dispatcher_token)), running_agent(config) as agent:
         agent.wait_for_line(lambda line: "registered" in line["message"])
-    ours.write_text("wrong-token\n")
-    with dispatcher(port, "--token-file", str(theirs)), running_agent(config) as agent:
+    node_token.write_text("wrong-token\n")
+    with dispatcher(port, "--token-file", str(dispatcher_token)), running_agent(config) as agent:
         line = agent.wait_for_line(lambda line: "401" in line["message"])
         assert line["level"] == "error"
         assert "wrong-token" not in str(agent.lines)
