@@ -1,4 +1,4 @@
-"""The client in virtual time, over a transport that is a table."""
+"""The client in virtual time, against a dispatcher that is a fake transport."""
 
 import itertools
 import json
@@ -15,32 +15,32 @@ from trio.testing import MockClock
 from fakes.node_source import FakeNodeSource
 from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
 
-Answer = Callable[[str, int], httpx.Response]
+Respond = Callable[[str, int], httpx.Response]
 
 
 class Dispatcher(httpx.AsyncBaseTransport):
-    """Answers each call as told, `takes_s` later, and remembers when which came."""
+    """Responds to each call as `respond` says (by path and number of the call), `takes_s` later; remembers each."""
 
-    def __init__(self, answer: Answer, takes_s: float = 0.0) -> None:
-        self.answer = answer
+    def __init__(self, respond: Respond, takes_s: float = 0.0) -> None:
+        self.respond = respond
         self.takes_s = takes_s
         self.calls: list[tuple[str, float]] = []
         self.bodies: list[dict[str, Any]] = []
         self.tokens: list[str | None] = []
-        self.under_way = 0
+        self.calls_in_progress = 0
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        assert self.under_way == 0, "two calls at a time"
-        self.under_way += 1
+        assert self.calls_in_progress == 0, "two calls at the same time"
+        self.calls_in_progress += 1
         try:
             what = request.url.path.rpartition("/")[2]
             self.calls.append((what, trio.current_time()))
             self.bodies.append(json.loads(await request.aread()))
             self.tokens.append(request.headers.get("authorization"))
             await trio.sleep(self.takes_s)
-            return self.answer(what, len(self.calls))
+            return self.respond(what, len(self.calls))
         finally:
-            self.under_way -= 1
+            self.calls_in_progress -= 1
 
     def times(self, what: str) -> list[float]:
         return [round(at, 3) for call, at in self.calls if call == what]
@@ -66,7 +66,7 @@ async def run_for(client: DispatcherClient, seconds: float) -> None:
         await client.run()
 
 
-async def test_it_registers_and_then_sends_a_heartbeat_each_interval(autojump_clock: MockClock) -> None:
+async def test_the_client_registers_and_then_sends_a_heartbeat_each_interval(autojump_clock: MockClock) -> None:
     dispatcher = Dispatcher(ok)
     await run_for(client_of(dispatcher, token="t"), 35)
     assert dispatcher.times("register") == [0]
@@ -75,17 +75,19 @@ async def test_it_registers_and_then_sends_a_heartbeat_each_interval(autojump_cl
     assert set(dispatcher.tokens) == {"Bearer t"}
 
 
-async def test_the_dispatcher_may_name_another_interval(autojump_clock: MockClock) -> None:
+async def test_the_dispatcher_can_set_the_interval(autojump_clock: MockClock) -> None:
     dispatcher = Dispatcher(lambda what, _number: httpx.Response(200, json={"heartbeat_interval_s": 3}))
     await run_for(client_of(dispatcher), 10)
     assert dispatcher.times("heartbeat") == [0, 3, 6, 9]
 
 
-async def test_changes_are_told_soon_together_and_at_most_five_times_a_second(autojump_clock: MockClock) -> None:
+async def test_a_change_brings_a_heartbeat_within_100_ms_and_many_changes_five_a_second(
+    autojump_clock: MockClock,
+) -> None:
     dispatcher = Dispatcher(ok)
     client = client_of(dispatcher)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run_for, client, 3.5)
+        nursery.start_soon(run_for, client, 3.5, name="client")
         await trio.sleep(2)
         client.heartbeat_soon()
         client.heartbeat_soon()
@@ -94,16 +96,16 @@ async def test_changes_are_told_soon_together_and_at_most_five_times_a_second(au
         for _ in range(100):
             client.heartbeat_soon()
             await trio.sleep(0.01)
-    told = dispatcher.times("heartbeat")[1:]
-    assert all(later - earlier >= 0.2 - 1e-9 for earlier, later in itertools.pairwise(told))
-    assert 5 <= len(told) <= 8
+    times = dispatcher.times("heartbeat")[1:]
+    assert all(later - earlier >= 0.2 - 1e-9 for earlier, later in itertools.pairwise(times))
+    assert 5 <= len(times) <= 8
 
 
 async def test_a_registration_can_be_repeated_without_waiting_for_the_interval(autojump_clock: MockClock) -> None:
     dispatcher = Dispatcher(ok)
     client = client_of(dispatcher)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run_for, client, 9.0)
+        nursery.start_soon(run_for, client, 9.0, name="client")
         await trio.sleep(2)
         client.register_again()
         await trio.sleep(2)
@@ -131,7 +133,7 @@ async def test_retry_after_is_waited_for(autojump_clock: MockClock) -> None:
     assert dispatcher.times("register") == [0, 7]
 
 
-async def test_a_dispatcher_that_forgot_the_node_gets_a_registration_but_one_an_interval_at_most(
+async def test_a_dispatcher_that_does_not_know_the_node_gets_a_registration_at_most_once_an_interval(
     autojump_clock: MockClock,
 ) -> None:
     dispatcher = Dispatcher(lambda what, _number: httpx.Response(404 if what == "heartbeat" else 200))
@@ -141,7 +143,7 @@ async def test_a_dispatcher_that_forgot_the_node_gets_a_registration_but_one_an_
     assert all(later - earlier >= 10 for earlier, later in itertools.pairwise(registered))
 
 
-async def test_failures_are_retried_ever_more_slowly_logged_once_and_its_return_too(
+async def test_a_row_of_failures_is_logged_once_and_so_is_its_end(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -155,7 +157,7 @@ async def test_failures_are_retried_ever_more_slowly_logged_once_and_its_return_
     ]
 
 
-async def test_a_dispatcher_that_hangs_costs_one_call_at_a_time_and_five_seconds_each(
+async def test_a_dispatcher_that_hangs_gets_one_call_at_a_time_of_five_seconds_each(
     autojump_clock: MockClock,
 ) -> None:
     dispatcher = Dispatcher(ok, takes_s=1000)
@@ -165,7 +167,7 @@ async def test_a_dispatcher_that_hangs_costs_one_call_at_a_time_and_five_seconds
     assert client.problem == "no complete response within 5 s"
 
 
-async def test_an_answer_that_is_too_long_is_no_answer(autojump_clock: MockClock) -> None:
+async def test_a_response_that_is_too_long_is_a_failure(autojump_clock: MockClock) -> None:
     client = client_of(Dispatcher(lambda _what, _number: httpx.Response(200, content=b" " * 70_000)))
     await run_for(client, 1)
     assert client.problem == "response is longer than 65536 bytes"
@@ -179,7 +181,7 @@ async def test_redirects_are_not_followed(autojump_clock: MockClock) -> None:
     assert {call for call, _at in dispatcher.calls} == {"register"}
 
 
-async def test_a_wrong_token_is_an_error_in_the_log_once(
+async def test_a_wrong_token_is_logged_once_as_an_error(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     await run_for(client_of(Dispatcher(lambda _what, _number: httpx.Response(401)), token="secret"), 300)
@@ -191,7 +193,7 @@ async def test_stopping_sends_one_last_heartbeat_within_a_second(autojump_clock:
     dispatcher = Dispatcher(ok)
     client = client_of(dispatcher)
     async with trio.open_nursery() as nursery:
-        await nursery.start(client.run)
+        await nursery.start(client.run, name="client")
         await trio.sleep(5)
         dispatcher.takes_s = 1000
         await client.stop()
@@ -203,7 +205,7 @@ async def test_stopping_sends_nothing_to_a_dispatcher_that_does_not_know_the_nod
     dispatcher = Dispatcher(lambda _what, _number: httpx.Response(500))
     client = client_of(dispatcher)
     async with trio.open_nursery() as nursery:
-        await nursery.start(client.run)
+        await nursery.start(client.run, name="client")
         await trio.sleep(5)
         calls = len(dispatcher.calls)
         await client.stop()
@@ -220,5 +222,7 @@ async def test_stopping_sends_nothing_to_a_dispatcher_that_does_not_know_the_nod
         ("http://10.0.0.2:8081", "http://10.0.0.1:9000", False),
     ],
 )
-def test_a_node_on_loopback_is_no_use_to_a_dispatcher_elsewhere(base_url: str, dispatcher: str, warned: bool) -> None:
+def test_a_node_on_a_loopback_address_is_a_warning_if_the_dispatcher_is_on_another_host(
+    base_url: str, dispatcher: str, warned: bool
+) -> None:
     assert (loopback_warning(base_url, dispatcher) is not None) == warned

@@ -13,7 +13,7 @@ from nodeagent.dispatcher.client import DispatcherClient
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
-MISDEEDS: dict[str, tuple[bytes, str]] = {
+FAULTS: dict[str, tuple[bytes, str]] = {
     "404": (b"HTTP/1.1 404 X\r\nContent-Length: 0\r\n\r\n", "404"),
     "500": (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "500"),
     "garbage": (b"SSH-2.0-OpenSSH_9.2\r\n", "call failed"),
@@ -26,30 +26,30 @@ MISDEEDS: dict[str, tuple[bytes, str]] = {
 
 
 class Server:
-    """Answers every request with the same bytes and closes; counts what it was asked."""
+    """Responds to every request with the same bytes and closes the connection; remembers the calls."""
 
     def __init__(self) -> None:
-        self.answer = OK
-        self.asked: list[str] = []
+        self.response = OK
+        self.calls: list[str] = []
 
     async def handle(self, stream: trio.SocketStream) -> None:
         async with stream:
             request = b""
             while b"\r\n\r\n" not in request:
                 request += await stream.receive_some(65536)
-            self.asked.append(request.split(b" ")[1].decode().rpartition("/")[2])
-            await stream.send_all(self.answer)
+            self.calls.append(request.split(b" ")[1].decode().rpartition("/")[2])
+            await stream.send_all(self.response)
 
     @asynccontextmanager
     async def listening(self, port: int = 0) -> AsyncIterator[int]:
         async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(partial(trio.serve_tcp, self.handle, port, host="127.0.0.1"))
+            listeners = await nursery.start(partial(trio.serve_tcp, self.handle, port, host="127.0.0.1"), name="server")
             yield listeners[0].socket.getsockname()[1]
             nursery.cancel_scope.cancel()
 
 
-class Impatient(random.Random):
-    """Every back-off comes out as its least."""
+class NoWait(random.Random):
+    """Makes every back-off and jitter 10 ms."""
 
     def uniform(self, a: float, b: float) -> float:
         return 0.01
@@ -57,40 +57,40 @@ class Impatient(random.Random):
 
 def client_at(port: int) -> DispatcherClient:
     url = f"http://127.0.0.1:{port}"
-    return DispatcherClient(url, token=None, node=FakeNodeSource(), heartbeat_interval_s=0.05, rng=Impatient())
+    return DispatcherClient(url, token=None, node=FakeNodeSource(), heartbeat_interval_s=0.05, rng=NoWait())
 
 
-async def until(true: Callable[[], bool]) -> None:
-    while not true():  # noqa: ASYNC110  (what is waited for happens in another program's stead)
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110  (the client has no event for its state)
         await trio.sleep(0.01)
 
 
-@pytest.mark.parametrize("misdeed", MISDEEDS)
-async def test_whatever_it_answers_the_client_names_it_and_is_back_when_it_is(misdeed: str) -> None:
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_bad_response_is_reported_and_a_good_one_ends_the_problem(fault: str) -> None:
     server = Server()
     with trio.fail_after(10):
         async with server.listening() as port, trio.open_nursery() as nursery:
             client = client_at(port)
-            await nursery.start(client.run)
-            await until(lambda: "heartbeat" in server.asked)
-            server.answer, said = MISDEEDS[misdeed]
+            await nursery.start(client.run, name="client")
+            await until(lambda: "heartbeat" in server.calls)
+            server.response, reported = FAULTS[fault]
             await until(lambda: client.problem is not None)
-            assert said in str(client.problem)
-            server.answer = OK
-            server.asked.clear()
-            await until(lambda: client.problem is None and "heartbeat" in server.asked)
-            assert ("register" in server.asked) == (misdeed == "404")
+            assert reported in str(client.problem)
+            server.response = OK
+            server.calls.clear()
+            await until(lambda: client.problem is None and "heartbeat" in server.calls)
+            assert ("register" in server.calls) == (fault == "404")
             nursery.cancel_scope.cancel()
 
 
-async def test_a_dispatcher_may_come_late_and_go_and_come_again() -> None:
+async def test_the_dispatcher_can_start_after_the_node_and_restart() -> None:
     server = Server()
     with trio.fail_after(10):
         async with server.listening() as port:
             pass
         async with trio.open_nursery() as nursery:
             client = client_at(port)
-            await nursery.start(client.run)
+            await nursery.start(client.run, name="client")
             await until(lambda: client.problem is not None)
             for _ in range(2):
                 async with server.listening(port):

@@ -1,4 +1,4 @@
-"""What a dispatcher's answer means: the protocol's table."""
+"""What the node does after each response: the table of the protocol."""
 
 import random
 from email.utils import formatdate
@@ -22,26 +22,26 @@ from nodeagent.dispatcher.responses import Accepted, DispatcherResponse, Refused
         (DispatcherResponse(200, body=b'{"heartbeat_interval_s": null}'), Accepted()),
     ],
 )
-def test_success_may_name_an_interval_within_bounds(response: DispatcherResponse, verdict: Verdict) -> None:
+def test_a_success_can_set_the_interval_within_bounds(response: DispatcherResponse, verdict: Verdict) -> None:
     assert interpret(response) == verdict
 
 
 @pytest.mark.parametrize(
     "body", [b"garbage", b"[]", b'{"heartbeat_interval_s": "soon"}', b'{"heartbeat_interval_s": NaN}']
 )
-def test_success_with_a_body_that_is_no_answer_is_none(body: bytes) -> None:
+def test_a_success_with_an_unusable_body_is_a_failure(body: bytes) -> None:
     assert isinstance(interpret(DispatcherResponse(200, body=body)), Refused)
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_a_node_that_is_unknown_registers_again(status: int) -> None:
+def test_a_node_that_the_dispatcher_does_not_know_registers_again(status: int) -> None:
     assert isinstance(interpret(DispatcherResponse(status)), Unknown)
 
 
 @pytest.mark.parametrize(
     ("status", "error"), [(409, True), (401, True), (403, True), (400, False), (500, False), (302, False)]
 )
-def test_other_answers_are_refusals_and_some_are_for_a_person_to_mend(status: int, error: bool) -> None:
+def test_other_statuses_are_failures_and_some_are_errors_for_a_person_to_fix(status: int, error: bool) -> None:
     verdict = interpret(DispatcherResponse(status))
     assert isinstance(verdict, Refused)
     assert (verdict.error, verdict.wait_s) == (error, None)
@@ -53,18 +53,18 @@ def test_other_answers_are_refusals_and_some_are_for_a_person_to_mend(status: in
     [("7", 7.0), ("0", 1.0), ("9999", 300.0), ("soon", None), ("nan", None), (None, None)],
 )
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_obeyed_within_bounds(status: int, value: str | None, wait_s: float | None) -> None:
+def test_retry_after_is_followed_within_bounds(status: int, value: str | None, wait_s: float | None) -> None:
     verdict = interpret(DispatcherResponse(status, {"retry-after": value} if value is not None else {}))
     assert isinstance(verdict, Refused)
     assert verdict.wait_s == wait_s
 
 
-def test_retry_after_may_be_a_date() -> None:
+def test_retry_after_can_be_a_date() -> None:
     verdict = interpret(DispatcherResponse(503, {"retry-after": formatdate(time() + 20, usegmt=True)}))
     assert isinstance(verdict, Refused)
     assert verdict.wait_s == pytest.approx(20, abs=2)
 
 
 @given(st.integers(1, 10_000), st.integers())
-def test_backing_off_stays_within_its_bounds(failures: int, seed: int) -> None:
+def test_a_back_off_stays_within_its_bounds(failures: int, seed: int) -> None:
     assert 0 <= backoff_s(failures, random.Random(seed)) <= min(60.0, 2.0 ** min(failures - 1, 10))
