@@ -299,7 +299,7 @@ def test_a_file_without_read_permission_is_refused_with_the_reason(tiny_model: P
 
 
 # The fixtures live for the whole session and are only read; each example writes its own file.
-many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=3 * settings().max_examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @many
