@@ -1,11 +1,11 @@
-"""One client's connection: reading, writing, the tasks of its applications, and its one way to end.
+"""One client's connection: reading, writing, the tasks of its requests, and how it ends.
 
-    reading ──(idle too long, answer over and not kept alive, client left, shutdown while idle)──> leaving ──> closed
+    reading ──(idle too long, answer over and not kept alive, client left, shutdown while idle)──> lingering ──> closed
 
-hypercorn's own TCPServer is not used: each way in which a client can hurt the daemon through it sits in a method that
-would have to be overridden. Here one cancel scope around the reading is the only thing that ends a connection, whoever
-decides; then one place closes the socket. All deciding is synchronous, so that an application that is cancelled can't
-lose a keep-alive timer or a close on the way.
+hypercorn's own TCPServer is not used: every method through which a client can harm the daemon would have to be
+overridden (README.md lists these traps). Here a connection ends in one way, whoever ends it: the cancel scope around
+the reading is cancelled, then one place closes the socket. All decisions are synchronous, so that the cancellation of
+a request can't lose a keep-alive timer or a close.
 """
 
 import logging
@@ -33,21 +33,21 @@ logger = logging.getLogger(__name__)
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 _RECEIVE_BYTES = 2**16
-# A client must read this much within the send time-out, whatever the size of the answer.
+# A client must read this much within the send timeout, however long the answer is.
 _SEND_BYTES = 2**16
-# How long a client that still sends is listened to after the last answer.
+# How long to read from a client that still sends after its last answer.
 _LINGER_S = 2.0
-# SO_LINGER on, with no time: closing drops what is unsent and resets the connection.
+# SO_LINGER with a time of zero: closing discards what is unsent and resets the connection.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class AbortResponse(Exception):
-    """Raised by the application in mid-answer to end the connection so that the client sees that it broke."""
+    """Raised by the application in mid-answer: end the connection so that the client sees a truncated answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What all connections of a server have in common. `context.terminated` is set once it drains."""
+    """What all connections of a server share. `context.terminated` is set when the server drains."""
 
     app: ASGIApp
     config: Config
@@ -57,17 +57,17 @@ class Shared:
 
 
 class Connection:
-    """One client's connection, and the tasks of its applications.
+    """One client's connection, and the tasks of its requests.
 
-    `reading` is cancelled to end the connection, by anyone. Its deadline and `_idle` change in `_become`. The socket is
-    closed by `run`, and by `_send` where half a write has spoilt it.
+    Anyone may cancel `reading` to end the connection. Its deadline and `_idle` change in `_become`. `run` closes the
+    socket, and so does `_send` after an incomplete write.
     """
 
     def __init__(self, shared: Shared, stream: trio.SocketStream) -> None:
         family, remote = stream.socket.family, stream.socket.getpeername()
         self.reading = trio.CancelScope()
         self.socket = stream.socket
-        self._peer = repr_socket_addr(family, remote)
+        self.peer = repr_socket_addr(family, remote)
         self._shared = shared
         self._stream = stream
         self._idle = True
@@ -84,8 +84,11 @@ class Connection:
         )
         self._nursery: trio.Nursery
 
+    def __repr__(self) -> str:
+        return f"<Connection {self.peer} {'idle' if self._idle else 'busy'}>"
+
     async def run(self) -> None:
-        """Serve the connection until it is over. Raises nothing but Cancelled; the socket is closed then."""
+        """Serve the connection until it ends, then close the socket. Raises nothing but Cancelled."""
         try:
             async with trio.open_nursery() as self._nursery:
                 self._become(idle=True)
@@ -95,19 +98,19 @@ class Connection:
                     await self._linger()
                 self._close()
         except* OSError as group:
-            logger.debug("%s: %s", self._peer, group.exceptions)
+            logger.debug("%s: %s", self.peer, group.exceptions)
         except* Exception:
-            logger.exception("%s: this connection failed and is closed; the others go on", self._peer)
+            logger.exception("%s: unexpected error; this connection is closed, the others go on", self.peer)
         finally:
             self._close()
 
     def drain(self) -> None:
-        """End the connection now if nothing is going on there; else it ends with its answer."""
+        """End the connection now if it is idle. Otherwise it ends after its answer."""
         if self._idle:
             self.reading.cancel()
 
     async def _read(self) -> bool:
-        """Feed the protocol until the connection is over; return whether it was the client who ended it."""
+        """Feed the protocol until the connection ends; return whether the client ended it."""
         with self.reading:
             while True:
                 try:
@@ -120,7 +123,7 @@ class Connection:
         return False
 
     async def _linger(self) -> None:
-        """Hear a client out that still sends: to close on unread bytes resets, and that can overtake the answer."""
+        """Read on while the client sends: to close with unread bytes is a reset, and that can overtake the answer."""
         if self._protocol.connection.their_state not in (h11.SEND_BODY, h11.ERROR):
             return
         with trio.move_on_after(_LINGER_S):
@@ -138,14 +141,14 @@ class Connection:
         self.socket.close()
 
     def _reset(self) -> None:
-        """Close so that the client can't take what it has for whole."""
-        # It may be closed already; on macOS one that the client has reset refuses the option.
+        """Close so that the client can't mistake a truncated answer for a complete one."""
+        # The socket may be closed already. On macOS, one that the client has reset rejects the option.
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.socket.close()
 
     async def protocol_send(self, event: Event) -> None:
-        """Do what the protocol wants done with the connection; but for writing, without a checkpoint."""
+        """Do what the protocol asks of the connection. Only writing has a checkpoint."""
         if isinstance(event, RawData):
             await self._send(event.data)
         elif isinstance(event, Closed):
@@ -158,42 +161,44 @@ class Connection:
         self.reading.deadline = trio.current_time() + self._shared.keep_alive_timeout_s if idle else float("inf")
 
     async def _send(self, data: bytes) -> None:
-        """Write all of it, or end the connection: nothing can follow half a write.
+        """Write all of it, or end the connection: nothing can follow an incomplete write.
 
-        So it needs no shield, and a client that does not read holds up neither the daemon nor its shutdown.
+        So it needs no shield, and a client that does not read delays neither the daemon nor its shutdown.
         """
-        whole = False
+        complete = False
         try:
             async with self._send_lock:
                 for start in range(0, len(data), _SEND_BYTES):
                     with trio.fail_after(self._shared.send_timeout_s):
                         await self._stream.send_all(data[start : start + _SEND_BYTES])
-            whole = True
+            complete = True
         except trio.TooSlowError:
-            logger.warning("%s: read nothing for %g s and is cut off", self._peer, self._shared.send_timeout_s)
+            logger.warning(
+                "%s: client read too little for %g s; closing the connection", self.peer, self._shared.send_timeout_s
+            )
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            logger.debug("%s: left: %s", self._peer, error)
+            logger.debug("%s: client left: %s", self.peer, error)
         finally:
-            if not whole:
+            if not complete:
                 self.reading.cancel()
                 self._reset()
 
     async def spawn_app(
         self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
     ) -> Callable[[Any], Awaitable[None]]:
-        """Start the application on a request; return what puts ASGI events before it (as hypercorn's TaskGroup)."""
+        """Start the application for a request; return what sends it ASGI events (as hypercorn's TaskGroup)."""
         to_app, from_client = trio.open_memory_channel[Any](config.max_app_queue_size)
 
         async def put(event: Any) -> None:
             if event["type"] == "http.disconnect":
-                # Past a full queue: an application that answers without having read the body would wait for its own
-                # reading here, and the connection would stay for ever.
+                # Not through the queue, which may be full: an application that answers without reading the body would
+                # wait here for its own reading, and the connection would never end.
                 to_app.close()
                 return
             try:
                 await to_app.send(event)
             except trio.ClosedResourceError:
-                logger.debug("%s: the rest of a body is dropped, its request is over", self._peer)
+                logger.debug("%s: discarding the rest of a body, its request has ended", self.peer)
 
         async def receive() -> Any:
             try:
@@ -201,7 +206,8 @@ class Connection:
             except trio.EndOfChannel:
                 return {"type": "http.disconnect"}
 
-        self._nursery.start_soon(self._run_app, app, scope, receive, send)
+        name = f"{scope['method']} {scope['path']} {self.peer}"
+        self._nursery.start_soon(self._run_app, app, scope, receive, send, name=name)
         return put
 
     async def _run_app(
@@ -210,17 +216,17 @@ class Connection:
         try:
             await app(scope, receive, send)
         except* AbortResponse as group:
-            logger.debug("%s: an answer is cut off on purpose: %s", self._peer, group.exceptions)
+            logger.debug("%s: answer aborted: %s", self.peer, group.exceptions)
         except* Exception:
-            logger.exception("%s: the application failed on %s %s", self._peer, scope["method"], scope["path"])
-        # An answer that is not whole by now ends with the connection, without its last chunk.
+            logger.exception("%s: the application failed on %s %s", self.peer, scope["method"], scope["path"])
+        # An answer that is incomplete by now ends with the connection, without its last chunk.
         await send(None)
 
 
 class _Turn:
-    """What the reader waits for while a request is buffered behind the one that is being answered.
+    """What the reader waits for while a pipelined request is buffered behind the one that is being answered.
 
-    Nobody reads the socket meanwhile, so the end of a client that left would be seen only after the answer.
+    Nothing reads the socket meanwhile, so a client that leaves would be noticed only after the answer.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -238,7 +244,7 @@ class _Turn:
 
     async def wait(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_when_the_client_leaves)
+            nursery.start_soon(self._end_when_the_client_leaves, name=f"watch for hang-up {self._connection.peer}")
             await self._come.wait()
             nursery.cancel_scope.cancel()
 
@@ -250,11 +256,11 @@ class _Turn:
 if sys.platform == "linux":
 
     async def _hung_up(sock: trio.socket.SocketType) -> None:
-        """Return when the peer has closed its side, though bytes of it are still unread.
+        """Return when the peer has closed its side, even if bytes from it are still unread.
 
-        An epoll that is asked about nothing else becomes readable itself then, and trio can wait for that.
+        An epoll for this event alone becomes readable itself then, and trio can wait for that.
         """
-        if sock.fileno() == -1:  # a failed send has just closed it
+        if sock.fileno() == -1:  # an incomplete write has just closed it
             return
         with select.epoll() as epoll:
             epoll.register(sock.fileno(), select.EPOLLRDHUP)
@@ -262,5 +268,5 @@ if sys.platform == "linux":
 else:
 
     async def _hung_up(sock: trio.socket.SocketType) -> None:
-        """Never return: without epoll, nothing tells the end from the unread bytes before it."""
+        """Never return: without epoll, the close can't be seen behind unread bytes."""
         await trio.sleep_forever()

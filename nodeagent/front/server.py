@@ -1,4 +1,4 @@
-"""The HTTP/1.1 server under the front: its listeners, its settings of hypercorn, and how it ends.
+"""The HTTP/1.1 server under the front: its listeners, hypercorn's settings, and the graceful shutdown.
 
 hypercorn parses requests and speaks ASGI; the connections are our own (`front/connection.py`).
 """
@@ -25,15 +25,15 @@ _BACKLOG = 1024
 
 
 async def bind(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
-    """Listen on every address that `host` means, all on one port, and say which; port 0 lets the system choose it.
+    """Listen on every address of `host`, all on one port, and return that port; 0 lets the system choose it.
 
-    Raises StartupError with one line for a person. The caller closes the listeners, unless `serve` gets them.
+    Raises StartupError with one line. The caller closes the listeners unless `serve` gets them.
     """
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise StartupError(f"can't listen on {place}: no address is known for {host!r} ({error})") from None
+        raise StartupError(f"can't listen on {place}: {host!r} has no address ({error})") from None
     dual_stack = len({family for family, *_ in found}) == 1
     listeners: list[trio.SocketListener] = []
     try:
@@ -50,8 +50,8 @@ async def bind(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
 def _listen(family: int, address: tuple[Any, ...], *, dual_stack: bool) -> trio.SocketListener:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # A restart must not wait for the connections of the last run to be forgotten. Never REUSEPORT: two agents
-        # would share the port silently.
+        # So that a restart need not wait until the kernel forgets the last run's connections. Never SO_REUSEPORT:
+        # two agents would share the port unnoticed.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual_stack)
@@ -66,11 +66,11 @@ def _listen(family: int, address: tuple[Any, ...], *, dual_stack: bool) -> trio.
 def _why(error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "another process listens there already (listen_host, listen_port)"
+            return "another process already listens there (listen_host, listen_port)"
         case errno.EADDRNOTAVAIL:
             return "no interface of this host has that address (listen_host)"
         case errno.EACCES:
-            return "ports below 1024 need a privilege that this process lacks (listen_port)"
+            return "ports below 1024 need a privilege that this process does not have (listen_port)"
         case _:
             return str(error)
 
@@ -85,22 +85,31 @@ async def serve(
     send_timeout_s: float = 60.0,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `app` (ASGI 3, scope `http` only: no lifespan, no WebSockets) until `shutdown`, then let it drain.
+    """Serve `app` (ASGI 3, scope `http` only: no lifespan, no WebSockets) until `shutdown`, then drain.
 
-    At `shutdown` the listeners and the idle connections close at once, so it is set only when balancers have had the
-    time to look elsewhere. Requests in flight get `graceful_timeout_s`; what is left of them is cut.
+    At `shutdown` the listeners and the idle connections close at once, so set it only after load balancers have had
+    time to use other nodes. Requests in flight get `graceful_timeout_s`; those that take longer are cut off.
 
-    `keep_alive_timeout_s` is how long a connection may be without a whole request head, from its start or from its
-    last answer: more than the idle time of the balancers in front, who else send on connections that just closed.
-    `send_timeout_s` is how long a client may take to read 64 KiB.
+    `keep_alive_timeout_s` is how long a connection may be without a complete request head, from its start or from its
+    last answer. It must be longer than the idle timeout of load balancers in front, or they send requests on
+    connections that have just closed. `send_timeout_s` is how long a client may take to read 64 KiB.
 
-    Cancelling closes everything at once, uncleanly. Takes the listeners over: they are closed however this ends.
+    Cancelling closes everything at once, uncleanly. The listeners are closed however this ends.
     """
     context = WorkerContext(max_requests=None)
-    server = _Server(Shared(app, _settings(), context, keep_alive_timeout_s, send_timeout_s))
+    server = _Server(
+        Shared(
+            app=app,
+            config=_settings(),
+            context=context,
+            keep_alive_timeout_s=keep_alive_timeout_s,
+            send_timeout_s=send_timeout_s,
+        )
+    )
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as accepting:
-            await accepting.start(partial(trio.serve_listeners, server.handle, listeners, handler_nursery=connections))
+            accept = partial(trio.serve_listeners, server.handle, listeners, handler_nursery=connections)
+            await accepting.start(accept, name="accept HTTP connections")
             task_status.started()
             await shutdown.wait()
             accepting.cancel_scope.cancel()
@@ -109,19 +118,20 @@ async def serve(
 
 
 class _Server:
-    """The connections. `drain` alone sets `terminated`; `handle` alone changes `connections`."""
+    """The open connections. Only `drain` sets `terminated`; only `handle` changes `_connections`."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._connections: set[Connection] = set()
 
     async def handle(self, stream: trio.SocketStream) -> None:
-        """One connection from accept to close. Its own errors end it alone."""
+        """Serve one connection from accept to close. Its errors end no other."""
         try:
             connection = Connection(self._shared, stream)
         except OSError as error:
-            logger.debug("a client left before it was heard: %s", error)
+            logger.debug("a client left before its connection was set up: %s", error)
             return
+        trio.lowlevel.current_task().name = f"connection {connection.peer}"  # trio names it after a function of its own
         self._connections.add(connection)
         try:
             await connection.run()
@@ -129,7 +139,7 @@ class _Server:
             self._connections.remove(connection)
 
     async def drain(self) -> None:
-        """Let each connection end with the answer that it is at; the idle ones end now."""
+        """End the idle connections now, and each other one after its current answer."""
         await self._shared.context.terminated.set()
         for connection in self._connections:
             connection.drain()
@@ -138,7 +148,7 @@ class _Server:
 def _settings() -> Config:
     return _hypercorn_config(
         accesslog=None,
-        # A logger that is handed over is used as it is; else hypercorn would put a handler of its own on stderr.
+        # hypercorn uses a given logger as it is. Otherwise it would add a handler of its own on stderr.
         errorlog=logging.getLogger("hypercorn.error"),
         h11_max_incomplete_size=HEADERS_MAX_BYTES,
         include_server_header=False,
@@ -146,7 +156,7 @@ def _settings() -> Config:
 
 
 def _hypercorn_config(**settings: object) -> Config:
-    """Make hypercorn's configuration; it takes a misspelt setting silently, so each name is checked here."""
+    """Make hypercorn's configuration. hypercorn accepts misspelt settings silently, so check each name."""
     config = Config()
     for name, value in settings.items():
         if not hasattr(config, name):

@@ -1,12 +1,15 @@
-"""Our server on a port of its own, and a client that speaks to it in bytes."""
+"""Our server on a port of its own, and a client that sends it bytes."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import trio
+from quart_trio import QuartTrio
 
 from nodeagent.front.server import ASGIApp, bind, serve
+
+GET = b"GET / HTTP/1.1\r\nHost: node\r\n\r\n"
+GET_AND_CLOSE = b"GET / HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Served:
         return Peer(await trio.open_tcp_stream("127.0.0.1", self.port))
 
     async def ask(self, request: bytes) -> bytes:
-        """Send on a connection of its own; return all that comes until the server closes it."""
+        """Send on a new connection; return everything that arrives until the server closes it."""
         async with await self.connect() as peer:
             await peer.send(request)
             return await peer.rest()
@@ -46,7 +49,7 @@ async def start_serving(
             await serve(app, listeners, shutdown=served.shutdown, task_status=task_status, **options)
         served.ended.set()
 
-    await nursery.start(partial(run))
+    await nursery.start(run, name="serve")
     return served
 
 
@@ -76,8 +79,25 @@ class Peer:
         return found + end
 
     async def rest(self) -> bytes:
-        """Read until the server closes; raises trio.BrokenResourceError where it resets."""
+        """Read until the server closes; raises trio.BrokenResourceError if it resets."""
         while data := await self.stream.receive_some():
             self._buffer += data
         found, self._buffer = self._buffer, b""
         return found
+
+
+def quart_app() -> QuartTrio:
+    """Answers `GET /` with "hello"."""
+    app = QuartTrio(__name__, static_folder=None)
+    app.config["RESPONSE_TIMEOUT"] = None
+
+    @app.get("/")
+    async def index() -> str:
+        return "hello"
+
+    return app
+
+
+async def assert_serves(served: Served) -> None:
+    answer = await served.ask(GET_AND_CLOSE)
+    assert answer.startswith(b"HTTP/1.1 200")
