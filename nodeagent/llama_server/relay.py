@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BYTES: Final = 256 * 1024
 _HEAD_MAX_BYTES: Final = 64 * 1024
-# llama-server closes a connection that was idle for 5 s.
+# llama-server closes a connection that was idle for 5 s; older ones are not used.
 _IDLE_MAX_S: Final = 4.0
 _IDLE_MAX_COUNT: Final = 8
 _CONNECT_TIMEOUT_S: Final = 5.0
@@ -36,9 +36,10 @@ class Upstream:
     all responses. What changes: these, and `_idle`, the idle connections with the times since when.
     """
 
-    def __init__(self, address: str, api_key: str) -> None:
+    def __init__(self, address: str, api_key: str, *, idle_max_s: float = _IDLE_MAX_S) -> None:
         self.address = address
         self.api_key = api_key
+        self._idle_max_s = idle_max_s
         self.closed = trio.Event()
         self.ends_as_asked = False
         self.in_flight = 0
@@ -86,7 +87,7 @@ class Upstream:
         now = trio.current_time()
         while self._idle:
             since, connection = self._idle.pop()
-            if now - since < _IDLE_MAX_S:
+            if now - since < self._idle_max_s:
                 return connection
             connection.close()
         return None

@@ -4,6 +4,7 @@ A model is known not to fit only if no setting of llama-server could make it fit
 """
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import trio
 
 from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
-from nodeagent.gguf.header import GgufHeader
-from nodeagent.llama_server.catalogue import Catalogue, misfit
+from nodeagent.gguf.header import GgufError, GgufHeader
+from nodeagent.llama_server.catalogue import Catalogue, bytes_on_device, misfit
 
 GIB = 2**30
 GPU = DeviceRef(device_id="gpu:0", backend="cuda", index=0, name="GPU", memory_total_bytes=24 * GIB)
@@ -76,6 +77,45 @@ def test_a_context_that_is_larger_than_the_hosts_memory_does_not_fit() -> None:
 def test_any_model_may_fit_on_a_device_whose_memory_is_unknown() -> None:
     unknown = DeviceRef(device_id="gpu:0", backend="cuda", index=0, name="GPU", memory_total_bytes=None)
     assert misfit(header(40 * GIB), model(gpu_layers=99), unknown) is None
+
+
+def test_slots_and_batch_size_are_part_of_the_estimate() -> None:
+    windowed = replace(header(1 * GIB), window=1024, layers_windowed=64)
+    one = bytes_on_device(windowed, model(ctx_size=32_768), GPU)
+    assert bytes_on_device(windowed, model(ctx_size=32_768, parallel=2), GPU) > one
+    assert bytes_on_device(windowed, model(ctx_size=32_768, ubatch_size=2048), GPU) > one
+    assert bytes_on_device(windowed, model(ctx_size=32_768), CPU) == one - 1 * GIB
+
+
+async def test_a_problem_is_logged_once_and_gone_when_the_file_is_repaired(caplog: pytest.LogCaptureFixture) -> None:
+    broken: set[str] = set()
+
+    def read(path: Path) -> GgufHeader:
+        if path.name in broken:
+            raise GgufError(path, "truncated")
+        return header(1 * GIB)
+
+    catalogue = Catalogue(read=read)
+    with trio.fail_after(5):
+        assert (catalogue.header("large"), catalogue.problem("large")) == (None, None)
+        broken.add("large.gguf")
+        await catalogue.inspect_all([model()])
+        assert (catalogue.header("large"), catalogue.problem("large")) == (None, "large.gguf: truncated")
+        assert caplog.messages == [
+            "model large can't be loaded: large.gguf: truncated; the file is checked again with each load"
+        ]
+        broken.clear()
+        assert await catalogue.inspect(model()) is None
+        assert (catalogue.header("large"), catalogue.problem("large")) == (header(1 * GIB), None)
+        broken.add("large.gguf")
+        assert await catalogue.inspect(model()) == "large.gguf: truncated"
+        assert catalogue.header("large") == header(1 * GIB), "as it was last read"
+
+
+async def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
+    with trio.fail_after(5):
+        problem = await Catalogue().inspect(ModelConfig(model_id="m", path=tmp_path / "m.gguf"))
+    assert problem == f"{tmp_path / 'm.gguf'}: no such file"
 
 
 async def test_a_mount_that_hangs_affects_only_its_own_models(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 import trio
 
+from fakes.http_stub import response, start_http_stub
 from nodeagent.llama_server.probe import LlamaServerProbe
 from supervisor.output import Output
 from supervisor.probe import NotReady, ProcessView
@@ -91,6 +92,21 @@ async def test_the_name_is_asked_for_once_in_each_generation(nursery: trio.Nurse
         await check(probe, Printed(line, generation=generation))
     assert server.asked == ["/health", "/v1/models", "/health", "/health", "/v1/models"]
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("body", ["not JSON", "[]", '{"data": [{}]}', '{"data": null}'])
+async def test_a_server_without_a_list_of_models_is_not_ready(body: str, nursery: trio.Nursery) -> None:
+    address = await start_http_stub(nursery, lambda _request_line, _body: response(body))
+    with pytest.raises(NotReady, match="/v1/models returned 200 and no list of models"):
+        await check(LlamaServerProbe("mine", "key"), Printed(f"listening on http://{address}"))
+    nursery.cancel_scope.cancel()
+
+
+def test_probes_that_ask_the_same_are_equal() -> None:
+    probe = LlamaServerProbe("mine", "key")
+    assert probe == LlamaServerProbe("mine", "key")
+    assert hash(probe) == hash(LlamaServerProbe("mine", "key"))
+    assert probe not in (LlamaServerProbe("other", "key"), LlamaServerProbe("mine", "another"), "mine")
 
 
 class Slow(Server):

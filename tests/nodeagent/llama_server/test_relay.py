@@ -1,10 +1,13 @@
 """HTTP to a server that behaves, and to servers that don't: real sockets and time."""
 
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from nodeagent.errors import UpstreamLost
 from nodeagent.llama_server.headers import forwardable
@@ -319,3 +322,82 @@ async def test_llama_servers_response_while_it_loads_is_recognized(
 def test_of_a_clients_headers_only_what_the_child_needs_is_forwarded() -> None:
     given = [("Content-Type", "application/json"), ("Authorization", "Bearer secret"), ("Cookie", "x"), ("Host", "h")]
     assert forwardable(given) == [(b"content-type", b"application/json")]
+
+
+async def test_the_repr_of_an_upstream_names_its_address_its_requests_and_its_idle_connections(
+    nursery: trio.Nursery,
+) -> None:
+    upstream = await serving(nursery, answering(PLAIN))
+    with trio.fail_after(5):
+        assert repr(upstream) == f"<Upstream {upstream.address}: 0 in flight, 0 idle connections>"
+        response = await ask(upstream)
+        assert repr(upstream) == f"<Upstream {upstream.address}: 1 in flight, 0 idle connections>"
+        assert repr(response) == f"<UpstreamResponse 200 from {upstream.address}, open>"
+        await body_of(response)
+        assert repr(upstream) == f"<Upstream {upstream.address}: 0 in flight, 1 idle connections>"
+        assert repr(response) == f"<UpstreamResponse 200 from {upstream.address}, complete>"
+        _since, connection = upstream._idle[0]
+        assert repr(connection) == f"<Connection to {upstream.address}, open>"
+        upstream.close()
+        assert repr(upstream) == f"<Upstream {upstream.address}: 0 in flight, 0 idle connections, closed>"
+        assert repr(connection) == f"<Connection to {upstream.address}, closed>"
+    finish(nursery)
+
+
+async def test_no_more_than_eight_connections_are_kept_idle(nursery: trio.Nursery) -> None:
+    upstream = await serving(nursery, answering(PLAIN))
+    with trio.fail_after(5):
+        responses = [await ask(upstream) for _ in range(10)]
+        assert upstream.in_flight == 10
+        for response in responses:
+            await body_of(response)
+        assert repr(upstream) == f"<Upstream {upstream.address}: 0 in flight, 8 idle connections>"
+    finish(nursery)
+
+
+async def test_a_connection_that_was_idle_for_too_long_is_not_used_again(nursery: trio.Nursery) -> None:
+    address = (await serving(nursery, answering(PLAIN))).address
+    upstream = Upstream(address, "key", idle_max_s=0.0)
+    with trio.fail_after(5):
+        await body_of(await ask(upstream))
+        _since, first = upstream._idle[0]
+        await body_of(await ask(upstream))
+    assert repr(first) == f"<Connection to {address}, closed>"
+    assert repr(upstream) == f"<Upstream {address}: 0 in flight, 1 idle connections>"
+    upstream.close()
+    finish(nursery)
+
+
+async def test_a_server_that_closes_every_connection_without_a_byte_is_lost(nursery: trio.Nursery) -> None:
+    async def hang_up(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+
+    upstream = await serving(nursery, hang_up)
+    with trio.fail_after(5), pytest.raises(UpstreamLost, match="closed the connection without a response"):
+        await ask(upstream)
+    assert upstream.in_flight == 0
+    finish(nursery)
+
+
+async def test_a_server_that_resets_the_connection_in_its_response_is_lost(nursery: trio.Nursery) -> None:
+    async def reset(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        await stream.send_all(PLAIN[:-3])
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    upstream = await serving(nursery, reset)
+    with trio.fail_after(5):
+        response = await ask(upstream)
+        with pytest.raises(UpstreamLost, match=r"the connection broke|before the response was complete"):
+            await body_of(response)
+    assert repr(response) == f"<UpstreamResponse 200 from {upstream.address}, closed>"
+    finish(nursery)
+
+
+async def test_a_connect_that_is_cancelled_leaves_nothing_open(autojump_clock: MockClock) -> None:
+    upstream = Upstream("127.0.0.1:1", "key")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await ask(upstream)
+    assert scope.cancelled_caught
+    assert upstream.in_flight == 0

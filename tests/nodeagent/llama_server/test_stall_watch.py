@@ -1,14 +1,16 @@
 """Busy servers that make no progress: the detector as a table, the watch in virtual time."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from fakes.http_stub import response, start_http_stub
 from nodeagent.llama_server.relay import Upstream
-from nodeagent.llama_server.stall_watch import Observation, StallDetector, Worker, watch
+from nodeagent.llama_server.stall_watch import OBSERVE_INTERVAL_S, Observation, StallDetector, Worker, observe, watch
 
 COUNTS = ((1, 100, 5),)
 STILL = Observation(at=0, in_flight=1, bytes_received=10, counts=COUNTS, cpu_s=7.0)
@@ -70,16 +72,20 @@ def test_the_little_cpu_time_that_probes_use_is_no_sign_of_progress() -> None:
     assert stalled_s({}, {"cpu_s": 7.01}, {"cpu_s": 7.02}) == 10
 
 
+def worker(upstream: Upstream, *, generation: int = 3, pid: int = 1, counts_cpu: bool = False) -> Worker:
+    return Worker(
+        child_id="gpu:0/m",
+        generation=generation,
+        pid=pid,
+        upstream=upstream,
+        stall_timeout_s=120.0,
+        counts_cpu=counts_cpu,
+    )
+
+
 async def watched(seen_at: Callable[[float, bool], Observation], seconds: float) -> list[tuple[float, str]]:
     failed: list[tuple[float, str]] = []
-    worker = Worker(
-        child_id="gpu:0/m",
-        generation=3,
-        pid=1,
-        upstream=Upstream("127.0.0.1:1", "key"),
-        stall_timeout_s=120.0,
-        counts_cpu=False,
-    )
+    watched = worker(Upstream("127.0.0.1:1", "key"))
 
     async def observe(_worker: Worker, *, with_counts: bool) -> Observation:
         return seen_at(trio.current_time(), with_counts)
@@ -89,7 +95,7 @@ async def watched(seen_at: Callable[[float, bool], Observation], seconds: float)
         failed.append((trio.current_time(), reason))
 
     with trio.move_on_after(seconds):
-        await watch(lambda: [] if failed else [worker], fail, observe=observe)
+        await watch(lambda: [] if failed else [watched], fail, observe=observe)
     return failed
 
 
@@ -122,3 +128,82 @@ async def test_the_server_is_not_asked_for_its_slots_while_bytes_flow(autojump_c
     assert await watched(flowing, 300) == []
     assert asked[0]
     assert not any(asked[1:])
+
+
+async def test_a_new_generation_starts_from_zero(autojump_clock: MockClock) -> None:
+    failed = []
+    upstream = Upstream("127.0.0.1:1", "key")
+
+    def workers() -> list[Worker]:
+        # A server that is replaced every 100 s, and is not there for a moment.
+        generation, second = divmod(trio.current_time() - began, 100)
+        return [worker(upstream, generation=int(generation))] if second > OBSERVE_INTERVAL_S else []
+
+    async def hung(_worker: Worker, *, with_counts: bool) -> Observation:
+        return Observation(at=trio.current_time(), in_flight=1, bytes_received=0, counts=COUNTS)
+
+    began = trio.current_time()
+    with trio.move_on_after(1000):
+        await watch(workers, lambda *failure: failed.append(failure), observe=hung)
+    assert failed == []
+
+
+SLOTS = """[
+    {"id": 0, "id_task": 7, "n_prompt_tokens_processed": 512, "next_token": [{"n_decoded": 3}]},
+    {"id": 1, "next_token": []}
+]"""
+
+
+async def test_the_counts_of_all_slots_are_observed(nursery: trio.Nursery) -> None:
+    requests = []
+
+    def respond(request_line: str, _body: str) -> bytes:
+        requests.append(request_line)
+        return response(SLOTS)
+
+    upstream = Upstream(await start_http_stub(nursery, respond), "key")
+    upstream.in_flight, upstream.bytes_received = 2, 100
+    with trio.fail_after(5):
+        with_counts = await observe(worker(upstream), with_counts=True)
+        assert (with_counts.counts, with_counts.cpu_s) == (((7, 512, 3), (0, 0, 0)), None)
+        assert (with_counts.in_flight, with_counts.bytes_received) == (2, 100)
+        assert (await observe(worker(upstream), with_counts=False)).counts is None
+    assert requests == ["GET /slots HTTP/1.1"]
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        response("not JSON"),
+        response('{"error": {"code": 503}}', status=503),
+        response("7"),
+        response('[{"next_token": 7}]'),
+        response('[{"id_task": "x"}]'),
+        b"",
+    ],
+    ids=["no JSON", "error", "no list", "no list of tokens", "no number", "closed"],
+)
+async def test_a_server_that_does_not_tell_its_slots_has_no_counts(reply: bytes, nursery: trio.Nursery) -> None:
+    upstream = Upstream(await start_http_stub(nursery, lambda _request_line, _body: reply), "key")
+    with trio.fail_after(5):
+        assert (await observe(worker(upstream), with_counts=True)).counts is None
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_does_not_answer_in_time_has_no_counts(nursery: trio.Nursery) -> None:
+    upstream = Upstream(await start_http_stub(nursery, lambda _request_line, _body: None), "key")
+    with trio.fail_after(10):
+        assert (await observe(worker(upstream), with_counts=True)).counts is None
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_cpu_time_of_a_process_grows_with_its_work_and_is_unknown_once_it_is_gone() -> None:
+    this = worker(Upstream("127.0.0.1:1", "key"), pid=os.getpid(), counts_cpu=True)
+    before = (await observe(this, with_counts=False)).cpu_s
+    assert before is not None
+    with trio.fail_after(30):
+        while ((await observe(this, with_counts=False)).cpu_s or 0.0) <= before:
+            sum(range(100_000))
+    gone = worker(Upstream("127.0.0.1:1", "key"), pid=2**22 + 1, counts_cpu=True)
+    assert (await observe(gone, with_counts=False)).cpu_s is None

@@ -1,0 +1,546 @@
+"""The servers of one device, over the real supervisor and fake processes, in virtual time."""
+
+import math
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from fakes.child_process import FakeProcess, FakeSpawner, Fate, FateProbe
+from nodeagent.config import ModelConfig
+from nodeagent.devices.values import DeviceMetrics, DeviceRef
+from nodeagent.errors import BackendUnavailable
+from nodeagent.gguf.header import GgufHeader
+from nodeagent.llama_server.device_servers import DeviceServers
+from nodeagent.llama_server.relay import Upstream
+from nodeagent.scheduling.seam import ServerState, ServerView
+from supervisor.probe import LivenessPolicy, ProcessView
+from supervisor.restart import RestartPolicy
+from supervisor.spec import ChildSpec
+from supervisor.supervisor import Supervisor
+
+GIB = 2**30
+NEVER_READY = Fate(ready_after_s=None)
+CRASHES = Fate(ready_after_s=None, exits_after_s=1.0)
+
+
+class PortProbe(FateProbe):
+    """Its addresses have a port, as those of servers have."""
+
+    async def check(self, process: ProcessView) -> str:
+        await super().check(process)
+        return f"127.0.0.1:{process.generation}"
+
+
+PROBE = PortProbe()
+
+
+def model(model_id: str, **keys: Any) -> ModelConfig:
+    return ModelConfig(model_id=model_id, path=Path(f"/m/{model_id}.gguf"), **keys)
+
+
+def spec(model_id: str, *, argument: str = "", max_restarts: int = 2) -> ChildSpec:
+    return ChildSpec(
+        child_id=f"cpu:0/{model_id}",
+        group="cpu:0",
+        argv=("llama-server", model_id, argument),
+        env={},
+        probe=PROBE,
+        start_timeout_s=20,
+        liveness=LivenessPolicy(interval_s=math.inf),
+        restart=RestartPolicy(max_restarts=max_restarts, cooldown_s=100),
+    )
+
+
+def header(layers: int = 10, size_bytes: int = 4 * GIB) -> GgufHeader:
+    return GgufHeader(
+        size_bytes=size_bytes,
+        layers=layers,
+        ctx_train=4096,
+        embedding_length=64,
+        heads_kv=(8,) * layers,
+        key_length=128,
+        value_length=128,
+        window=None,
+        layers_windowed=0,
+    )
+
+
+class Files:
+    """Implements `seams.ModelFiles`; each inspection takes `takes_s`."""
+
+    def __init__(self) -> None:
+        self.headers: dict[str, GgufHeader] = {}
+        self.problems: dict[str, str] = {}
+        self.takes_s = 0.0
+
+    def header(self, model_id: str) -> GgufHeader | None:
+        return self.headers.get(model_id)
+
+    def problem(self, model_id: str) -> str | None:
+        return self.problems.get(model_id)
+
+    async def inspect(self, model: ModelConfig) -> str | None:
+        await trio.sleep(self.takes_s)
+        return self.problem(model.model_id)
+
+
+class Readings:
+    """Implements `seams.DeviceReadings`."""
+
+    def __init__(self) -> None:
+        self.free_bytes: int | None = None
+        self.is_read = False
+        self.settled_at: list[float] = []
+
+    def latest(self, device_id: str) -> DeviceMetrics | None:
+        return DeviceMetrics(measured_at=0, memory_free_bytes=self.free_bytes) if self.is_read else None
+
+    async def settled(self, device_id: str) -> None:
+        self.settled_at.append(trio.current_time())
+
+
+class Hooks:
+    """Implements `seams.ServerHooks`; `calls` lists what was called. `ready_takes_s` None: there is nothing to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.ready_takes_s: float | None = None
+        self.error: OSError | None = None
+
+    def before_start(self, model: ModelConfig, spec: ChildSpec) -> bool:
+        self.calls.append(f"before_start {model.model_id}")
+        if self.error is not None:
+            raise self.error
+        return self.ready_takes_s is not None
+
+    async def after_ready(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
+        self.calls.append(f"after_ready {model.model_id} at {upstream.address}")
+        await trio.sleep(self.ready_takes_s or 0.0)
+
+    def after_start(self, spec: ChildSpec) -> None:
+        self.calls.append(f"after_start {spec.child_id}")
+
+    async def before_stop(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
+        self.calls.append(f"before_stop {model.model_id} at {upstream.address}")
+
+
+class Device:
+    """The servers of a device with the models `a` and `b`; its processes get `fates` in turn."""
+
+    def __init__(self, fates: Iterable[Fate | OSError], *, backend: str, patience_s: float, **keys: Any) -> None:
+        self.spawner = FakeSpawner(fates)
+        self.supervisor = Supervisor(spawner=self.spawner, on_event=lambda event: self.servers.handle(event))
+        self.files, self.readings, self.hooks = Files(), Readings(), Hooks()
+        self.models = {"a": model("a", **keys), "b": model("b", **keys)}
+        self.specs = {"a": spec("a"), "b": spec("b")}
+        self.patience_s = patience_s
+        self.servers = DeviceServers(
+            DeviceRef(device_id="cpu:0", backend=backend, index=0, name="device", memory_total_bytes=8 * GIB),
+            self.models,
+            self.specs,
+            "key",
+            supervisor=self.supervisor,
+            catalogue=self.files,
+            monitor=self.readings,
+            hooks=self.hooks,
+            patience_s=patience_s,
+        )
+
+    @property
+    def process(self) -> FakeProcess:
+        """The last process."""
+        return self.spawner.processes[-1]
+
+    def view(self, model_id: str = "a") -> ServerView[Upstream]:
+        [view] = [view for view in self.servers.views() if view.model_id == model_id]
+        return view
+
+    def upstream(self, model_id: str = "a") -> Upstream:
+        endpoint = self.view(model_id).endpoint
+        assert endpoint is not None
+        return endpoint
+
+    async def refused(self, model_id: str = "a") -> BackendUnavailable:
+        with pytest.raises(BackendUnavailable) as caught:
+            await self.servers.ensure(model_id)
+        return caught.value
+
+    async def give_up_on(self, model_id: str = "a") -> None:
+        """Return once the supervisor has given up on a model whose processes all crash; it has not cooled down yet."""
+        await self.refused(model_id)
+        await trio.sleep(30)
+        assert self.view(model_id).state is ServerState.FAILED
+
+
+@asynccontextmanager
+async def running_device(
+    *fates: Fate | OSError, backend: str = "cpu", patience_s: float = 1000.0, **keys: Any
+) -> AsyncIterator[Device]:
+    device = Device(fates, backend=backend, patience_s=patience_s, **keys)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(device.supervisor.run)
+        yield device
+        nursery.cancel_scope.cancel()
+
+
+async def test_ensure_returns_once_the_server_is_ready(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(ready_after_s=2.0), parallel=2, idle_unload_s=30) as device:
+        assert device.servers.views() == []
+        assert not device.servers.runs("a")
+        await device.servers.ensure("a")
+        view = device.view()
+        assert (view.state, view.slots, view.idle_unload_s, view.generation) == (ServerState.READY, 2, 30, 1)
+        assert device.upstream().address == "127.0.0.1:1"
+        assert device.upstream().api_key == "key"
+        assert device.servers.runs("a")
+        assert repr(device.servers) == "<DeviceServers cpu:0: running ['a']>"
+
+
+async def test_a_server_that_is_ready_is_not_started_again(autojump_clock: MockClock) -> None:
+    async with running_device() as device:
+        await device.servers.ensure("a")
+        upstream = device.upstream()
+        await device.servers.ensure("a")
+        assert len(device.spawner.processes) == 1
+        assert device.upstream() is upstream
+
+
+async def test_the_server_of_another_model_is_stopped_first_and_the_memory_is_waited_for(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device() as device:
+        await device.servers.ensure("a")
+        assert device.readings.settled_at == []
+        first = device.upstream()
+        await device.servers.ensure("b")
+        assert [view.model_id for view in device.servers.views()] == ["b"]
+        assert len(device.readings.settled_at) == 1
+        assert first.closed.is_set()
+        assert device.hooks.calls == [
+            *("before_start a", "after_ready a at 127.0.0.1:1", "after_start cpu:0/a"),
+            "before_stop a at 127.0.0.1:1",
+            *("before_start b", "after_ready b at 127.0.0.1:2", "after_start cpu:0/b"),
+        ]
+
+
+async def test_a_start_that_fails_is_refused_with_the_time_of_the_restart(autojump_clock: MockClock) -> None:
+    async with running_device(CRASHES, CRASHES) as device:
+        await device.refused()
+        refused = await device.refused()  # it joined the restart, which failed too
+        assert len(device.spawner.processes) == 2
+        assert refused.reason == "cpu:0: exited with code 1"
+        assert refused.retry_after_s is not None
+        assert refused.retry_after_s > 0
+        view = device.view()
+        assert (view.state, view.reason_code, view.endpoint) == (ServerState.BACKING_OFF, "exited", None)
+        assert view.retry_at == pytest.approx(trio.current_time() + refused.retry_after_s)
+        assert device.hooks.calls[-1] == "after_start cpu:0/a"
+
+
+async def test_the_last_lines_of_a_server_that_exited_are_in_the_refusal_and_in_its_view(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(CRASHES) as device:
+        refusals = []
+
+        async def ensure() -> None:
+            refusals.append(await device.refused())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ensure)
+            await trio.sleep(0.5)
+            device.process.output.feed(b"loading\nno memory\n")
+        assert refusals[0].reason == "cpu:0: exited with code 1; it last printed: loading | no memory"
+        reason = device.view().reason
+        assert reason is not None
+        assert reason.endswith("; it last printed: loading | no memory")
+
+
+@pytest.mark.parametrize(
+    ("fate", "code"),
+    [
+        (CRASHES, "exited"),
+        (Fate(ready_after_s=None, exits_after_s=1.0, code=-9), "killed_by_signal"),
+        (OSError(2, "No such file or directory"), "spawn_failed"),
+        (NEVER_READY, "start_timeout"),
+    ],
+    ids=["exited", "killed", "not spawned", "not ready"],
+)
+async def test_the_code_of_a_failed_start_is_its_cause(
+    fate: Fate | OSError, code: str, autojump_clock: MockClock
+) -> None:
+    async with running_device(fate) as device:
+        await device.refused()
+        assert (device.view().state, device.view().reason_code) == (ServerState.BACKING_OFF, code)
+
+
+async def test_a_server_that_is_reported_as_stalled_is_unhealthy_with_that_code(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(ignores_sigterm=True)) as device:
+        await device.servers.ensure("a")
+        upstream = device.upstream()
+        device.supervisor.fail("cpu:0/a", 1, "no progress")
+        await trio.sleep(0.1)
+        view = device.view()
+        assert (view.state, view.reason, view.reason_code) == (ServerState.UNHEALTHY, "no progress", "stalled")
+        assert (view.endpoint, device.servers.workers(1.0)) == (None, [])
+        await upstream.closed.wait()
+        assert not upstream.ends_as_asked
+
+
+async def test_a_model_that_was_given_up_on_is_an_obstacle_until_it_has_cooled_down(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(CRASHES, CRASHES, CRASHES) as device:
+        await device.give_up_on("a")
+        view = device.view()
+        obstacle = device.servers.obstacle("a")
+        assert obstacle is not None
+        assert (obstacle.reason, obstacle.retry_at, obstacle.reason_code) == (view.reason, view.retry_at, "exited")
+        assert not device.servers.runs("a")
+        refused = await device.refused()
+        assert refused.reason == f"cpu:0: {view.reason}"
+        assert len(device.spawner.processes) == 3
+        assert obstacle.retry_at is not None
+        await trio.sleep_until(obstacle.retry_at)
+        assert device.servers.obstacle("a") is None
+        await device.servers.ensure("a")
+        assert device.view().state is ServerState.READY
+
+
+async def test_a_model_that_is_given_up_on_while_its_file_is_checked_is_refused(autojump_clock: MockClock) -> None:
+    async with running_device(CRASHES, CRASHES, CRASHES) as device:
+        await device.refused()
+        assert device.view().state is ServerState.BACKING_OFF
+        device.files.takes_s = 60.0
+        refused = await device.refused()
+        assert device.view().state is ServerState.FAILED
+        assert len(device.spawner.processes) == 3
+        assert refused.retry_after_s is not None
+        assert 0 < refused.retry_after_s < 100
+
+
+async def test_a_restart_is_an_obstacle_only_if_it_comes_later_than_requests_wait(autojump_clock: MockClock) -> None:
+    async with running_device(CRASHES, CRASHES, patience_s=1000) as patient:
+        await patient.refused()
+        assert patient.servers.obstacle("a") is None
+    async with running_device(CRASHES, CRASHES, patience_s=0) as impatient:
+        await impatient.refused()
+        obstacle = impatient.servers.obstacle("a")
+        assert obstacle is not None
+        assert (obstacle.retry_at, obstacle.reason_code) == (impatient.view().retry_at, "exited")
+
+
+async def test_an_unusable_file_is_a_failed_server_and_refuses_the_load(autojump_clock: MockClock) -> None:
+    async with running_device() as device:
+        device.files.problems["a"] = "/m/a.gguf: no such file"
+        refused = await device.refused()
+        assert (refused.reason, refused.retry_after_s) == ("/m/a.gguf: no such file", None)
+        [view] = device.servers.views()
+        assert (view.model_id, view.state, view.reason) == ("a", ServerState.FAILED, "/m/a.gguf: no such file")
+        assert view.reason_code == "model_file_unusable"
+        with pytest.raises(BackendUnavailable, match="no such file"):
+            await device.servers.prepare("a")
+        assert device.spawner.processes == []
+
+
+async def test_a_model_that_does_not_fit_is_refused_before_its_file_is_checked(autojump_clock: MockClock) -> None:
+    async with running_device(backend="cuda", gpu_layers=99) as device:
+        device.files.headers["a"] = header(size_bytes=8 * GIB)
+        device.files.headers["b"] = header(size_bytes=4 * GIB)
+        obstacle = device.servers.obstacle("a")
+        assert obstacle is not None
+        assert (obstacle.reason_code, obstacle.retry_at) == ("does_not_fit", None)
+        assert (await device.refused()).reason == f"cpu:0: {obstacle.reason}"
+        assert device.servers.obstacle("b") is None
+        assert device.spawner.processes == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "free_bytes", "room"),
+    [
+        ("cuda", None, True),
+        ("cuda", 5 * GIB, True),
+        ("cuda", 4 * GIB, False),
+        ("cpu", 1 * GIB, True),
+        ("cpu", 0, False),
+    ],
+)
+async def test_a_copy_has_room_if_its_estimate_fits_into_the_free_memory(
+    backend: str, free_bytes: int | None, room: bool, autojump_clock: MockClock
+) -> None:
+    async with running_device(backend=backend) as device:
+        device.files.headers["a"] = header(size_bytes=4 * GIB)
+        assert device.servers.has_room("a"), "nothing was measured"
+        device.readings.is_read, device.readings.free_bytes = True, free_bytes
+        assert device.servers.memory_free_bytes() == free_bytes
+        assert device.servers.has_room("a") is room
+        assert device.servers.has_room("b"), "nothing is known of its file"
+
+
+async def test_the_memory_of_the_server_that_would_be_stopped_counts_as_free(autojump_clock: MockClock) -> None:
+    async with running_device(backend="cuda") as device:
+        device.files.headers |= {"a": header(size_bytes=4 * GIB), "b": header(size_bytes=5 * GIB)}
+        device.readings.is_read, device.readings.free_bytes = True, 2 * GIB
+        assert not device.servers.has_room("b")
+        await device.servers.ensure("a")
+        assert device.servers.has_room("b")
+        device.servers.replace({"b": device.models["b"]}, {"b": device.specs["b"]}, 1000)
+        assert not device.servers.has_room("b"), "the file of a model that was removed is unknown"
+
+
+async def test_a_server_whose_command_line_changes_is_named_and_restarted_by_the_next_load(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device() as device:
+        await device.servers.ensure("a")
+        device.specs = {"a": spec("a", argument="-c 4096"), "b": spec("b")}
+        assert device.servers.replace(device.models, device.specs, 1000) == ["a"]
+        assert device.view().state is ServerState.READY
+        await device.servers.ensure("a")
+        assert len(device.spawner.processes) == 2
+        assert "before_stop a at 127.0.0.1:1" not in device.hooks.calls, "its model is configured otherwise now"
+        assert device.servers.replace(device.models, device.specs, 1000) == []
+
+
+async def test_a_server_that_would_only_be_supervised_differently_runs_on(autojump_clock: MockClock) -> None:
+    async with running_device() as device:
+        await device.servers.ensure("a")
+        device.specs = {"a": spec("a", max_restarts=9), "b": spec("b")}
+        assert device.servers.replace(device.models, device.specs, 1000) == []
+        await device.servers.ensure("a")
+        assert len(device.spawner.processes) == 1
+
+
+async def test_the_running_server_of_a_model_that_is_removed_is_named_and_still_shown(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(parallel=4) as device:
+        await device.servers.ensure("a")
+        assert device.servers.replace({"b": device.models["b"]}, {"b": device.specs["b"]}, 1000) == ["a"]
+        assert (device.view().state, device.view().slots) == (ServerState.READY, 1)
+        obstacle = device.servers.obstacle("a")
+        assert obstacle is not None
+        assert (obstacle.reason, obstacle.reason_code) == ("it is no longer configured", "not_configured")
+        assert [worker.stall_timeout_s for worker in device.servers.workers(120.0)] == [120.0]
+        await device.servers.stop("a")
+        assert device.servers.views() == []
+        assert device.hooks.calls[-1] == "after_start cpu:0/a"
+
+
+async def test_a_model_that_has_failed_may_be_started_at_once_if_its_configuration_changes(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(CRASHES, CRASHES, CRASHES) as device:
+        await device.give_up_on("a")
+        device.servers.replace(device.models, device.specs, 1000)
+        assert device.servers.obstacle("a") is not None
+        device.specs = {"a": spec("a", argument="-c 4096"), "b": spec("b")}
+        device.servers.replace(device.models, device.specs, 1000)
+        assert device.servers.obstacle("a") is None
+        await device.servers.ensure("a")
+
+
+async def test_a_failed_model_that_is_removed_is_no_longer_shown(autojump_clock: MockClock) -> None:
+    async with running_device(CRASHES, CRASHES, CRASHES) as device:
+        await device.give_up_on("a")
+        device.servers.replace({"b": device.models["b"]}, {"b": device.specs["b"]}, 1000)
+        assert device.servers.views() == []
+
+
+async def test_a_failure_can_be_reset(autojump_clock: MockClock) -> None:
+    async with running_device(CRASHES, CRASHES, CRASHES) as device:
+        assert not device.servers.reset_failure("a")
+        await device.give_up_on("a")
+        assert device.servers.reset_failure("a")
+        assert device.servers.views() == []
+        await device.servers.ensure("a")
+        assert not device.servers.reset_failure("a")
+
+
+async def test_a_server_that_is_stopped_says_so_to_its_requests_and_one_that_crashes_does_not(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(Fate(exits_after_s=5.0)) as device:
+        await device.servers.ensure("a")
+        crashed = device.upstream()
+        await crashed.closed.wait()
+        assert not crashed.ends_as_asked
+        await device.servers.ensure("a")
+        stopped = device.upstream()
+        assert stopped is not crashed
+        await device.servers.stop("a")
+        assert stopped.closed.is_set()
+        assert stopped.ends_as_asked
+
+
+async def test_a_server_that_is_stopped_before_it_was_ready_has_no_requests(autojump_clock: MockClock) -> None:
+    async with running_device(NEVER_READY) as device:
+        with trio.move_on_after(2):
+            await device.servers.ensure("a")
+        assert device.view().state is ServerState.STARTING
+        await device.servers.stop("a")
+        assert device.servers.views() == []
+        assert device.hooks.calls == ["before_start a", "after_start cpu:0/a"]
+
+
+async def test_the_stall_watch_gets_the_ready_server(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(ready_after_s=2.0), stall_timeout_s=7) as device:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.servers.ensure, "a")
+            await trio.sleep(1)
+            assert device.servers.workers(120.0) == []
+        [worker] = device.servers.workers(120.0)
+        assert (worker.child_id, worker.generation, worker.pid) == ("cpu:0/a", 1, device.process.pid)
+        assert (worker.stall_timeout_s, worker.counts_cpu) == (7, True)
+        assert worker.upstream is device.upstream()
+
+
+async def test_the_cpu_time_of_a_gpu_server_does_not_count(autojump_clock: MockClock) -> None:
+    async with running_device(backend="cuda") as device:
+        await device.servers.ensure("a")
+        assert [(worker.counts_cpu, worker.stall_timeout_s) for worker in device.servers.workers(120.0)] == [
+            (False, 120.0)
+        ]
+
+
+async def test_a_server_counts_as_starting_until_after_ready_is_done(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(ready_after_s=1.0)) as device:
+        device.hooks.ready_takes_s = 2.0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.servers.ensure, "a")
+            await trio.sleep(2.5)
+            assert (device.view().state, device.view().endpoint) == (ServerState.STARTING, None)
+        assert device.view().state is ServerState.READY
+        assert device.hooks.calls[-1] == "after_start cpu:0/a"
+
+
+async def test_a_start_that_is_cancelled_in_after_ready_leaves_a_ready_server(autojump_clock: MockClock) -> None:
+    async with running_device() as device:
+        device.hooks.ready_takes_s = 100.0
+        with trio.move_on_after(5):
+            await device.servers.ensure("a")
+        assert device.view().state is ServerState.READY
+        assert device.hooks.calls[-1] == "after_start cpu:0/a"
+
+
+async def test_a_start_that_can_not_be_prepared_is_refused(autojump_clock: MockClock) -> None:
+    async with running_device() as device:
+        device.hooks.error = OSError(28, "No space left on device", "/state/kv")
+        assert (await device.refused()).reason == "cpu:0: /state/kv: No space left on device"
+        assert device.spawner.processes == []
+        assert device.hooks.calls == ["before_start a"]
+
+
+async def test_prepare_reads_the_file_of_the_next_model_ahead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    (tmp_path / "a.gguf").write_bytes(bytes(5000))
+    async with running_device() as device:
+        device.models["a"] = ModelConfig(model_id="a", path=tmp_path / "a.gguf")
+        with trio.fail_after(5):
+            await device.servers.prepare("a")
+    assert "cpu:0: reading ahead 5000 bytes of a" in caplog.messages
