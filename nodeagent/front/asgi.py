@@ -1,7 +1,7 @@
-"""What each request gets before the application sees it: an id, an exit stack, and bounds on its body.
+"""What each request gets before the application handles it: an id, an exit stack, and limits on its body.
 
-`Front` wraps the Quart-Trio application. It also answers what escapes it: refusals with their status, anything else
-with a 500 that names the request's id.
+`Front` wraps the Quart-Trio application. It also answers the exceptions that the application raises: a refusal with its
+status, anything else with a 500 that names the request's id.
 """
 
 import logging
@@ -26,8 +26,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
-# A body may take this long, and a second more for each 16 KiB that came: a slow line gets through, a client that
-# drips bytes to sit on the budget does not.
+# A body may take this long, and a second more for each 16 KiB received: enough for a slow line, but not for a client
+# that drips bytes to hold a part of the budget.
 _BODY_GRACE_S = 60.0
 _BODY_BYTES_PER_S = 2**14
 _BODIES_HELD = 4
@@ -36,26 +36,26 @@ _exit_stack: ContextVar[ExitStack] = ContextVar("exit_stack")
 
 
 def request_id() -> str:
-    """Return the id of the request that this task serves, "" outside of one. For answers and for logs."""
+    """Return the id of the request that this task serves, "" outside of one."""
     return request_id_var.get() or ""
 
 
 def exit_stack() -> ExitStack:
     """Return the stack whose callbacks run when this request ends, however it ends.
 
-    That is before the last bytes of the answer leave, so that a client that has them finds free what it held, or else
-    when the application is done. They are synchronous: neither a client that left nor a cancellation can lose one.
-    Raises LookupError outside of a request.
+    They run before the last bytes of the answer are sent, so that whatever the request held is free again once the
+    client has its answer; if no answer gets that far, when the application returns. Callbacks are synchronous: neither
+    a client that leaves nor a cancellation can lose one. Raises LookupError outside of a request.
     """
     return _exit_stack.get()
 
 
 class Front:
-    """The ASGI application that is served: `app`, with the requests that it can't be asked to handle kept away.
+    """The ASGI application that is served: `app`, without the requests that it can't handle.
 
-    `body_budget_bytes` bounds the request bodies held at once, for all requests together; a body counts, with its
-    Content-Length, from before it is read until its request is over. By default four of the longest fit. `node_id` goes
-    on every answer, as `X-Node-Id`.
+    `body_budget_bytes` limits the request bodies held at once by all requests together. A body counts, with its
+    Content-Length, from before it is read until its request ends. The default has room for four of the longest. Every
+    answer carries `node_id` as `X-Node-Id`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Front:
         identity = _identity(headers)
         request_id_var.set(identity)
         body = _Body(headers, receive, self._budget, self._max_request_bytes)
-        answer = _Answer(send, [*self._node_id, (b"x-request-id", identity.encode("ascii"))])
+        answer = _ResponseSender(send, [*self._node_id, (b"x-request-id", identity.encode("ascii"))])
         error: tuple[int, Headers, bytes] | None = None
         try:
             with ExitStack() as stack:
@@ -102,20 +102,20 @@ class Front:
         except* Refusal as group:
             error = refusal_response(_first(group), identity)
             if answer.started:
-                logger.warning("request %s is cut off: %s", identity, _first(group))
+                logger.warning("request %s: answer truncated: %s", identity, _first(group))
         except* Exception as failures:
             error = internal_error_response(identity)
             where = (scope["method"], scope["path"], identity)
             logger.error("%s %s failed (request %s)", *where, exc_info=_plainest(failures))
-        # What has begun can only break off now: the server closes uncleanly on an answer that is not whole.
+        # An answer that has begun can only be truncated: the server closes uncleanly if it is incomplete.
         if error is not None and not answer.started:
             await answer.refuse(*error, close=not body.complete)
 
 
-class _Answer:
-    """The way out: puts `marks`, headers of ours, on the answer, and knows whether it has begun.
+class _ResponseSender:
+    """Sends the answer with our own headers (`marks`), and knows whether it has begun.
 
-    `before_last` is called before the client can have the whole answer.
+    `before_last` is called before the client can have the complete answer.
     """
 
     def __init__(self, send: Send, marks: list[tuple[bytes, bytes]]) -> None:
@@ -140,7 +140,7 @@ class _Answer:
         await self._send(message)
 
     async def refuse(self, status: int, headers: Headers, content: bytes, *, close: bool) -> None:
-        """Answer with an error; `close` tells the client that the rest of its body won't be read."""
+        """Answer with an error. `close` tells the client that the rest of its body won't be read."""
         head = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers]
         head.append((b"content-length", b"%d" % len(content)))
         if close:
@@ -150,14 +150,14 @@ class _Answer:
 
 
 class _Budget:
-    """Bytes of request bodies held by all requests together."""
+    """The bytes of request bodies held by all requests together."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.held = 0
         self._limit_bytes = limit_bytes
 
     def take(self, count: int) -> None:
-        """Raise ServerBusy where that many more don't fit."""
+        """Count more bytes; raise ServerBusy if they exceed the limit."""
         if self.held + count > self._limit_bytes:
             raise ServerBusy(self._limit_bytes)
         self.held += count
@@ -167,7 +167,7 @@ class _Budget:
 
 
 class _Body:
-    """The way in: bounds a request's body in size and time, and knows how far it has come."""
+    """Receives a request's body within limits of size and time, and knows how much has arrived."""
 
     def __init__(self, headers: dict[bytes, bytes], receive: Receive, budget: _Budget, limit_bytes: int) -> None:
         self.disconnected = False
@@ -182,7 +182,7 @@ class _Body:
         self._began = trio.current_time()
 
     def admit(self) -> None:
-        """Refuse, before anything of it is read, a body that can't be taken."""
+        """Refuse a body that can't be accepted, before any of it is read."""
         if not self.complete and self._encoding.strip().lower() not in ("identity", ""):
             raise UnsupportedEncoding(self._encoding)
         self._grow(self._declared_bytes)
@@ -229,7 +229,7 @@ def _identity(headers: dict[bytes, bytes]) -> str:
 
 
 def _plainest(error: BaseException) -> BaseException:
-    """The error without the groups of one that nurseries wrap it in."""
+    """The error without the exception groups in which nurseries wrap a single one."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error

@@ -1,4 +1,4 @@
-"""What tells one conversation from another: the client's own word for it, or how it begins."""
+"""Which conversation a request belongs to: by an id that the client sends, or by how the conversation begins."""
 
 import hashlib
 import json
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def conversation_of(session: str | None, body: dict[str, Any]) -> str | None:
-    """A key that stays the same from turn to turn, None where there is nothing to tell it by.
+    """A key that stays the same from turn to turn, None if nothing identifies the conversation.
 
-    `session` is the header `X-Session-Id`; else the body's `prompt_cache_key` counts (OpenAI's field for this), else
-    the messages up to the user's first one, which every later turn repeats.
+    `session` is the header `X-Session-Id`. Without it the body's `prompt_cache_key` counts (OpenAI's field for this),
+    then the messages up to the user's first one, which every later turn repeats.
     """
     if session:
         return f"session {session[:256]}"

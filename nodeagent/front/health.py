@@ -1,7 +1,7 @@
-"""Health, for balancers and orchestrators.
+"""Health checks for load balancers and orchestrators.
 
-`/livez` (and `/healthz`) say that the event loop turns, and depend on nothing. `/readyz` gates traffic. `/health`
-answers as llama-server's own does, for clients that were written for it.
+`/livez` (and `/healthz`) is liveness: the process responds. It depends on nothing else. `/readyz` is readiness: send
+requests here. `/health` answers as llama-server's own, for clients written for it.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from quart import Blueprint, request
 from nodeagent.front.seam import Node
 from nodeagent.status import NodeStatus
 
-_TAKES_TRAFFIC = (NodeStatus.READY, NodeStatus.DEGRADED)
+_ACCEPTS_REQUESTS = (NodeStatus.READY, NodeStatus.DEGRADED)
 
 
 def blueprint(node: Node) -> Blueprint:
@@ -27,11 +27,11 @@ def blueprint(node: Node) -> Blueprint:
     async def ready() -> tuple[dict[str, Any], int]:
         state = node.state()
         answer = {"status": state.status.value, "reasons": list(state.reasons)}
-        if state.status in _TAKES_TRAFFIC and state.can_serve:
+        if state.status in _ACCEPTS_REQUESTS and state.can_serve:
             return answer, 200
-        # HAProxy's `disable-on-404` takes a 404 for "let the sessions here end, send no new ones".
-        drains = state.status in (NodeStatus.DRAINING, NodeStatus.STOPPING)
-        return answer, 404 if drains and request.args.get("drain") == "404" else 503
+        # With `http-check disable-on-404`, HAProxy lets the sessions here end and sends no new ones.
+        draining = state.status in (NodeStatus.DRAINING, NodeStatus.STOPPING)
+        return answer, 404 if draining and request.args.get("drain") == "404" else 503
 
     @routes.get("/health")
     async def health() -> tuple[dict[str, Any], int]:

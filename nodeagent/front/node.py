@@ -1,7 +1,7 @@
-"""The node's own paths: what it is and does, and what operators may do with it.
+"""The node's own paths: its inventory and queues, and what operators can do.
 
-What changes something, and what shows more than a client needs (events, logs), asks for the admin token. A web page
-never may: a request with an Origin is refused there, whatever token it has.
+A path that changes something, or shows more than a client needs (events, logs), requires the admin token. Web pages
+may not use it: a request with an Origin is refused there, whatever its token.
 """
 
 import hmac
@@ -18,7 +18,7 @@ from nodeagent.front.seam import Node, find_card
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane
 
-# So that a client, and what stands between, sees that the stream lives.
+# So that a client, and the proxies in between, see that the stream is alive.
 _PING_S = 15.0
 _LINES_MAX = 1000
 
@@ -117,7 +117,7 @@ def _authenticate(token: str) -> None:
 
 
 async def _fields(kinds: dict[str, type]) -> dict[str, Any]:
-    """The body's fields, none of which has to be there; null counts as left out."""
+    """The body's fields, all of them optional; null counts as missing."""
     body = await request.get_data(cache=False)
     try:
         given = json.loads(body or b"{}")
@@ -127,9 +127,11 @@ async def _fields(kinds: dict[str, type]) -> dict[str, Any]:
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
     for name, value in given.items():
         if name not in kinds:
-            raise InvalidRequest(f"{name!r} is not known here, only: {', '.join(kinds)}.", param=name)
+            raise InvalidRequest(
+                f"{name!r} is not a field of this request. It may have: {', '.join(kinds)}.", param=name
+            )
         if value is not None and not isinstance(value, kinds[name]):
-            wanted = "true or false" if kinds[name] is bool else "text"
+            wanted = "true or false" if kinds[name] is bool else "a string"
             raise InvalidRequest(f"{name!r} must be {wanted}, not {json.dumps(value)[:40]}.", param=name)
     return {name: value for name, value in given.items() if value is not None}
 
@@ -151,7 +153,7 @@ def _stream(source: AsyncIterator[bytes], content_type: str) -> Response:
 
 
 class _EventStream:
-    """The ring as server-sent events, from after a number on and without end."""
+    """The events after a given number as server-sent events, without end."""
 
     def __init__(self, ring: Ring[NodeEvent], last_seen: int) -> None:
         self._ring = ring
@@ -165,7 +167,7 @@ class _EventStream:
         page = self._ring.after(self._seen)
         if not page.items and not self._begun:
             self._begun = True
-            return b": nothing yet\n\n"  # the head goes out with the first bytes
+            return b": nothing yet\n\n"  # the response head is sent with the first bytes
         if not page.items:
             with trio.move_on_after(_PING_S):
                 await self._ring.more_than(page.last)
@@ -175,15 +177,15 @@ class _EventStream:
             return b": ping\n\n"
         first = page.last - len(page.items) + 1
         gap = [f"event: missed\ndata: {page.missed}\n\n"] if page.missed else []
-        told = [
+        events = [
             f"id: {number}\nevent: {event.kind}\ndata: {json.dumps(event.as_json())}\n\n"
             for number, event in enumerate(page.items, first)
         ]
-        return "".join(gap + told).encode()
+        return "".join(gap + events).encode()
 
 
 class _LineStream:
-    """The last lines of a ring and all that follow, without end."""
+    """The last lines of a log and all that follow, without end."""
 
     def __init__(self, ring: Ring[str], wanted: int) -> None:
         self._ring = ring

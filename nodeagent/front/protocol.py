@@ -1,4 +1,4 @@
-"""What is taken for a request: hypercorn's HTTP/1.1 over h11, made strict."""
+"""What the server accepts as a request: hypercorn's HTTP/1.1 over h11, made strict."""
 
 import uuid
 from collections.abc import Awaitable, Callable
@@ -15,15 +15,15 @@ from hypercorn.typing import Event as HypercornEvent
 
 from nodeagent.front.refusals import error_response
 
-# Headers, as most servers bound them.
+# Limits on headers, as most servers have them.
 HEADERS_MAX_COUNT = 100
 HEADERS_MAX_BYTES = 2**15
 
 
 class HttpProtocol(H11Protocol):
-    """hypercorn's HTTP/1.1, strict about what a request is, and without its ways out of HTTP/1.1.
+    """hypercorn's HTTP/1.1, strict about what a request is, and without its switches to other protocols.
 
-    An `Upgrade` (WebSocket, h2c) is ignored, as RFC 9110 allows: the request is answered as if it were not there.
+    An `Upgrade` (WebSocket, h2c) is ignored, as RFC 9110 allows: the request is answered as if it had none.
     """
 
     connection: "Parser"
@@ -47,7 +47,7 @@ class HttpProtocol(H11Protocol):
         self.can_read = can_read
 
     def ends_by_closing(self) -> bool:
-        """Whether an answer is unfinished whose end is the connection's, so that only a reset can show the break."""
+        """Whether an answer is incomplete that ends with its connection, so that only a reset shows the truncation."""
         return self.connection.our_state is h11.SEND_BODY and self.connection.their_http_version == b"1.0"
 
     async def stream_send(self, event: StreamEvent) -> None:
@@ -56,7 +56,7 @@ class HttpProtocol(H11Protocol):
         await super().stream_send(event)
 
     async def _check_protocol(self, event: h11.Request) -> None:
-        """Stay with HTTP/1.1: what looks like HTTP/2 is refused by the parser."""
+        """Stay with HTTP/1.1. The parser rejects what looks like HTTP/2."""
 
     async def _create_stream(self, request: h11.Request) -> None:
         self.stream = HTTPStream(
@@ -94,16 +94,16 @@ class HttpProtocol(H11Protocol):
 
 
 class Parser(h11.Connection):
-    """h11's parser, and the checks that it leaves to others.
+    """h11's parser, with the checks that it leaves to its user.
 
-    `complaint` is why the last request was refused, `answers_head` whether its answer has no body.
+    `complaint` says why the last request was rejected; `answers_head` whether its answer has no body.
     """
 
     complaint = ""
     answers_head = False
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        # Bytes after a client's last request are no reason to refuse that request, as h11 would.
+        # Bytes after a client's last request are no reason to reject that request, as h11 would.
         if self.their_state is h11.MUST_CLOSE and self.trailing_data[0]:
             return h11.PAUSED
         if self.their_state is h11.IDLE:
@@ -114,7 +114,7 @@ class Parser(h11.Connection):
                 self.answers_head = event.method == b"HEAD"
                 _check(event)
         except h11.RemoteProtocolError as error:
-            self.complaint = f"This is not a request that the node can read: {error}."
+            self.complaint = f"The request is malformed: {error}."
             raise
         return event
 
@@ -123,19 +123,19 @@ def _check(request: h11.Request) -> None:
     names = [name for name, _ in request.headers]
     size = sum(len(name) + len(value) for name, value in request.headers)
     if len(names) > HEADERS_MAX_COUNT or size + len(request.target) > HEADERS_MAX_BYTES:
-        limits = f"at most {HEADERS_MAX_COUNT} headers and {HEADERS_MAX_BYTES} bytes of them are taken"
+        limits = f"at most {HEADERS_MAX_COUNT} headers and {HEADERS_MAX_BYTES} bytes of headers are allowed"
         raise h11.RemoteProtocolError(limits, error_status_hint=431)
-    # Two lengths are how a request is smuggled past a proxy that believes the other one (RFC 9112, 6.1).
+    # With two lengths a request can be smuggled past a proxy that uses the other one (RFC 9112, 6.1).
     if b"content-length" in names and b"transfer-encoding" in names:
-        raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding exclude each other")
+        raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding")
     if request.http_version not in (b"1.0", b"1.1"):
-        raise h11.RemoteProtocolError("only HTTP/1.1 and 1.0 are spoken here", error_status_hint=505)
+        raise h11.RemoteProtocolError("only HTTP/1.1 and HTTP/1.0 are supported", error_status_hint=505)
     if not request.target.startswith((b"/", b"http://", b"https://")) and request.target != b"*":
         raise h11.RemoteProtocolError("the target must be a path")
 
 
 def _origin_form(target: bytes) -> bytes:
-    """Make `http://host/path?query`, which servers must accept too, into `/path?query`."""
+    """Turn `http://host/path?query`, which servers must accept too, into `/path?query`."""
     if target.startswith(b"/"):
         return target
     _, _, rest = target.partition(b"://")

@@ -21,7 +21,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a new configuration changed: models by what became of them, and keys that only a restart takes over."""
+    """What a new configuration changed: the models, and the keys that need a restart to take effect."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -45,46 +45,46 @@ class Node(Protocol):
         """Every configured model, in the configuration's order."""
 
     def state(self) -> NodeState:
-        """The node's word of state, with its reasons."""
+        """The node's status, with the reasons for it."""
 
     def inventory_json(self) -> bytes:
-        """The inventory: what registration and heartbeat say, with the facts of the configuration."""
+        """The inventory: what registration and heartbeat contain, and what is configured."""
 
     @property
     def admin_token(self) -> str:
-        """What operators show that they are."""
+        """The token by which operators authenticate."""
 
     @property
     def events(self) -> Ring[NodeEvent]:
-        """Every transition, the last thousand."""
+        """The last thousand state changes."""
 
     def log_of(self, device_id: str) -> Ring[str]:
-        """The last lines that the servers of a device printed; NoSuchDevice."""
+        """The last lines that the servers of a device printed. Raises NoSuchDevice."""
 
     async def load(self, model_id: str, device_id: str | None) -> str:
-        """Return the device on which the model is ready; the refusals of a request, or NoSuchDevice."""
+        """Load the model; return the device on which it is ready. Raises what a request raises, and NoSuchDevice."""
 
     def load_soon(self, model_id: str, device_id: str | None) -> None:
-        """Begin a load without waiting for it; what becomes of it is an event."""
+        """Begin a load without waiting for it. Its outcome is an event."""
 
     async def unload(self, model_id: str, *, force: bool) -> list[str]:
-        """Stop the model's servers, after their requests or at once; return the devices that had one."""
+        """Stop the model's servers after their requests, at once with `force`; return the devices that had one."""
 
     def drain(self) -> None:
-        """Take no new requests until `undrain`."""
+        """Accept no new requests until `undrain`."""
 
     def undrain(self) -> None:
-        """Take requests again; nothing if the node is on its way out."""
+        """Accept requests again. Does nothing if the node is shutting down."""
 
     async def reload(self) -> Reloaded:
-        """Take over the configuration file as it is now; ReloadRefused where it is bad."""
+        """Apply the configuration file as it is now. Raises ReloadRefused if it is bad."""
 
     def register(self) -> bool:
-        """Register anew with the dispatcher; False where there is none."""
+        """Register with the dispatcher again; False if none is configured."""
 
 
 def find_card(node: Node, model: str) -> ModelCard:
-    """The model of that id or alias; ModelNotFound."""
+    """The model of that id or alias. Raises ModelNotFound."""
     cards = node.cards()
     for card in cards:
         if model == card.model_id or model in card.aliases:
