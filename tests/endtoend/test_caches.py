@@ -1,4 +1,4 @@
-"""Conversations keep their cache, as the real server counts it: over slots, over devices, over a switch of models."""
+"""Conversations keep their cache, as the real server reports it: on slots, on devices, across a switch of models."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ RULES = "be kind and say little " * 12
 
 
 class Conversation:
-    """A conversation that grows by a turn with each question; all share a long system prompt."""
+    """A conversation that grows by one turn with each question; all share a long system prompt."""
 
     def __init__(self, http: httpx.Client, model: str, topic: str) -> None:
         self._http = http
@@ -21,7 +21,7 @@ class Conversation:
         self.device = ""
 
     def ask(self) -> tuple[int, int]:
-        """One turn; returns the prompt's cached tokens, and all of them."""
+        """Take one turn; return how many tokens of the prompt were cached, and how many it has."""
         self.messages.append({"role": "user", "content": f"{self._topic} {len(self.messages)} " * 6})
         body: dict[str, Any] = {
             "model": self._model,
@@ -38,7 +38,7 @@ class Conversation:
         return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
 
 
-def test_a_conversation_goes_on_from_its_kept_cache_after_a_switch_of_models(
+def test_a_conversation_continues_from_its_saved_cache_after_a_switch_of_models(
     llama_server: Path, tiny_model: Path, tiny_model_b: Path, tmp_path: Path
 ) -> None:
     models = [
@@ -55,9 +55,9 @@ def test_a_conversation_goes_on_from_its_kept_cache_after_a_switch_of_models(
         assert folder.stat().st_mode & 0o777 == 0o700
         cached, prompt = kept.ask()
         assert before <= cached < prompt
-        assert list(folder.iterdir()) == [], "used, and gone"
-        assert plain.ask()[0] == 0, "not asked to be kept"
-        # The same server again, with a file that somebody cut off: it would abort on that.
+        assert list(folder.iterdir()) == [], "used, and deleted"
+        assert plain.ask()[0] == 0, "it has no keep_kv"
+        # The same server again, with a truncated file, on which it would abort.
         [file] = folder.iterdir()
         file.write_bytes(file.read_bytes()[:-1])
         assert kept.ask()[0] == 0
@@ -78,7 +78,7 @@ def test_each_of_two_conversations_that_take_turns_keeps_its_slot(
             before[conversation] = prompt
 
 
-def test_a_conversation_goes_back_to_the_device_that_has_it_in_its_cache(
+def test_a_conversation_returns_to_the_device_that_has_it_in_its_cache(
     llama_server: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     models = [{"model_id": "tiny", "path": str(tiny_model), "ctx_size": 4096, "preload": False}]

@@ -1,10 +1,10 @@
 """Tiny random models that the real llama-server runs: a few hundred kilobytes, loaded in about 20 ms.
 
-They are of the llama architecture with random weights and a vocabulary of bytes and words, so what they say is word
-salad: greedy answers differ by prompt and by model, and are the same each time on one machine. Generation never ends
-by itself: with any sampler it runs to `max_tokens` (or the end of the context).
+They have the llama architecture, random weights and a vocabulary of bytes and words, so they generate random words:
+greedy responses differ by prompt and by model, and are the same each time on one machine. Generation never ends by
+itself: with any sampler it runs to `max_tokens` (or the end of the context).
 
-The same `TinyModel` gives the same bytes each time.
+The same `TinyModel` gives the same file each time.
 
 Measured with build b10434 on a small machine of two cores, one slot, `--no-warmup --fit off`:
 
@@ -33,7 +33,7 @@ _CONTROL_TOKENS: Final = ("<unk>", "<s>", "</s>")
 _BYTE_TOKENS: Final = 256
 _RANKS: Final = ("yes", "no")
 
-# One line for each message and one for the answer to come.
+# One line for each message, and the beginning of the response.
 _CHAT_TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -68,7 +68,7 @@ class TinyModel:
 
 TINY: Final = TinyModel(name="tiny", seed=1)
 TINY_B: Final = TinyModel(name="tiny-b", seed=6, layers=3, width=96, heads=6, heads_kv=3, feed_forward=192, words=200)
-# Slow because of its many layers, each of which costs all threads a few meetings, and not by its size.
+# Slow because all threads have to synchronize a few times in each of its many layers, and not because of its size.
 SLOW: Final = TinyModel(name="slow", seed=3, layers=40, width=32, heads=2, heads_kv=2, feed_forward=32, ctx_train=8192)
 EMBEDDER: Final = TinyModel(name="embedder", seed=4, pooling="mean")
 RERANKER: Final = TinyModel(name="reranker", seed=5, pooling="rank")
@@ -109,7 +109,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, model: TinyModel) -> None:
-    """SentencePiece's kind: any text can be told in byte tokens, and the words are what is generated."""
+    """A SentencePiece vocabulary: byte tokens can express any text, and the words are what is generated."""
     words = [f"\N{LOWER ONE EIGHTH BLOCK}{first}{second}" for first in _ALPHABET for second in _ALPHABET][: model.words]
     tokens = [*_CONTROL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(_BYTE_TOKENS)), *words]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]

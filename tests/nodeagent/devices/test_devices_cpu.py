@@ -1,4 +1,4 @@
-"""The host's processors as devices, and which backend a host is run with."""
+"""The host's CPUs as devices, and which backend is selected."""
 
 import logging
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def backend_of(*readings: list[CpuTimes]) -> CpuBackend:
     return CpuBackend(times=played(*readings), memory=lambda: Memory(total=16 * GIB, available=10 * GIB))
 
 
-def test_undeclared_the_host_is_one_device() -> None:
+def test_by_default_the_host_is_one_device() -> None:
     backend = CpuBackend()
     (device,) = backend.devices([])
     assert backend.discover() == [device]
@@ -55,12 +55,12 @@ def test_any_number_of_devices_may_be_declared_each_with_threads_and_cpus() -> N
     assert (first.device_id, first.index, first.threads, first.cpus) == ("cpu:1", 1, 4, None)
 
 
-def test_an_entry_of_the_configuration_is_taken_as_it_is() -> None:
+def test_an_entry_of_the_configuration_is_a_declared_device() -> None:
     (device,) = CpuBackend().devices([DeviceConfig.model_validate({"device_id": "cpu:0", "threads": 2, "cpus": [1]})])
     assert (device.threads, device.cpus) == (2, frozenset({1}))
 
 
-def test_every_declared_device_that_is_not_there_is_named_with_those_that_are() -> None:
+def test_every_declared_device_that_does_not_exist_is_named_with_those_that_do() -> None:
     with pytest.raises(ConfigError) as caught:
         CpuBackend().devices([Declared("cpu:1"), Declared("gpu:0"), Declared("cpu:x")])
     assert [str(problem) for problem in caught.value.problems] == [
@@ -69,7 +69,7 @@ def test_every_declared_device_that_is_not_there_is_named_with_those_that_are() 
     ]
 
 
-def test_a_reading_tells_what_can_be_had_without_swapping() -> None:
+def test_free_memory_is_what_can_be_used_without_swapping() -> None:
     backend = backend_of([CpuTimes(0, 0)])
     (device,) = backend.discover()
     assert backend.read(device, 12.5) == DeviceMetrics(
@@ -81,7 +81,7 @@ def test_a_reading_tells_what_can_be_had_without_swapping() -> None:
     )
 
 
-def test_the_utilisation_is_that_since_the_last_reading_over_all_cpus() -> None:
+def test_the_utilization_is_the_mean_since_the_last_reading_over_all_cpus() -> None:
     backend = backend_of(
         [CpuTimes(100, 1000), CpuTimes(500, 1000)],
         [CpuTimes(101, 1002), CpuTimes(502, 1002)],
@@ -91,7 +91,7 @@ def test_the_utilisation_is_that_since_the_last_reading_over_all_cpus() -> None:
     assert [backend.read(device, now).utilization_ratio for now in (0, 2, 4)] == [None, 0.75, 0.0]
 
 
-def test_devices_are_measured_apart_and_over_their_own_cpus_only() -> None:
+def test_each_device_is_measured_over_its_own_cpus_only() -> None:
     before = [CpuTimes(0, 0), CpuTimes(0, 0), CpuTimes(0, 0)]
     after = [CpuTimes(10, 10), CpuTimes(0, 10), CpuTimes(5, 10)]
     backend = backend_of(before, before, after, after)
@@ -100,13 +100,13 @@ def test_devices_are_measured_apart_and_over_their_own_cpus_only() -> None:
     assert [backend.read(device, 1).utilization_ratio for device in (one, two)] == [1.0, 0.25]
 
 
-def test_counters_that_stand_still_or_step_back_give_no_nonsense() -> None:
+def test_counters_that_do_not_change_or_decrease_give_a_valid_utilization() -> None:
     backend = backend_of([CpuTimes(10, 20)], [CpuTimes(10, 20)], [CpuTimes(9, 21)], [CpuTimes(20, 22)])
     (device,) = backend.discover()
     assert [backend.read(device, now).utilization_ratio for now in range(4)] == [None, None, 0.0, 1.0]
 
 
-def test_a_cpu_that_works_is_seen_to_work() -> None:
+def test_a_busy_cpu_has_a_utilization_above_zero() -> None:
     backend = CpuBackend()
     (device,) = backend.discover()
     backend.read(device, 0.0)
@@ -119,9 +119,9 @@ def test_a_cpu_that_works_is_seen_to_work() -> None:
 
 
 @pytest.mark.real
-def test_a_processor_is_called_as_it_calls_itself(tmp_path: Path) -> None:
+def test_the_name_of_a_cpu_is_its_model_name_or_else_its_architecture(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    # Linux on x86, and on arm64 where no name is told.
+    # Linux on x86, and on arm64, which has no model name.
     cpuinfo.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 7B12\nflags\t\t: fpu vme\n")
     assert cpu_name(cpuinfo) == "AMD EPYC 7B12"
     cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41\n")
@@ -151,27 +151,29 @@ def failing(error: DriverError) -> Callable[[], Backend]:
     return open_it
 
 
-def test_auto_takes_gpus_where_there_are_some() -> None:
+def test_auto_selects_the_gpus_if_there_are_any() -> None:
     backend = select("auto", backends={**BACKENDS, "cuda": cuda_on(FakeNvml(gpus=[FakeGpu(uuid="GPU-a")]))})
     assert backend.name == "cuda"
     backend.close()
 
 
-def test_auto_takes_the_cpu_on_a_host_without_a_driver_and_makes_no_fuss(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_selects_the_cpu_on_a_host_without_a_driver_and_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     backend = select("auto", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
     assert backend.name == "cpu"
     assert caplog.records == []
 
 
-def test_auto_takes_the_cpu_and_warns_where_the_driver_is_there_and_fails(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_selects_the_cpu_with_a_warning_if_the_driver_is_installed_and_fails(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     mismatch = DriverError("Failed to initialize NVML: Driver/library version mismatch")
     assert select("auto", backends={**BACKENDS, "cuda": failing(mismatch)}).name == "cpu"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "version mismatch" in caplog.text
 
 
-def test_auto_takes_the_cpu_where_the_driver_fails_when_asked_for_its_gpus(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_selects_the_cpu_if_the_driver_fails_to_list_its_gpus(caplog: pytest.LogCaptureFixture) -> None:
     nvml = FakeNvml(gpus=[FakeGpu(uuid="GPU-a")])
     driver = NvmlDriver(nvml)
     nvml.error = pynvml.NVML_ERROR_UNKNOWN
@@ -179,13 +181,13 @@ def test_auto_takes_the_cpu_where_the_driver_fails_when_asked_for_its_gpus(caplo
     assert "Unknown Error" in caplog.text
 
 
-def test_auto_takes_the_cpu_where_the_mask_hides_every_gpu_and_lets_go_of_the_driver() -> None:
+def test_auto_selects_the_cpu_and_releases_the_driver_if_the_mask_hides_every_gpu() -> None:
     nvml = FakeNvml(gpus=[FakeGpu(uuid="GPU-a")])
     assert select("auto", backends={**BACKENDS, "cuda": cuda_on(nvml, mask="")}).name == "cpu"
     assert nvml.initialised == 0
 
 
-def test_auto_takes_what_the_declared_devices_are_of() -> None:
+def test_auto_selects_the_backend_of_the_declared_devices() -> None:
     backends = {**BACKENDS, "cuda": cuda_on(FakeNvml(gpus=[FakeGpu(uuid="GPU-a")]))}
     assert select("auto", [Declared("cpu:0")], backends=backends).name == "cpu"
     assert select("auto", [Declared("gpu:0")], backends=backends).name == "cuda"
@@ -194,13 +196,13 @@ def test_auto_takes_what_the_declared_devices_are_of() -> None:
         select("auto", [Declared("gpu:0")], backends=backends)
 
 
-def test_a_backend_that_was_asked_for_by_name_is_never_replaced() -> None:
+def test_a_backend_that_is_configured_by_name_is_never_replaced() -> None:
     with pytest.raises(StartupError, match="backend cuda can't be used: no library"):
         select("cuda", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
 
 
 @pytest.mark.real
-def test_on_this_host_auto_gives_a_backend_with_a_device_that_can_be_read() -> None:
+def test_auto_finds_a_device_that_can_be_read_on_this_host() -> None:
     backend = select("auto")
     try:
         device, *_ = backend.devices([])

@@ -1,7 +1,4 @@
-"""NVIDIA GPUs, through a library that is a table and through recorded output of nvidia-smi.
-
-Where the output comes from is said with each.
-"""
+"""NVIDIA GPUs, with a fake library and with recorded output of nvidia-smi, whose source is named with each."""
 
 import logging
 import sys
@@ -25,7 +22,7 @@ from nodeagent.errors import ConfigError, StartupError
 
 MIB = 1 << 20
 
-# Made up, but in the shape of real ones; the second and third share a prefix.
+# Invented, in the format of real ones; the second and third share a prefix.
 UUIDS = (
     "GPU-c7b57be0-94ff-d352-a59b-d0ee00aeed43",
     "GPU-d6de6afc-bdfe-75c4-5273-0544439153fc",
@@ -75,7 +72,7 @@ def test_every_gpu_is_a_device_by_its_number_and_uuid() -> None:
         ("1", ["gpu:1"]),
         ("2,0", ["gpu:2", "gpu:0"]),
         (" 2 , 0 ", ["gpu:2", "gpu:0"]),
-        # Nothing from the first entry on that is not valid. The first of these is NVIDIA's own example.
+        # The first invalid entry hides itself and the rest. The first of these is NVIDIA's own example.
         ("0,2,-1,1", ["gpu:0", "gpu:2"]),
         ("-1", []),
         ("0,3,1", ["gpu:0"]),
@@ -87,17 +84,17 @@ def test_every_gpu_is_a_device_by_its_number_and_uuid() -> None:
         ("GPU-d6d", ["gpu:1"]),
         ("GPU-d6", []),
         ("GPU-ffff", []),
-        # Twice the same makes all of it invalid.
+        # A device that is named twice makes the whole mask invalid.
         ("0,0", []),
         ("1,2,1", []),
         ("MIG-unknown", []),
     ],
 )
-def test_a_mask_that_the_agent_was_started_under_is_honoured(mask: str | None, devices: list[str]) -> None:
+def test_the_mask_in_the_agents_environment_applies(mask: str | None, devices: list[str]) -> None:
     assert seen(mask) == devices
 
 
-def test_a_child_sees_its_one_gpu_whatever_the_mask_of_the_agent() -> None:
+def test_a_child_sees_only_its_own_gpu_whatever_the_mask_of_the_agent() -> None:
     backend = backend_on(three_gpus(), "2,1")
     first, second = backend.discover()
     assert backend.child_env(first) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": UUIDS[2]}
@@ -112,7 +109,7 @@ def test_a_gpu_without_a_uuid_is_pinned_by_its_number() -> None:
     assert backend.child_env(device)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
-def test_slices_of_gpus_in_the_mask_are_devices_and_passed_on_as_they_stand() -> None:
+def test_slices_of_gpus_in_the_mask_are_devices() -> None:
     nvml = three_gpus()
     slice_ = FakeGpu(
         uuid=MIG,
@@ -133,7 +130,7 @@ def test_slices_of_gpus_in_the_mask_are_devices_and_passed_on_as_they_stand() ->
     assert seen(f"{MIG},{MIG}", nvml) == []
 
 
-def test_a_reading_has_sizes_in_bytes_and_ratios_of_one() -> None:
+def test_a_reading_has_sizes_in_bytes_and_a_utilization_from_0_to_1() -> None:
     backend = backend_on(three_gpus())
     assert backend.read(backend.discover()[1], 7.0) == DeviceMetrics(
         measured_at=7.0,
@@ -146,7 +143,7 @@ def test_a_reading_has_sizes_in_bytes_and_ratios_of_one() -> None:
     )
 
 
-def test_what_a_gpu_does_not_have_is_unknown_and_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_value_that_a_gpu_does_not_have_is_unknown_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
     # A GPU that shares the host's memory: its NVML answers "Not Supported".
     backend = backend_on(
         FakeNvml(gpus=[FakeGpu(uuid=UUIDS[0], name="NVIDIA GB10", memory=None, utilization=0, milliwatts=None)])
@@ -157,7 +154,7 @@ def test_what_a_gpu_does_not_have_is_unknown_and_no_trouble(caplog: pytest.LogCa
     assert caplog.records == []
 
 
-def test_a_driver_that_disappears_leaves_the_metrics_unknown_warns_once_and_is_found_again(
+def test_a_driver_that_is_unloaded_leaves_the_metrics_unknown_with_one_warning_and_is_used_again_later(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -182,7 +179,7 @@ def test_a_driver_that_disappears_leaves_the_metrics_unknown_warns_once_and_is_f
     assert nvml.initialised == 1
 
 
-def test_a_gpu_that_is_lost_takes_no_other_with_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_that_is_lost_does_not_affect_the_others(caplog: pytest.LogCaptureFixture) -> None:
     nvml = three_gpus()
     backend = backend_on(nvml)
     first, second, third = backend.discover()
@@ -193,13 +190,39 @@ def test_a_gpu_that_is_lost_takes_no_other_with_it(caplog: pytest.LogCaptureFixt
     assert "GPU 1 is ignored: NVML: GPU is lost" in caplog.text
 
 
-def test_the_library_is_let_go_of() -> None:
+def test_close_shuts_the_library_down() -> None:
     nvml = three_gpus()
     backend = backend_on(nvml)
     backend.discover()
     backend.close()
     assert nvml.initialised == 0
     assert (nvml.calls["init"], nvml.calls["shutdown"]) == (1, 1)
+
+
+def test_a_library_that_fails_to_shut_down_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    nvml = three_gpus()
+    backend = backend_on(nvml)
+    nvml.initialised = 0  # someone else shut it down
+    backend.close()
+    assert caplog.messages == ["NVML could not be shut down: Uninitialized"]
+    backend.close()
+    assert nvml.calls["shutdown"] == 1
+
+
+def test_a_gpu_without_a_uuid_is_read_by_its_number() -> None:
+    assert NvmlDriver(three_gpus()).read(None, 2, 1.0).utilization_ratio == 0.37
+
+
+def test_a_gpu_that_fails_while_it_is_read_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
+    class LosesGpu(FakeNvml):
+        def nvmlDeviceGetTemperature(self, handle: object, sensor: int, /) -> int:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    backend = backend_on(LosesGpu(gpus=[FakeGpu(uuid=UUIDS[0])]))
+    (device,) = backend.discover()
+    assert backend.read(device, 1.0) == DeviceMetrics(measured_at=1.0)
+    assert caplog.messages == ["gpu:0 can't be measured: NVML: GPU is lost"]
 
 
 async def test_closing_does_not_wait_for_a_driver_that_hangs() -> None:
@@ -224,7 +247,7 @@ async def test_closing_does_not_wait_for_a_driver_that_hangs() -> None:
 
 
 @pytest.mark.parametrize("error", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED])
-def test_a_host_without_the_driver_is_told_from_one_with_a_broken_one(error: int) -> None:
+def test_an_absent_driver_is_distinguished_from_a_broken_one(error: int) -> None:
     with pytest.raises(DriverError) as caught:
         NvmlDriver(FakeNvml(error=error))
     assert caught.value.absent
@@ -233,14 +256,14 @@ def test_a_host_without_the_driver_is_told_from_one_with_a_broken_one(error: int
     assert not caught.value.absent
 
 
-def test_declared_devices_come_in_their_order_with_what_is_declared_of_them() -> None:
+def test_declared_devices_keep_their_order_and_their_threads_and_cpus() -> None:
     declared = [Declared("gpu:2", threads=4, cpus=frozenset({0, 1})), Declared("gpu:0")]
     third, first = backend_on(three_gpus()).devices(declared)
     assert (third.device_id, third.uuid, third.threads, third.cpus) == ("gpu:2", UUIDS[2], 4, frozenset({0, 1}))
     assert (first.device_id, first.threads, first.cpus) == ("gpu:0", None, None)
 
 
-def test_a_declared_device_that_is_not_there_is_named_with_those_that_are() -> None:
+def test_a_declared_device_that_does_not_exist_is_named_with_those_that_do() -> None:
     with pytest.raises(ConfigError) as caught:
         backend_on(three_gpus(), "0,1").devices([Declared("gpu:1"), Declared("gpu:2")])
     assert [str(problem) for problem in caught.value.problems] == [
@@ -248,7 +271,7 @@ def test_a_declared_device_that_is_not_there_is_named_with_those_that_are() -> N
     ]
 
 
-def test_no_gpu_at_all_says_so_and_names_the_mask() -> None:
+def test_if_there_is_no_gpu_the_error_names_the_mask() -> None:
     with pytest.raises(StartupError, match=r"^no NVIDIA GPU found$"):
         backend_on(FakeNvml()).devices([])
     with pytest.raises(StartupError, match=r"^no NVIDIA GPU found with CUDA_VISIBLE_DEVICES='-1'$"):
@@ -283,7 +306,7 @@ RTX_2080 = "0, GPU-22b2c6ac-2d49-4863-197c-9c469071178a, GeForce RTX 2080, 7979,
 GB10 = f"1, {UUIDS[1]}, NVIDIA GB10, [N/A], [N/A], [N/A], 0, 35, 11.17"
 
 
-def test_recorded_rows_are_read() -> None:
+def test_recorded_rows_are_parsed() -> None:
     (_, discrete), (unified, shared) = parse_smi(f"{RTX_2080}\n{GB10}\n")
     assert discrete == GpuReading(
         memory_total_bytes=7979 * MIB,
@@ -297,18 +320,18 @@ def test_recorded_rows_are_read() -> None:
     assert shared == GpuReading(utilization_ratio=0.0, temperature_celsius=35.0, power_watts=11.17)
 
 
-# Words for "no value" as reported to the projects i3pystatus (the first three; the second is of older drivers) and
+# Texts for "no value" as reported to the projects i3pystatus (the first three; the second is of older drivers) and
 # MindMiner (driver 442.19), and in the shape that nvidia-smi gives to the errors of NVML.
 @pytest.mark.parametrize(
     "word", ["[N/A]", "[Not Supported]", "[Unknown Error]", "N/A", "[GPU is lost]", "ERR!", "", "nan"]
 )
-def test_every_word_for_no_value_is_unknown(word: str) -> None:
+def test_every_text_for_a_missing_value_is_unknown(word: str) -> None:
     ((gpu, reading),) = parse_smi(f"0, {UUIDS[0]}, NVIDIA L4, {', '.join([word] * 6)}\n")
     assert gpu.memory_total_bytes is None
     assert reading == GpuReading()
 
 
-def test_lines_that_are_no_rows_are_left_out() -> None:
+def test_lines_that_are_no_rows_are_skipped() -> None:
     assert parse_smi("") == []
     assert parse_smi("Unable to determine the device handle for GPU 0000:0B:00.0: Unknown Error\n") == []
     assert parse_smi("No devices were found\n") == []
@@ -325,7 +348,9 @@ def test_gpus_are_found_and_read_by_the_command() -> None:
     assert backend.read(discrete, 1.0).memory_free_bytes == 7000 * MIB
 
 
-def test_slices_are_passed_on_though_the_command_tells_nothing_of_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_slices_are_devices_with_unknown_metrics_since_the_command_does_not_list_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     backend = CudaBackend(SmiDriver(played(ok(RTX_2080))), {"CUDA_VISIBLE_DEVICES": MIG})
     (device,) = backend.discover()
     assert backend.child_env(device)["CUDA_VISIBLE_DEVICES"] == MIG
@@ -336,7 +361,7 @@ def test_slices_are_passed_on_though_the_command_tells_nothing_of_them(caplog: p
     assert caplog.messages == [f"gpu:0 can't be measured: nvidia-smi does not list {MIG}"]
 
 
-def test_one_call_tells_of_all_gpus_that_are_read_in_one_go() -> None:
+def test_one_call_serves_all_gpus_that_are_read_one_after_the_other() -> None:
     calls = []
     run = played(ok(RTX_2080, GB10))
 
@@ -353,7 +378,7 @@ def test_one_call_tells_of_all_gpus_that_are_read_in_one_go() -> None:
     assert len(calls) == 2
 
 
-# Reported to the project gputil: what it says after the driver's packages were renewed under a running one.
+# Reported to the project gputil: its output after the driver's packages were upgraded while the driver was loaded.
 MISMATCH = SmiResult(18, "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 535.161\n")
 
 
@@ -379,12 +404,12 @@ def test_a_gpu_that_the_command_no_longer_lists_is_unknown(caplog: pytest.LogCap
     assert "nvidia-smi does not list GPU-22b2c6ac" in caplog.text
 
 
-def test_no_devices_is_an_answer() -> None:
+def test_no_devices_is_a_valid_result() -> None:
     assert SmiDriver(played(SmiResult(6, "No devices were found\n"))).gpus() == []
 
 
 @pytest.mark.real
-def test_a_command_that_can_not_be_used_is_told(tmp_path: Path) -> None:
+def test_a_command_that_can_not_be_used_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DriverError, match=r"^nvidia-smi: Failed to initialize NVML.* \(exit 18\)$"):
         SmiDriver(played(MISMATCH))
     with pytest.raises(DriverError, match="not found") as caught:
@@ -396,7 +421,7 @@ def test_a_command_that_can_not_be_used_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_command_is_run_and_its_words_are_kept_wherever_it_writes_them() -> None:
+def test_the_output_of_the_command_is_read_from_stdout_or_else_from_stderr() -> None:
     assert run_smi([sys.executable, "-c", "print('0, GPU-a')"]) == SmiResult(0, "0, GPU-a\n")
     said = run_smi([sys.executable, "-c", "import sys; sys.stderr.write('driver gone'); sys.exit(9)"])
     assert said == SmiResult(9, "driver gone")
@@ -413,7 +438,7 @@ def command(*results: SmiResult | DriverError) -> Callable[[], Driver]:
     return lambda: SmiDriver(played(*results))
 
 
-def test_the_command_is_used_only_where_the_library_can_not_be(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_command_is_used_only_if_the_library_can_not_be(caplog: pytest.LogCaptureFixture) -> None:
     assert open_driver(library(), command(MISMATCH)).gpus()[0].name == "NVIDIA L4"
     assert caplog.messages == []
     without_library = open_driver(library(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), command(ok(RTX_2080)))
@@ -422,7 +447,7 @@ def test_the_command_is_used_only_where_the_library_can_not_be(caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("smi_absent", [True, False])
-def test_where_neither_can_be_used_both_reasons_are_told(smi_absent: bool) -> None:
+def test_if_neither_can_be_used_the_error_has_both_reasons(smi_absent: bool) -> None:
     neither = DriverError("nvidia-smi: not found", absent=smi_absent)
     with pytest.raises(DriverError, match=r"^NVML: NVML Shared Library Not Found; nvidia-smi: not found$") as caught:
         open_driver(library(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), command(neither))

@@ -272,6 +272,18 @@ def test_values_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
         assert reason(path) == f"damaged: invalid value of {key}"
 
 
+def test_a_list_that_has_too_few_numbers_for_the_layers_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.gguf", lambda writer: writer.add_head_count_kv([2]))
+    assert reason(path) == "damaged: invalid value of llama.attention.head_count_kv"
+
+
+def test_a_header_that_is_longer_than_any_real_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 30))
+    os.truncate(path, 1 << 36)
+    assert reason(path) == "damaged: a header of over 128 MiB"
+
+
 def test_a_missing_key_that_llama_cpp_needs_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "model.gguf", architecture="llama")
     path.write_bytes(path.read_bytes().replace(b"llama.block_count", b"llama.block_c0unt"))
@@ -299,7 +311,9 @@ def test_a_file_without_read_permission_is_refused_with_the_reason(tiny_model: P
 
 
 # The fixtures live for the whole session and are only read; each example writes its own file.
-many = settings(max_examples=3 * settings().max_examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(
+    max_examples=3 * settings().max_examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @many

@@ -41,7 +41,7 @@ GPU = DeviceRef(device_id="gpu:1", backend="cuda", index=1, name="NVIDIA L4")
 
 @dataclass(frozen=True)
 class Pins:
-    """A backend as far as `launch` knows one."""
+    """The part of a backend that `command_line` uses."""
 
     env: Mapping[str, str] = field(default_factory=dict)
     args: Sequence[str] = ()
@@ -81,7 +81,7 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
     return args[args.index(flag) + 1] if flag in args else None
 
 
-def test_a_server_is_bound_to_a_port_of_its_own_on_the_loopback_and_told_its_name() -> None:
+def test_a_server_gets_its_own_port_on_the_loopback_and_its_alias() -> None:
     assert argv() == [
         "/opt/llama-server",
         *("-m", "/m/planner.gguf"),
@@ -111,7 +111,7 @@ def test_the_keys_of_a_model_become_flags() -> None:
 
 
 @pytest.mark.parametrize(("said", "word"), [("true", "on"), ("false", "off"), ("on", "on"), ("auto", "auto")])
-def test_flash_attention_is_always_passed_with_a_word(said: str, word: str) -> None:
+def test_flash_attention_always_has_a_value(said: str, word: str) -> None:
     assert value_of("-fa", argv(f"flash_attn: {said}")) == word
 
 
@@ -129,7 +129,7 @@ def test_flash_attention_is_always_passed_with_a_word(said: str, word: str) -> N
         (cpu(threads=1, cpus=frozenset({0, 3})), "", "1", "1"),
     ],
 )
-def test_the_models_threads_win_over_the_devices(
+def test_the_threads_of_the_model_take_precedence_over_those_of_the_device(
     device: DeviceRef, keys: str, threads: str | None, threads_batch: str | None
 ) -> None:
     args = argv(keys, device)
@@ -137,27 +137,27 @@ def test_the_models_threads_win_over_the_devices(
     assert (value_of("-t", args), value_of("-tb", args)) == (threads, threads_batch)
 
 
-def test_further_flags_come_last_and_replace_what_the_agent_only_suggests() -> None:
+def test_server_args_come_last_and_replace_the_agents_defaults() -> None:
     args = argv("server_args: {threads_http: 9, no_mmap: true, mlock: false}")
 
     assert args[-3:] == ["--threads-http", "9", "--no-mmap"]
     assert args.count("--threads-http") == 1
 
 
-def test_a_models_arguments_are_what_its_configuration_says_and_no_more() -> None:
+def test_a_models_arguments_are_only_those_of_its_configuration() -> None:
     said = model("ctx_size: 8, threads: 2, flash_attn: false, server_args: {no_mmap: true, np: 3}")
 
     assert shlex.join(model_arguments(said)) == "-np 3 -c 8 -fa off -t 2 --no-mmap"
 
 
-def test_of_several_slots_each_conversation_keeps_its_own_unless_the_configuration_says_otherwise() -> None:
+def test_with_several_slots_each_conversation_keeps_its_own_by_default() -> None:
     assert value_of("-sps", argv("parallel: 2")) == "0.95"
     assert value_of("-sps", argv()) is None
     assert value_of("-sps", argv("parallel: 2, server_args: {sps: 0.5}")) == "0.5"
     assert value_of("-sps", argv("parallel: 2, server_args: {cache_ram: 0}")) is None
 
 
-def test_a_kept_cache_has_a_folder() -> None:
+def test_a_model_with_keep_kv_has_a_folder_for_saved_caches() -> None:
     assert value_of("--slot-save-path", argv("keep_kv: true")) == "/state/kv"
     assert value_of("--slot-save-path", argv()) is None
     assert value_of("--slot-save-path", argv("server_args: {slot_save_path: /mine}")) == "/mine"
@@ -176,7 +176,7 @@ def test_a_cpu_device_offloads_to_no_gpu() -> None:
     assert value_of("--device", command(model("gpu_layers: 99"), CPU, CpuBackend(), BINARY, KV).argv) == "none"
 
 
-def test_a_server_inherits_neither_llama_servers_settings_nor_what_systemd_told_the_agent() -> None:
+def test_a_server_inherits_neither_llama_servers_settings_nor_the_variables_of_systemd() -> None:
     environ = {
         "PATH": "/bin",
         "LD_LIBRARY_PATH": "/opt/lib",
@@ -209,7 +209,7 @@ def spec(more: str = "") -> ChildSpec:
     )
 
 
-def test_a_child_is_of_its_devices_group_and_has_its_times_from_the_configuration() -> None:
+def test_a_child_is_in_the_group_of_its_device_and_has_the_configured_times() -> None:
     child = spec(
         "llama_server_startup_limit_s: 50\nllama_server_probe_interval_s: 0.25\nllama_server_stop_grace_s: 3\n"
     )
@@ -219,7 +219,7 @@ def test_a_child_is_of_its_devices_group_and_has_its_times_from_the_configuratio
     assert (child.start_timeout_s, child.probe_interval_s, child.stop.grace_s) == (50.0, 0.25, 3.0)
 
 
-def test_the_key_is_in_the_environment_and_nowhere_else() -> None:
+def test_the_key_is_only_in_the_environment() -> None:
     child = spec()
 
     assert child.env == {
@@ -231,7 +231,7 @@ def test_the_key_is_in_the_environment_and_nowhere_else() -> None:
     assert not any("s3cret" in part for part in child.argv)
 
 
-def test_what_would_be_run_is_shown_for_each_model_and_device_as_a_shell_takes_it() -> None:
+def test_what_would_be_run_is_shown_as_a_shell_command_for_each_model_and_device() -> None:
     two = parse_config(
         "models: [{model_id: a, path: '/m/my model.gguf'}, {model_id: b, path: /m/b.gguf}]", Path("/etc/agent.yaml")
     )
@@ -289,7 +289,7 @@ def wait_loaded(client: httpx.Client) -> None:
         time.sleep(0.01)
 
 
-def test_the_real_server_takes_every_flag_and_answers_to_its_name_and_key_only(
+def test_the_real_server_accepts_every_flag_and_only_its_own_alias_and_key(
     tiny_model: Path, llama_server: Path
 ) -> None:
     whole = parse_config(
@@ -328,7 +328,7 @@ models:
         assert client.post("/v1/chat/completions", json=question).status_code == 401
 
 
-def test_the_real_server_stops_in_mid_stream_soon_after_sigterm(slow_model: Path, llama_server: Path) -> None:
+def test_the_real_server_stops_soon_after_sigterm_even_in_a_stream(slow_model: Path, llama_server: Path) -> None:
     """What the shorter SSE ping is for: by default it goes on for up to 30 s."""
     slow = parse_config(f"models: [{{model_id: slow, path: {slow_model}}}]", Path("/etc/agent.yaml"))
     child = child_spec(

@@ -452,6 +452,16 @@ async def test_a_failed_model_that_is_removed_is_no_longer_shown(autojump_clock:
         assert device.servers.views() == []
 
 
+async def test_a_removed_model_whose_server_fails_later_is_not_shown(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(exits_after_s=5.0), CRASHES, CRASHES) as device:
+        await device.servers.ensure("a")
+        device.servers.replace({"b": device.models["b"]}, {"b": device.specs["b"]}, 1000)
+        await trio.sleep(6)
+        assert device.view().state in (ServerState.BACKING_OFF, ServerState.STARTING)
+        await trio.sleep(30)
+        assert device.servers.views() == []
+
+
 async def test_a_failure_can_be_reset(autojump_clock: MockClock) -> None:
     async with running_device(CRASHES, CRASHES, CRASHES) as device:
         assert not device.servers.reset_failure("a")

@@ -1,4 +1,4 @@
-"""The tiny models do on the real llama-server what other tests take for granted."""
+"""The tiny models behave on the real llama-server as other tests expect."""
 
 import hashlib
 import os
