@@ -28,8 +28,10 @@ def defined(path: Path) -> set[str]:
 
 
 def found(name: str, beside: Path) -> Path | None:
-    """The file that a README means: from the repository's root, from its own folder, or from `nodeagent/`."""
-    candidates = (ROOT / name, beside.parent / name, ROOT / "nodeagent" / name)
+    """The file that a README means: from the repository's root, from its own folder, from that folder's tests, or from
+    `nodeagent/`."""
+    own_tests = ROOT / "tests" / beside.parent.relative_to(ROOT)
+    candidates = (ROOT / name, beside.parent / name, own_tests / name, ROOT / "nodeagent" / name)
     return next((path for path in candidates if path.exists()), None)
 
 
