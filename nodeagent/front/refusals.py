@@ -38,7 +38,7 @@ from nodeagent.errors import (
 _RETRY_AFTER_MAX_S = 120.0
 # A request that frees its body may end at any moment; nothing better is known.
 _BUSY_RETRY_S = 1.0
-# A model file that can't be used may be mounted or repaired; nobody knows when.
+# A model file that can't be used may be mounted or repaired, at an unknown time.
 _UNKNOWN_RETRY_S = 30.0
 # How much of a client's value an error repeats.
 _ECHO_CHARS = 100

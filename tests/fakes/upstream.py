@@ -94,7 +94,7 @@ class FakeResponse(UpstreamResponse):
         await trio.sleep(self._act.chunk_s)
         if self._act.loss is not None and self._played == self._act.lost_after:
             self._fake.on_loss(self._act.loss)
-            raise UpstreamLost(self._fake.address, "closed the connection before its answer was whole")
+            raise UpstreamLost(self._fake.address, "closed the connection before its answer was complete")
         if self._played == len(self._act.chunks):
             self.close()
             return None

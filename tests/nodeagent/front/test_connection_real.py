@@ -199,7 +199,7 @@ async def test_a_request_behind_the_last_answer_does_not_keep_the_connection(nur
 
 
 async def hello_at_last(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-    """Answers without having read the body, when no more of it can come because nobody reads it."""
+    """Answers without having read the body, when no more of it can arrive because nothing reads it."""
     await wait_all_tasks_blocked()
     await hello(scope, receive, send)
 

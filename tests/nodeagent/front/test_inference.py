@@ -259,7 +259,7 @@ async def test_an_event_stream_whose_server_is_stopped_on_purpose_says_so(
         _first, event = await chunks_until_abort(node)
         assert error_in(event)["error"]["code"] == "backend_unavailable"
         await trio.sleep(1)
-    assert await node.body() == b'{"choices": []}', "nobody is to blame"
+    assert await node.body() == b'{"choices": []}', "no crash is recorded"
 
 
 async def test_an_answer_that_is_no_stream_is_aborted_without_another_byte(

@@ -148,8 +148,8 @@ def test_retry_after_is_sent_exactly_where_a_retry_may_help() -> None:
 
 
 def test_clients_are_told_not_to_retry_a_body_that_crashed_two_servers() -> None:
-    told = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
-    assert told == {"BackendCrashed", "PoisonedRequest"}
+    final = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
+    assert final == {"BackendCrashed", "PoisonedRequest"}
 
 
 def test_what_a_client_sent_is_echoed_short_and_safe() -> None:
