@@ -32,7 +32,7 @@ class LlamaServerProbe:
         return hash(self._alias)
 
     async def check(self, process: ProcessView) -> str:
-        """Return the child's address, host:port; raise NotReady. The alias is checked once per generation."""
+        """Return the child's address, IP:port; raise NotReady. The alias is checked once per generation."""
         if self._known is not None and self._known[0] == process.generation:
             address = self._known[1]
             await self._check_health(address)

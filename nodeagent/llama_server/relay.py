@@ -29,7 +29,7 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Upstream:
-    """One generation of a server, at one address (host:port).
+    """One generation of a server, at one address (IP:port).
 
     `closed` is set once that generation is gone. `ends_as_asked` means that it was asked to stop, so no request is to
     blame for its end. `in_flight` counts the requests that were sent and not closed; `bytes_received` is the total of

@@ -15,7 +15,7 @@ def response(body: str, *, status: int = 200) -> bytes:
 
 
 async def start_http_stub(nursery: trio.Nursery, respond: Respond) -> str:
-    """Serve in the nursery; return the address, host:port."""
+    """Serve in the nursery; return the address, IP:port."""
 
     async def handle(stream: trio.SocketStream) -> None:
         async with stream:
