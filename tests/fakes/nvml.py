@@ -7,6 +7,14 @@ import pynvml
 
 GIB = 1 << 30
 
+# Invented, in the format of real ones; the second and third share a prefix.
+UUIDS = (
+    "GPU-c7b57be0-94ff-d352-a59b-d0ee00aeed43",
+    "GPU-d6de6afc-bdfe-75c4-5273-0544439153fc",
+    "GPU-d6aa6afc-1111-75c4-5273-0544439153fc",
+)
+MIG = "MIG-41b3f0e6-1ed4-5b1b-9c6c-8a1b9c4c7a11"
+
 
 @dataclass
 class Memory:
