@@ -85,10 +85,9 @@ def _parse(body: bytes) -> _Raw:
     try:
         _check_utf8(body)
         return _BODY.decode(body)
-    except msgspec.ValidationError:
-        raise InvalidRequest(
-            f"The body must be a JSON object, not {_kind(body.lstrip())}.", code="invalid_json"
-        ) from None
+    except msgspec.ValidationError:  # of the first value; what follows it was not read
+        kind = _kind(body.strip())
+        raise InvalidRequest(f"The body must be a JSON object, not {kind}.", code="invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     except RecursionError:
@@ -158,7 +157,10 @@ def _kind(raw: msgspec.Raw | bytes) -> str:
     text = bytes(memoryview(raw)[: _SHOWN_BYTES + 1])
     if text[:1] in _KINDS and (text[:1] != b'"' or len(text) > _SHOWN_BYTES):
         return _KINDS[text[:1]]
-    value = msgspec.json.decode(text)
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return "something else"
     match value:
         case None:
             return "null"

@@ -1,5 +1,6 @@
 """Conversations keep their cache, as the real server reports it: on slots, on devices, across a switch of models."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ class Conversation:
         self.device = answer.headers["x-node-device"]
         usage = said["usage"]
         return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+
+def wait_until_idle(http: httpx.Client, timeout_s: float = 10.0) -> None:
+    """Return once no request is in flight."""
+    until = time.monotonic() + timeout_s
+    while any(lane["in_flight"] for lane in http.get("/v1/node/queue").json()["lanes"]):
+        assert time.monotonic() < until, "a request that was left is still in flight"
+        time.sleep(0.02)
 
 
 def test_a_conversation_continues_from_its_saved_cache_after_a_switch_of_models(
@@ -96,6 +105,7 @@ def test_a_conversation_returns_to_the_device_that_has_it_in_its_cache(
             assert busy.headers["x-node-device"] == sea.device
             before[sun] = sun.ask()[1]  # meanwhile, so it begins on the other device
         assert sun.device != sea.device
+        wait_until_idle(http)  # the agent has noticed that the stream was left
         devices_before = {sea: sea.device, sun: sun.device}
         for conversation in (sea, sun, sea, sun):
             cached, prompt = conversation.ask()
