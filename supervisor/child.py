@@ -142,11 +142,21 @@ class Child:
     async def stop(self) -> None:
         """End the child in any state; return when its process group is gone. Cancelling only ends the waiting."""
         if self.is_active:
-            if self.snapshot.state is not ChildState.STOPPING:
-                self._set_state(ChildState.STOPPING)
-                self._report(Stopping)
-            self._scope.cancel()
+            self._begin_stop()
             await self._finished.wait()
+
+    def kill(self) -> None:
+        """End the child at once, by SIGKILL to its process group; `stop` returns when it is gone."""
+        if self.is_active:
+            self._begin_stop()
+            if self.process is not None:
+                self.process.kill()
+
+    def _begin_stop(self) -> None:
+        if self.snapshot.state is not ChildState.STOPPING:
+            self._set_state(ChildState.STOPPING)
+            self._report(Stopping)
+        self._scope.cancel()
 
     async def _run_generations(self) -> None:
         """Spawn the child and, whenever it has exited, again, until the tracker gives up."""

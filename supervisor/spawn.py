@@ -63,6 +63,8 @@ class Process:
         self._popen = popen
         self._pipe = trio.lowlevel.FdStream(read_end)
         self._attending = trio.CancelScope(shield=True)
+        self._grace = trio.CancelScope()
+        self._killed = False
 
     def __str__(self) -> str:
         return f"{self.name} (generation {self.generation}, pid {self.pid})"
@@ -99,16 +101,16 @@ class Process:
     async def terminate(self, grace_s: float) -> None:
         """SIGTERM to the group, SIGKILL after `grace_s` (at once if suspended); return when the process is gone.
 
-        Call it in a shielded scope.
+        Call it once, in a shielded scope. `kill` cuts the grace short.
         """
         if self.ended.is_set():
             return
         if not self.is_suspended():
             self._signal_group(signal.SIGTERM)
-            with trio.move_on_after(grace_s):
-                await self.ended.wait()
+            if await self._ends_by(trio.current_time() + grace_s):
                 return
-            logger.warning("%s did not exit within %g s of SIGTERM, killing it", self, grace_s)
+            if not self._killed:
+                logger.warning("%s did not exit within %g s of SIGTERM, killing it", self, grace_s)
         self._signal_group(signal.SIGKILL)
         with trio.move_on_after(_KILL_WAIT_S):
             await self.ended.wait()
@@ -118,6 +120,19 @@ class Process:
         )
         self._attending.cancel()
         await self.ended.wait()
+
+    def kill(self) -> None:
+        """SIGKILL to the group at once; a `terminate` that is waiting goes on without the rest of its grace."""
+        self._killed = True
+        self._grace.cancel()
+        self._signal_group(signal.SIGKILL)
+
+    async def _ends_by(self, deadline: float) -> bool:
+        """Wait for the end of the process until then, or until `kill` is called; return whether it has ended."""
+        self._grace.deadline = deadline
+        with self._grace:
+            await self.ended.wait()
+        return self.ended.is_set()
 
     async def _reap_group(self) -> None:
         """Reap the killed processes that the leader left in its group: as their subreaper we are their parent.

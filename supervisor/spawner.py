@@ -28,6 +28,8 @@ class ChildProcess(ProcessView, Protocol):
 
     async def terminate(self, grace_s: float) -> None: ...
 
+    def kill(self) -> None: ...
+
 
 class Spawner(Protocol):
     """Starts a process, as `supervisor.spawn.spawn` does. Raises OSError if it can't."""

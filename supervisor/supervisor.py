@@ -13,6 +13,7 @@ from supervisor.errors import GivenUp, StartFailed
 from supervisor.lifecycle import (
     Cause,
     Event,
+    Exit,
     Exited,
     Failure,
     GaveUp,
@@ -33,6 +34,8 @@ __all__ = ["ChildSnapshot", "ChildState", "GivenUp", "StartFailed", "Supervisor"
 
 logger = logging.getLogger(__name__)
 
+_ALL_KILLED = Exit(code=None, cause=Cause.STOPPED, reason="the supervisor has killed all children")
+
 
 class Supervisor:
     """Keeps children alive. `run` must be running before anything else is called.
@@ -42,7 +45,8 @@ class Supervisor:
     disk, for `supervisor.records.sweep` in the next run. `spawner` starts the processes, and `rng` gives the back-off
     its jitter.
 
-    What changes: `_children` in `start` and `forget`, `_generations` with each spawn, `_nursery` in `run`.
+    What changes: `_children` in `start` and `forget`, `_generations` with each spawn, `_nursery` in `run`,
+    `_killed` in `kill_all`.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._generations: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._nursery: trio.Nursery | None = None
+        self._killed = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the children until cancelled; return when each of them has been terminated."""
@@ -102,6 +107,21 @@ class Supervisor:
         if child is not None:
             await child.stop()
 
+    async def kill_all(self) -> None:
+        """End every child at once, by SIGKILL to its process group, and with them `run`; return when all are gone.
+
+        For a second signal, while children are stopping: it cuts their grace. It may be called any number of times, at
+        any time. Later starts raise StartFailed. Cancelling only ends the waiting: the signals are sent before it.
+        """
+        self._killed = True
+        children = list(self._children.values())
+        for child in children:
+            child.kill()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+        for child in children:
+            await child.stop()
+
     def fail(self, child_id: str, generation: int, reason: str) -> None:
         """Replace a ready child for a reason that its probe can't see, with cause `stalled`.
 
@@ -128,6 +148,8 @@ class Supervisor:
         return child.process.output.lines(last) if child is not None and child.process is not None else []
 
     def _start_child(self, spec: ChildSpec, previous: Child | None) -> Child:
+        if self._killed:
+            raise StartFailed(spec.child_id, 0, _ALL_KILLED)
         assert self._nursery is not None, "Supervisor.run is not running"
         child = Child(spec, self._generations[spec.group], self._emit, self._on_line, self._spawner, self._rng)
         if previous is not None and previous.spec == spec:  # a different spec starts with a clean record

@@ -58,7 +58,7 @@ class FakeProcess:
     def is_suspended(self) -> bool:
         return self.has(self.fate.suspended_after_s)
 
-    def kill(self, signum: int) -> None:
+    def kill(self, signum: int = 9) -> None:
         self.killed_by = signum
         self._killed.set()
 
@@ -81,7 +81,7 @@ class FakeProcess:
             self.kill(15)
         else:
             with trio.move_on_after(grace_s):
-                await self.ended.wait()
+                await self._killed.wait()
             self.kill(9)
         await self.ended.wait()
 

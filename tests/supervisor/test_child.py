@@ -513,6 +513,40 @@ async def test_cancelling_the_supervisor_ends_every_child_and_fails_the_starts_t
     assert [cause_of(event) for event in watched.events if isinstance(event, Exited)] == [Cause.STOPPED] * 2
 
 
+async def test_kill_all_cuts_the_grace_and_prevents_each_restart(autojump_clock: MockClock) -> None:
+    watched = Watched(Fate(ignores_sigterm=True), OSError("no memory"))
+    async with trio.open_nursery() as owner:
+        await owner.start(watched.supervisor.run)
+        await watched.start()
+        await watched.fails_to_start(child_id="backing off")
+        owner.start_soon(watched.supervisor.stop, "child")
+        await trio.sleep(0.5)
+        await watched.supervisor.kill_all()
+        assert trio.current_time() == 0.5
+        assert {child.state for child in watched.supervisor.snapshot().values()} == {ChildState.STOPPED}
+        await watched.supervisor.kill_all()
+        assert (await watched.fails_to_start(child_id="other")).exit.cause is Cause.STOPPED
+    assert watched.spawner.running == set()
+    assert len(watched.spawner.processes) == 1
+    assert watched.times(Stopped) == [0.5, 0.5]
+
+
+async def test_kill_all_works_while_the_supervisor_is_being_cancelled(autojump_clock: MockClock) -> None:
+    watched = Watched(Fate(ignores_sigterm=True))
+
+    async def kill_soon() -> None:
+        await trio.sleep(1.0)
+        await watched.supervisor.kill_all()
+
+    async with trio.open_nursery() as owner, trio.open_nursery() as killing:
+        await owner.start(watched.supervisor.run)
+        await watched.start()
+        killing.start_soon(kill_soon)
+        watched.supervisor._nursery.cancel_scope.cancel()  # type: ignore[union-attr]
+    assert trio.current_time() == 1.0
+    assert watched.times(Stopped) == [1.0]
+
+
 # Causes
 
 

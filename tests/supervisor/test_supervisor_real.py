@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import trio
+import trio.testing
 
 from supervisor.lifecycle import Cause, Event, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
 from supervisor.probe import LivenessPolicy, NotReady, ProcessView
@@ -239,6 +240,26 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(watched: W
     await watched.supervisor.stop("child")
     assert 0.2 <= trio.current_time() - before < 5
     assert (await watched.until(Exited)).exit.code == -signal.SIGKILL
+
+
+async def test_kill_all_ends_every_child_and_its_group_at_once(watched: Watched) -> None:
+    ignores_sigterm = (
+        "import signal, subprocess, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('at', subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    patient = StopPolicy(grace_s=60.0)
+    first = await watched.supervisor.start(spec(ignores_sigterm, child_id="a", stop=patient))
+    second = await watched.supervisor.start(spec(ignores_sigterm, child_id="b", stop=patient))
+    async with trio.open_nursery() as stopping:
+        stopping.start_soon(watched.supervisor.stop, "a")
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(5):
+            await watched.supervisor.kill_all()
+    pids = [int(first.address), int(second.address), *(it.pid for it in watched.events if isinstance(it, Started))]
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+    assert (watched.state("a"), watched.state("b")) == (ChildState.STOPPED, ChildState.STOPPED)
 
 
 async def test_stop_ends_a_start_and_a_back_off(watched: Watched) -> None:
