@@ -1,17 +1,19 @@
 """One device of the node: how it looks, and what a new configuration changes for it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.child_process import Fate
 from fakes.node_with_fakes import NodeWithFakes
 from nodeagent.managed_device import ManagedDevice, lane_rules
-from nodeagent.scheduling.queueing import FirstCome
+from nodeagent.scheduling.queueing import Decision, FirstCome, LaneSnapshot
 from nodeagent.scheduling.seam import LaneView, ServerState
 from nodeagent.scheduling.swap_aware import SwapAware
+from supervisor.lifecycle import Stopped
 
 
 def device_of(parts: NodeWithFakes) -> ManagedDevice:
@@ -38,6 +40,7 @@ async def test_its_status_has_its_lane_and_its_servers(
     parts = NodeWithFakes(tmp_path)
     node = await parts.start(nursery)
     await node.load("a", None)
+    await wait_all_tasks_blocked()  # the load's own task ends after the caller has the device
     [status] = node.snapshot().devices
     assert status.ref is device_of(parts).ref
     assert status.lane == LaneView(0, 0, 2, 0.0)
@@ -55,6 +58,31 @@ async def test_a_new_configuration_replaces_the_lanes_rules_and_names_the_server
     assert device.lane.limit == 9
     changed = parts.write_config(models=[{"model_id": "a", "path": "a.gguf", "ctx_size": 512}])
     assert device.reconfigure(changed) == ["a"]
+
+
+class CountingPolicy:
+    """First come, first served; counts the turns of its lane."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+    def decide(self, lane: LaneSnapshot) -> Decision:
+        self.turns += 1
+        return FirstCome().decide(lane)
+
+
+async def test_its_lane_takes_a_turn_after_each_event_of_a_server(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path)
+    await parts.start(nursery)
+    device, policy = device_of(parts), CountingPolicy()
+    device.lane.rules = replace(device.lane.rules, policy=policy)
+    await wait_all_tasks_blocked()
+    assert policy.turns == 0
+    device.handle(Stopped(child_id="cpu:0/a", generation=1, at=trio.current_time()))
+    await wait_all_tasks_blocked()
+    assert policy.turns == 1
 
 
 @pytest.mark.parametrize(("scheduling", "policy"), [("fifo", FirstCome), ("swap_aware", SwapAware)])

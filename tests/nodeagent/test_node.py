@@ -94,6 +94,19 @@ async def test_a_load_retries_a_model_that_has_failed(
     assert node.state().status is NodeStatus.READY
 
 
+async def test_a_load_on_a_named_device_leaves_the_failures_of_other_devices_alone(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(
+        tmp_path, [EXITS], device_ids=["cpu:0", "cpu:1"], restart={"max_restarts": 0, "cooldown_s": 300}
+    ).start(nursery)
+    with pytest.raises(BackendUnavailable):
+        await node.load("a", "cpu:0")
+    await node.load("a", "cpu:1")
+    assert node.state().reason_codes == (NodeReason.SERVER_FAILED,)
+    assert node.scheduler.place("a") == "cpu:1"
+
+
 async def request_in_flight(node: Node, model_id: str) -> Ticket[Upstream]:
     ticket = node.scheduler.admit("request", model_id)
     await ticket.granted()

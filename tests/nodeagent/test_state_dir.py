@@ -17,6 +17,12 @@ def test_the_folder_is_created_and_can_be_locked_again_after_its_agent_has_ended
             assert (folder / "lock").read_text() == f"{os.getpid()}\n"
 
 
+def test_the_pid_of_an_earlier_agent_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("123456789012\n")
+    with state_dir.locked(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
 def test_a_second_agent_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     with state_dir.locked(tmp_path):
         for _ in range(2):  # the first attempt has not released the lock

@@ -50,14 +50,14 @@ def ok(_what: str, _number: int) -> httpx.Response:
     return httpx.Response(200)
 
 
-def client_of(dispatcher: Dispatcher, token: str | None = None) -> DispatcherClient:
+def client_of(dispatcher: Dispatcher, token: str | None = None, rng: random.Random | None = None) -> DispatcherClient:
     return DispatcherClient(
         "http://dispatcher:9000/",
         token=token,
         node=FakeNodeSource(),
         heartbeat_interval_s=10,
         transport=dispatcher,
-        rng=random.Random(1),
+        rng=rng or random.Random(1),
     )
 
 
@@ -123,6 +123,23 @@ async def test_a_failed_heartbeat_is_repeated_with_the_next_sequence_and_no_regi
     sequences = [body["sequence"] for body in dispatcher.bodies[1:]]
     assert sequences == list(range(1, len(sequences) + 1))
     assert len(sequences) >= 5
+
+
+class LongestWait(random.Random):
+    """Every back-off is as long as it can be."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+async def test_the_back_off_doubles_with_each_failure_and_starts_anew_after_a_success(
+    autojump_clock: MockClock,
+) -> None:
+    dispatcher = Dispatcher(lambda _what, number: httpx.Response(200 if number in (5, 6) else 500))
+    client = client_of(dispatcher, rng=LongestWait())
+    await run_for(client, 30)
+    assert dispatcher.times("register") == [0, 1, 3, 7, 15]
+    assert dispatcher.times("heartbeat") == [15, 25, 26, 28]
 
 
 async def test_retry_after_is_waited_for(autojump_clock: MockClock) -> None:

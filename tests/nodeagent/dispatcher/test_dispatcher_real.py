@@ -83,6 +83,21 @@ async def test_a_bad_response_is_reported_and_a_good_one_ends_the_problem(fault:
             nursery.cancel_scope.cancel()
 
 
+async def test_the_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server = Server()
+    with trio.fail_after(10):
+        async with server.listening() as port, trio.open_nursery() as nursery:
+            client = client_at(port)
+            await nursery.start(client.run, name="client")
+            await until(lambda: client.registered or client.problem is not None)
+            assert (client.registered, client.problem) == (True, None)
+            nursery.cancel_scope.cancel()
+
+
 async def test_the_dispatcher_can_start_after_the_node_and_restart() -> None:
     server = Server()
     with trio.fail_after(10):
