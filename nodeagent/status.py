@@ -1,6 +1,6 @@
 """The node at one moment: a snapshot of everything, and its status with the reasons for it.
 
-    STARTING ──listener bound──> READY <──a model fails on a device, or recovers──> DEGRADED
+    STARTING ──front serves───> READY <──a model fails on a device, or recovers──> DEGRADED
         │                         │ ▲
         │                   drain │ │ undrain (operator)
         │                         ▼ │

@@ -17,9 +17,12 @@ from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.values import DeviceRef
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.device_servers import DeviceServers
+from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.saved_caches import SavedCaches
 from nodeagent.managed_device import ManagedDevice
 from nodeagent.node import Node, NodeIdentity
+from nodeagent.scheduling.lease import Ticket
+from nodeagent.scheduling.seam import ServerState
 from nodeagent.status import Phase
 from supervisor.lifecycle import Event
 from supervisor.probe import LivenessPolicy, ProcessView
@@ -166,3 +169,20 @@ IDENTITY = NodeIdentity(
     version="1.2.3",
     admin_token="token",
 )
+
+
+def loaded(node: Node) -> list[str]:
+    """Every ready server, as `device/model`."""
+    return [
+        f"{device_id}/{server.model_id}"
+        for device_id, device in node.devices.items()
+        for server in device.servers.views()
+        if server.state is ServerState.READY
+    ]
+
+
+async def request_in_flight(node: Node, model_id: str) -> Ticket[Upstream]:
+    """A request that was admitted and granted; the caller closes it."""
+    ticket = node.scheduler.admit("request", model_id)
+    await ticket.granted()
+    return ticket

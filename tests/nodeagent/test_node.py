@@ -1,22 +1,18 @@
 """The whole node over fake processes: what the front, the dispatcher and the shutdown call, in virtual time."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock
 
 from fakes.child_process import Fate
-from fakes.node_with_fakes import FakeDispatcherClient, NodeWithFakes
+from fakes.node_with_fakes import FakeDispatcherClient, NodeWithFakes, loaded, request_in_flight
 from nodeagent.dispatcher.wire import Inventory
-from nodeagent.errors import BackendUnavailable, Draining, NoSuchDevice, ReloadRefused
+from nodeagent.errors import BackendUnavailable, Draining, NoSuchDevice
 from nodeagent.front.seam import ModelCard
 from nodeagent.llama_server.reason_codes import ReasonCode
-from nodeagent.llama_server.relay import Upstream
-from nodeagent.node import Node
-from nodeagent.scheduling.lease import Ticket
 from nodeagent.scheduling.seam import ServerState
 from nodeagent.status import NodeReason, NodeStatus, Phase
 from supervisor.lifecycle import Cause
@@ -24,16 +20,6 @@ from supervisor.probe import LivenessPolicy
 
 EXITS = Fate(ready_after_s=None, exits_after_s=0.5)
 SLOW = Fate(ready_after_s=5.0)
-
-
-def loaded(node: Node) -> list[str]:
-    """Every ready server, as `device/model`."""
-    return [
-        f"{device_id}/{server.model_id}"
-        for device_id, device in node.devices.items()
-        for server in device.servers.views()
-        if server.state is ServerState.READY
-    ]
 
 
 # Loading and unloading.
@@ -105,12 +91,6 @@ async def test_a_load_on_a_named_device_leaves_the_failures_of_other_devices_alo
     await node.load("a", "cpu:1")
     assert node.state().reason_codes == (NodeReason.SERVER_FAILED,)
     assert node.scheduler.place("a") == "cpu:1"
-
-
-async def request_in_flight(node: Node, model_id: str) -> Ticket[Upstream]:
-    ticket = node.scheduler.admit("request", model_id)
-    await ticket.granted()
-    return ticket
 
 
 async def test_an_unload_waits_for_the_requests_in_flight(
@@ -339,97 +319,6 @@ def test_every_model_has_a_card(tmp_path: Path) -> None:
     created = int(node.identity.started_at.timestamp())
     assert node.cards() == [ModelCard("a", ("planner",), created), ModelCard("b", (), created)]
     assert (node.node_id, node.max_request_bytes, node.admin_token) == ("box", 1000, "token")
-
-
-# Reloading. The file is read in a thread; no deadline is pending meanwhile, so the clock does not jump.
-
-
-async def test_a_reload_adds_changes_and_removes_models(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
-) -> None:
-    parts = NodeWithFakes(tmp_path, device_ids=["cpu:0", "cpu:1"])
-    node = await parts.start(nursery)
-    node.dispatcher = client = FakeDispatcherClient()
-    await node.load("a", "cpu:0")
-    await node.load("b", "cpu:1")
-    parts.write_config(
-        models=[{"model_id": "b", "path": "b.gguf", "ctx_size": 512}, {"model_id": "c", "path": "c.gguf"}],
-        listen_port=1,
-        queue_timeout_s=7,
-    )
-    what = await node.reload()
-    assert (what.added, what.changed, what.removed) == (("c",), ("b",), ("a",))
-    assert what.needs_restart == ("listen_port",)
-    assert (node.config.listen_port, node.config.queue_timeout_s) == (8081, 7)
-    assert [card.model_id for card in node.cards()] == ["b", "c"]
-    assert client.calls[-1] == "register_again"
-    await trio.sleep(1)
-    assert loaded(node) == []
-    await node.load("b", "cpu:1")
-    assert parts.spawner.running == {"cpu:1/b"}
-
-
-async def test_a_reload_leaves_unchanged_models_alone_and_lets_requests_on_changed_ones_end(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
-) -> None:
-    parts = NodeWithFakes(tmp_path, device_ids=["cpu:0", "cpu:1"])
-    node = await parts.start(nursery)
-    await node.load("a", "cpu:0")
-    await node.load("b", "cpu:1")
-    ticket = await request_in_flight(node, "b")
-    a = {"model_id": "a", "path": "a.gguf"}
-    parts.write_config(models=[a, {"model_id": "b", "path": "b.gguf", "ctx_size": 512}])
-    assert (await node.reload()).changed == ("b",)
-    await wait_all_tasks_blocked()
-    assert loaded(node) == ["cpu:0/a", "cpu:1/b"]
-    ticket.close()
-    await trio.sleep(1)
-    assert loaded(node) == ["cpu:0/a"]
-    assert parts.spawner.processes[0].returncode is None
-
-
-async def test_a_bad_configuration_is_refused_and_the_old_one_stays(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    parts = NodeWithFakes(tmp_path)
-    node = await parts.start(nursery)
-    before = node.config
-    parts.file.write_text('{"queue_timeout_s": "soon"}')
-    with pytest.raises(ReloadRefused) as refusal:
-        await node.reload()
-    assert any("queue_timeout_s" in problem for problem in refusal.value.problems)
-    assert node.config is before
-    [line] = messages(caplog, "nodeagent.node")
-    assert line.startswith("configuration not reloaded, the old one stays in effect: ")
-
-
-async def test_a_background_reload_that_is_refused_only_logs_it(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    parts = NodeWithFakes(tmp_path)
-    node = await parts.start(nursery)
-    parts.file.write_text("{}")
-    node.reload_soon()
-    while not messages(caplog, "nodeagent.node"):
-        await trio.testing.wait_all_tasks_blocked(0.01)
-    assert "not reloaded" in messages(caplog, "nodeagent.node")[0]
-    parts.write_config(queue_timeout_s=9)
-    await node.reload()  # the node goes on
-    assert node.config.queue_timeout_s == 9
-
-
-async def test_each_reload_logs_the_warnings_about_the_file(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    parts = NodeWithFakes(tmp_path)
-    node = await parts.start(nursery)
-    parts.write_config(residency_linger_s=1)
-    for count in (1, 2):
-        await node.reload()
-        warnings = [it for it in caplog.records if it.name == "nodeagent.reload"]
-        assert [it.levelname for it in warnings] == ["WARNING"] * count
-        assert "residency_linger_s" in warnings[-1].getMessage()
 
 
 def messages(caplog: pytest.LogCaptureFixture, logger: str) -> list[str]:
