@@ -71,6 +71,11 @@ def configure(format: LogFormat = "auto", level: str = "info", *, fd: int = 2) -
     return sink
 
 
+def printable(text: str) -> str:
+    """The text with control characters escaped: it can't move a terminal's cursor or forge a line."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def child_line(device_id: str, model_id: str, generation: int, line: str) -> None:
     """Log one line that a server printed, at the level that the line gives itself."""
     fields = {"device": device_id, "model": model_id, "generation": generation}
@@ -212,12 +217,12 @@ class HumanFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if record.__dict__.get(_SHOWN):
-            return "\n".join(_escaped(line) for line in record.getMessage().split("\n"))
+            return "\n".join(printable(line) for line in record.getMessage().split("\n"))
         time = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
         head = f"{time}.{int(record.msecs):03d} {record.levelname:<5} {record.name.removeprefix('nodeagent.')}: "
         fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
-        lines = [_escaped(head + _message(record) + (f" {fields}" if fields else ""))]
-        lines += [f"    {_escaped(line)}" for line in _exception(self, record).splitlines()]
+        lines = [printable(head + _message(record) + (f" {fields}" if fields else ""))]
+        lines += [f"    {printable(line)}" for line in _exception(self, record).splitlines()]
         return "\n".join(lines)
 
 
@@ -241,7 +246,3 @@ def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     if record.stack_info:
         parts.append(record.stack_info)
     return "\n".join(parts)[-EXCEPTION_CHARS_MAX:]
-
-
-def _escaped(text: str) -> str:
-    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

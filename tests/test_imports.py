@@ -102,8 +102,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The shell.
     "nodeagent.agent": {"nodeagent", "supervisor"},
     "nodeagent.cli": {"nodeagent"},
-    "nodeagent.cli.demo": {"nodeagent.config", "nodeagent.errors"},
-    "nodeagent.cli.operations": {"nodeagent.config", "nodeagent.errors", "nodeagent.state_dir"},
+    "nodeagent.cli.demo": {"nodeagent.config", "nodeagent.errors", "nodeagent.state_dir"},
+    "nodeagent.cli.operations": {"nodeagent.cli", "nodeagent.errors", "nodeagent.logs", "nodeagent.state_dir"},
+    "nodeagent.cli.discovery": {"nodeagent.cli.demo", "nodeagent.config", "nodeagent.errors"},
+    "nodeagent.cli.events_table": {"nodeagent.logs"},
     "nodeagent.__main__": {"nodeagent.cli"},
 }
 

@@ -21,14 +21,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
+import httpx
 import platformdirs
 
-from nodeagent.config import find_llama_server, load_config
+from nodeagent.config import NodeConfig, find_llama_server, load_config
 from nodeagent.errors import StartupError
+from nodeagent.state_dir import admin_token
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ PIP: Final = (sys.executable, "-P", "-m", "pip")
 PIP_LINES_SHOWN: Final = 15
 # It takes some 50 ms; a cold disk, or a scanner that looks at each new program, may need seconds.
 SERVER_CHECK_S: Final = 30.0
+LOAD_TIMEOUT_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,8 @@ SMOLLM2: Final = ModelSource(
 )
 
 
-# Runs the daemon on a configuration file until it is stopped, and returns its exit code. Calls back once, with the
-# base URL, as soon as it accepts requests there, and shows the text that it gets in return.
-Serve = Callable[[Path, Callable[[str], str]], int]
+# Runs the daemon on a configuration file until it is stopped, and returns its exit code.
+Serve = Callable[[Path], int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,8 +89,7 @@ def demo_main(args: argparse.Namespace, serve: Serve) -> int:
     Writes to the log alone: one stream, where no line is glued to another.
     """
     check_port(args.port)
-    # A folder per port: two demos side by side don't share one.
-    folder = platformdirs.user_state_path(DEMO_APP, appauthor=False) / str(args.port)
+    folder = _folder(args.port)
     try:
         config = write_config(folder, model_path(), args.port)
     except OSError as error:
@@ -97,7 +97,39 @@ def demo_main(args: argparse.Namespace, serve: Serve) -> int:
     # Before the fetch: a missing server should not take a download to be found out.
     check_server(find_llama_server(load_config(config)))
     fetch_model(progress=sys.stderr.isatty())
-    return serve(config, partial(banner, config=config))
+    return serve(config)
+
+
+def _folder(port: int) -> Path:
+    """A folder for each port, so that two demos side by side don't share one; for a free port one for each process."""
+    root = platformdirs.user_state_path(DEMO_APP, appauthor=False)
+    return root / (str(port) if port else f"free-{os.getpid()}")
+
+
+def announce(config: NodeConfig, base_url: str, show: Callable[[str], None]) -> None:
+    """Wait until the model answers, then show how to use the demo; if it can't be loaded, show why.
+
+    Blocks for as long as the model takes to load: for a thread of its own.
+    """
+    url = f"{base_url}/v1/node/models/{MODEL_ID}/load"
+    try:
+        headers = {"Authorization": f"Bearer {admin_token(config.state_dir)}"}
+        loaded = httpx.post(url, headers=headers, json={}, timeout=LOAD_TIMEOUT_S, trust_env=False)
+    except (httpx.HTTPError, StartupError) as error:  # the agent is being stopped, for example
+        logger.warning("the demo can't tell whether its model is ready: %s", error)
+        return
+    if loaded.is_success:
+        assert config.source.file is not None
+        show(banner(base_url, config.source.file))
+    else:
+        logger.error("the demo's model can't be loaded: %s", _message(loaded))
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status_code}"
 
 
 def _port(text: str) -> int:

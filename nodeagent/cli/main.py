@@ -1,16 +1,19 @@
 """The command line: one function per command, and the exit codes.
 
 0   the command did its work, or the daemon stopped because a signal told it to.
-1   the daemon could not start (also: no --config) or failed, the agent refused the command or was not there, or
-    Ctrl-C ended the command.
+1   the daemon could not start (also: no --config) or failed, or the agent refused the command or was not there.
 2   argparse could not read the command line: an unknown command or option, or a value that does not fit.
 78  the configuration is wrong (EX_CONFIG of BSD's sysexits.h): a restart by the service manager would not help.
+130 Ctrl-C ended the command (128 + SIGINT).
+141 the reader of the output went away (128 + SIGPIPE), as `head` does.
 """
 
 import argparse
 import json
 import logging
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CONFIG = 78
+EXIT_INTERRUPTED = 130
 
 PROG = "rolemesh-node-agent"
 
@@ -49,7 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
-        return command(args)
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Else the interpreter would fail once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return operations.EXIT_PIPE
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
@@ -57,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        return EXIT_FAILED
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,8 +123,14 @@ def _demo(args: argparse.Namespace) -> int:
     log_format: logs.LogFormat = "human" if args.log_format == "auto" else args.log_format
     with closing(logs.configure(log_format, args.log_level)) as sink:
 
-        def serve(path: Path, banner: Callable[[str], str]) -> int:
-            return _run_daemon(load_config(path), on_ready=lambda base_url: sink.show(banner(base_url)))
+        def serve(path: Path) -> int:
+            config = load_config(path)
+
+            def announce(base_url: str) -> None:
+                arguments = (config, base_url, sink.show)
+                threading.Thread(target=demo.announce, args=arguments, name="demo banner", daemon=True).start()
+
+            return _run_daemon(config, on_ready=announce)
 
         return demo.demo_main(args, serve)
 

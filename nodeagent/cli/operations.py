@@ -1,10 +1,16 @@
 """The operators' commands: each sends one request to the running agent.
 
-The agent's state folder, found by its configuration, has its address and its admin token.
+The agent's state folder (see `discovery`) has its address and its admin token.
 """
 
 import argparse
 import json
+import os
+import re
+import select
+import stat
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +18,14 @@ from typing import Any
 
 import httpx
 
-from nodeagent.config import NodeConfig, load_config
+from nodeagent.cli.discovery import find_state_dir
+from nodeagent.cli.events_table import event_line
 from nodeagent.errors import NodeAgentError, StartupError
+from nodeagent.logs import printable
 from nodeagent.state_dir import admin_token, read_address
 
+# The reader of the output went away (128 + SIGPIPE).
+EXIT_PIPE = 141
 # A load may wait for requests in flight, and then for the model.
 _LOAD_TIMEOUT_S = 3600.0
 _TIMEOUT_S = 30.0
@@ -36,12 +46,19 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         one = _model_command(commands, name, f"{does}, after the requests in flight", change_model)
         one.add_argument("--force", action="store_true", help="end the requests in flight")
     for name, does in (
-        ("drain", "accept no new requests"),
+        ("drain", "accept no new requests, finish those in flight"),
         ("undrain", "accept requests again"),
-        ("reload", "apply the configuration file as it is now"),
     ):
-        _command(commands, name, does, change_node)
-    follow = _command(commands, "events", "print every transition as it happens, one JSON object per line", events)
+        _command(commands, name, does, change_service)
+    _command(commands, "reload", "apply the configuration file as it is now", change_node)
+    follow = _command(commands, "events", "print every transition as it happens", events)
+    follow.add_argument("--json", action="store_true", help="one JSON object per line, for programs")
+    follow.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="--no-follow prints the events so far and ends",
+    )
     follow.add_argument(
         "--after",
         type=int,
@@ -52,7 +69,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     lines = _command(commands, "logs", "print the output of a device's servers", logs)
     lines.add_argument("device", metavar="DEVICE", help="for example cpu:0")
     lines.add_argument("--lines", type=int, default=100, metavar="N", help="the last N lines (default: %(default)s)")
-    lines.add_argument("--follow", "-f", action="store_true", help="then print new lines as they come")
+    lines.add_argument(
+        "--follow",
+        "-f",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="then print new lines as they come (default: %(default)s)",
+    )
 
 
 def _command(
@@ -103,28 +126,60 @@ def change_node(args: argparse.Namespace) -> int:
     return 0
 
 
+def change_service(args: argparse.Namespace) -> int:
+    """Drain or undrain, and say in words what the node does now."""
+    with _agent(args) as http:
+        state = _answer(http.post(f"/v1/node/{args.action}"))
+    reasons = f" ({'; '.join(state['reasons'])})" if state["reasons"] else ""
+    print(printable(f"the node is {state['status']}{reasons}"))
+    return 0
+
+
+def _end_with_reader() -> None:
+    """End this process when the reader of its output goes away, as `head` does: a command that follows may have
+    nothing to write for hours, and would notice only then."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # stdout is no file, as in a test
+        return
+    if not stat.S_ISFIFO(os.fstat(output).st_mode):
+        return
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(output, 0)  # POLLERR and POLLHUP are always reported
+        poll.poll()
+        os._exit(EXIT_PIPE)
+
+    threading.Thread(target=wait, name="reader of the output", daemon=True).start()
+
+
 def events(args: argparse.Namespace) -> int:
-    with _agent(args) as http, http.stream("GET", "/v1/node/events", params={"after": args.after}, timeout=None) as it:
+    _end_with_reader()
+    params = {"after": args.after, "follow": str(args.follow).lower()}
+    with _agent(args) as http, http.stream("GET", "/v1/node/events", params=params, timeout=None) as it:
         _refused(it)
         for line in it.iter_lines():
             if line.startswith("data: "):
-                print(line.removeprefix("data: "), flush=True)
+                data = line.removeprefix("data: ")
+                print(data if args.json else event_line(json.loads(data)), flush=True)
     return 0
 
 
 def logs(args: argparse.Namespace) -> int:
+    _end_with_reader()
     params = {"lines": args.lines, "follow": "true" if args.follow else "false"}
     path = f"/v1/node/devices/{args.device}/logs"
     with _agent(args) as http, http.stream("GET", path, params=params, timeout=None) as it:
         _refused(it)
-        for text in it.iter_text():
-            print(text, end="", flush=True)
+        for line in it.iter_lines():
+            print(printable(line), flush=True)
     return 0
 
 
 def table(inventory: dict[str, Any]) -> str:
     """The inventory as a table for people."""
-    reasons = "".join(f"\n  {reason}" for reason in inventory["reasons"])
+    reasons = "".join(f"\n  {printable(reason)}" for reason in inventory["reasons"])
     rows = [("DEVICE", "MODEL", "STATE", "GEN", "IN FLIGHT", "WAITING", "MEMORY FREE", "REASON")]
     for device in inventory["devices"]:
         lane, free = device["lane"], device["metrics"]["memory_free_bytes"]
@@ -144,7 +199,7 @@ def table(inventory: dict[str, Any]) -> str:
                 ", ".join(model["roles"]) or "-",
             )
         )
-    head = f"{inventory['node_id']} at {inventory['base_url']}: {inventory['status']}{reasons}"
+    head = printable(f"{inventory['node_id']} at {inventory['base_url']}: {inventory['status']}") + reasons
     return "\n\n".join((head, _columns(rows), _columns(models)))
 
 
@@ -161,31 +216,37 @@ def _gib(size: int | None) -> str:
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 @contextmanager
 def _agent(args: argparse.Namespace) -> Iterator[httpx.Client]:
     """A client of the agent that runs with this configuration; without one, of the node with the default settings."""
-    state_dir = _state_dir(args)
+    state_dir = find_state_dir(args.config)
     base_url = read_address(state_dir)
     headers = {"Authorization": f"Bearer {admin_token(state_dir)}"}
     try:
         with httpx.Client(base_url=base_url, headers=headers, timeout=_TIMEOUT_S, trust_env=False) as http:
             yield http
     except httpx.HTTPError as error:
-        raise StartupError(f"no agent answers at {base_url}: {error!r}") from error
+        raise StartupError(
+            f"no agent answers at {base_url} ({_in_words(error)}): is it running? "
+            f"Its address was read from {state_dir / 'address'}"
+        ) from error
 
 
-def _state_dir(args: argparse.Namespace) -> Path:
-    if args.config is not None:
-        return load_config(args.config).state_dir
-    fields = NodeConfig.model_fields
-    return fields["state_dir"].get_default(  # type: ignore[no-any-return]
-        call_default_factory=True, validated_data={"node_id": fields["node_id"].get_default(call_default_factory=True)}
-    )
+def _in_words(error: httpx.HTTPError) -> str:
+    """Why a request failed, without the names of our libraries' classes."""
+    match error:
+        case httpx.ConnectTimeout():
+            return "the connection timed out"
+        case httpx.ConnectError():
+            return re.sub(r"^\[Errno \d+\] ", "", str(error)).lower()
+        case httpx.TimeoutException():
+            return "no response in time"
+        case _:
+            return f"the connection was lost: {error}" if str(error) else "the connection was lost"
 
 
 def _refused(answer: httpx.Response) -> None:

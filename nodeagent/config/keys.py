@@ -56,7 +56,20 @@ def _default_state_dir(node_id: str) -> Path:
     """systemd's folder for the unit, else one in the user's state folder."""
     # With several StateDirectory= systemd joins them by colons; the first is the unit's main one.
     given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-    return Path(given) if given else platformdirs.user_state_path() / PROGRAM / node_id
+    if given:
+        return Path(given)
+    try:
+        root = platformdirs.user_state_path()
+    except RuntimeError:  # what it raises depends on its version; see `no_home`
+        root = Path("~")
+    return root / PROGRAM / node_id
+
+
+def no_home(state_dir: Path) -> str | None:
+    """What is wrong with a default `state_dir` where the user has no home folder: its `~` could not be expanded."""
+    if state_dir.is_absolute():
+        return None
+    return "must be set: this user has no home folder (HOME is not set, and there is no passwd entry)"
 
 
 class Keys(BaseModel):

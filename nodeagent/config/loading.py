@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nodeagent.config.checks import Document, check_document, is_slot_count, server_args_parallel
-from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
+from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig, no_home
 from nodeagent.config.problems import explain, shown
 from nodeagent.config.retired import without_retired
 from nodeagent.config.yaml_source import KeyPath, Source, read_yaml
@@ -68,6 +68,8 @@ def validated(source: Source) -> tuple[NodeConfig | None, list[Problem]]:
         return None, in_order(problems)
     if config is not None:
         config.came_from(source)
+        if (message := no_home(config.state_dir)) is not None:
+            return None, [source.problem(("state_dir",), message)]
     return config, []
 
 

@@ -45,7 +45,8 @@ def blueprint(node: Node) -> Blueprint:
         last_seen = request.headers.get("Last-Event-ID", request.args.get("after", "0"))
         if not last_seen.isdecimal():
             raise InvalidRequest(f"'Last-Event-ID' must be a number, not {last_seen[:40]!r}.", param="Last-Event-ID")
-        return _stream(_EventStream(node.events, int(last_seen)), "text/event-stream")
+        follow = request.args.get("follow", "true") not in ("false", "0", "no")
+        return _stream(_EventStream(node.events, int(last_seen), follow=follow), "text/event-stream")
 
     @admin.get("/v1/node/devices/<device_id>/logs")
     async def logs(device_id: str) -> Response:
@@ -153,11 +154,12 @@ def _stream(source: AsyncIterator[bytes], content_type: str) -> Response:
 
 
 class _EventStream:
-    """The events after a given number as server-sent events, without end."""
+    """The events after a given number as server-sent events: without end, or with `follow=False` those so far."""
 
-    def __init__(self, ring: Ring[NodeEvent], last_seen: int) -> None:
+    def __init__(self, ring: Ring[NodeEvent], last_seen: int, *, follow: bool = True) -> None:
         self._ring = ring
         self._seen = last_seen
+        self._follow = follow
         self._begun = False
 
     def __aiter__(self) -> "_EventStream":
@@ -165,6 +167,8 @@ class _EventStream:
 
     async def __anext__(self) -> bytes:
         page = self._ring.after(self._seen)
+        if self._begun and not self._follow:
+            raise StopAsyncIteration
         if not page.items and not self._begun:
             self._begun = True
             return b": nothing yet\n\n"  # the response head is sent with the first bytes

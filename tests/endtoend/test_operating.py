@@ -209,10 +209,10 @@ def test_logs_follow(agent: AgentProcess, operator: httpx.Client) -> None:
 
 
 def test_drain_refuses_new_requests_until_undrain(agent: AgentProcess, config: Path) -> None:
-    assert said(config, "drain")["status"] == "draining"
+    assert command(config, "drain").stdout == "the node is draining (drained by an operator)\n"
     assert chat(agent, "tiny").json()["error"]["code"] == "draining"
     assert httpx.get(f"{agent.base_url}/readyz?drain=404", trust_env=False).status_code == 404
-    assert said(config, "undrain")["status"] == "ready"
+    assert command(config, "undrain").stdout == "the node is ready\n"
     assert chat(agent, "tiny").status_code == 200
 
 

@@ -61,7 +61,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_command_that_ctrl_c_ends_exits_1_without_a_traceback(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_command_that_ctrl_c_ends_exits_with_130_without_a_traceback(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "admin.token").write_text("token\n")
     config = tmp_path / "node.yaml"
     config.write_text(f"state_dir: {tmp_path}\nmodels: [{{model_id: a, path: {tiny_model}}}]\n")
@@ -76,7 +76,7 @@ def test_a_command_that_ctrl_c_ends_exits_1_without_a_traceback(tiny_model: Path
                 running.send_signal(signal.SIGINT)
                 output, _ = running.communicate(timeout=30)
     assert output == b""
-    assert running.returncode == 1
+    assert running.returncode == 130
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import http.server
 import json
 import logging
 import os
@@ -10,10 +11,13 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -24,6 +28,7 @@ from nodeagent.cli.demo import (
     SMOLLM2,
     ModelSource,
     add_arguments,
+    announce,
     banner,
     check_server,
     demo_main,
@@ -295,21 +300,75 @@ def test_a_port_that_is_none_is_wrong_usage(port: str, capsys: pytest.CaptureFix
     assert "--port" in capsys.readouterr().err
 
 
-def test_demo_serves_the_real_model_and_says_how_to_use_it_when_it_is_ready(
+def test_demo_serves_the_real_model(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    served: list[tuple[Path, str]] = []
+    served: list[Path] = []
 
-    def serve(config: Path, on_ready: Callable[[str], str]) -> int:
-        served.append((config, on_ready("http://127.0.0.1:8123")))
+    def serve(config: Path) -> int:
+        served.append(config)
         return 7
 
     assert demo_main(arguments("--port=8123"), serve) == 7
-    [(path, shown)] = served
+    [path] = served
     assert load_config(path).models[0].path == smollm2
-    assert shown == banner("http://127.0.0.1:8123", path)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.real
+def test_two_demos_on_free_ports_have_folders_of_their_own(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    served: list[Path] = []
+    demo_main(arguments("--port=0"), lambda config: served.append(config) or 0)  # type: ignore[func-returns-value]
+    demo_main(arguments("--port=8123"), lambda config: served.append(config) or 0)  # type: ignore[func-returns-value]
+    first, second = (load_config(path).state_dir for path in served)
+    assert first != second
+    assert str(os.getpid()) in str(first)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("status", "body"), [(200, {"state": "ready"}), (503, {"error": {"message": "it crashed"}})])
+def test_the_demo_says_how_to_use_it_once_the_model_answers_or_why_it_can_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, status: int, body: dict[str, Any]
+) -> None:
+    path = write_config(tmp_path, tmp_path / "model.gguf", 8123)
+    config = load_config(path)
+    config.state_dir.mkdir(parents=True)
+    shown: list[str] = []
+    with answering(status, body) as base_url:
+        announce(config, base_url, shown.append)
+        expected = [banner(base_url, path)] if status == 200 else []
+    assert shown == expected
+    assert caplog.messages == ([] if status == 200 else ["the demo's model can't be loaded: it crashed"])
+
+
+@contextmanager
+def answering(status: int, body: dict[str, Any]) -> Iterator[str]:
+    """A server that answers each POST so."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Quietly."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 async def test_a_demo_in_a_pipe_is_one_stream_for_people_and_its_banner_stands_alone(
@@ -353,7 +412,7 @@ def test_a_port_that_is_taken_is_one_line_with_the_way_out_before_anything_is_fe
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def serve(config: Path, on_ready: Callable[[str], str]) -> int:
+    def serve(config: Path) -> int:
         raise AssertionError("it is not to be served")
 
     with socket.create_server(("127.0.0.1", 0)) as taken:

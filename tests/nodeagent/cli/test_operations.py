@@ -3,6 +3,7 @@
 import http.server
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nodeagent.cli.events_table import event_line
 from nodeagent.cli.main import main
 from nodeagent.cli.operations import table
 
@@ -163,8 +165,6 @@ def test_status_prints_the_table_or_the_whole_inventory(agent: Agent, capsys: py
         (("unload", "tiny"), "models/tiny/unload", {"force": False}),
         (("unload", "tiny", "--force"), "models/tiny/unload", {"force": True}),
         (("restart", "tiny"), "models/tiny/restart", {"force": False}),
-        (("drain",), "drain", None),
-        (("undrain",), "undrain", None),
         (("reload",), "reload", None),
     ],
 )
@@ -181,17 +181,60 @@ def test_an_order_is_one_request_with_the_admin_token_and_its_response_is_printe
 def test_events_prints_the_data_of_each_event(agent: Agent, capsys: pytest.CaptureFixture[str]) -> None:
     stream = ': hello\n\nid: 6\ndata: {"kind": "ready"}\n\nid: 7\ndata: {"kind": "exited"}\n\n'
     agent.responses["GET /v1/node/events"] = (200, "text/event-stream", stream)
-    assert agent.run("events", "--after", "5") == 0
-    assert agent.requests[0].target == "/v1/node/events?after=5"
+    assert agent.run("events", "--after", "5", "--json") == 0
+    assert agent.requests[0].target == "/v1/node/events?after=5&follow=true"
     assert capsys.readouterr().out == '{"kind": "ready"}\n{"kind": "exited"}\n'
 
 
 @pytest.mark.real
+def test_events_are_lines_for_people_and_can_end_with_those_so_far(
+    agent: Agent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event: dict[str, Any] = {
+        "at": "2026-11-25T18:07:11.123Z",
+        "kind": "exited",
+        "device_id": "cpu:0",
+        "model_id": "tiny",
+    }
+    event |= {"generation": 7, "reason": "code 1: \x1b[31mred"}
+    stream = f"id: 6\ndata: {json.dumps(event)}\n\n"
+    agent.responses["GET /v1/node/events"] = (200, "text/event-stream", stream)
+    assert agent.run("events", "--no-follow") == 0
+    assert agent.requests[0].target == "/v1/node/events?after=0&follow=false"
+    [line] = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d\d:07:11 cpu:0 tiny exited \(generation 7\): code 1: \\x1b\[31mred", line)
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        ({"at": "nonsense", "kind": "node", "reason": "ready"}, "--:--:-- node: ready"),
+        ({"kind": "ready", "device_id": "cpu:0", "generation": 0}, "--:--:-- cpu:0 ready (generation 0)"),
+        ({}, "--:--:-- ?"),
+    ],
+)
+def test_an_event_with_missing_parts_is_still_a_line(event: dict[str, Any], line: str) -> None:
+    assert event_line(event) == line
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("order", ["drain", "undrain"])
+def test_drain_and_undrain_say_in_words_what_the_node_does(
+    agent: Agent, capsys: pytest.CaptureFixture[str], order: str
+) -> None:
+    agent.respond(f"POST /v1/node/{order}", {"status": "draining", "reasons": ["drained by an operator"]})
+    assert agent.run(order) == 0
+    assert agent.requests == [Request("POST", f"/v1/node/{order}", f"Bearer {TOKEN}", None)]
+    assert capsys.readouterr().out == "the node is draining (drained by an operator)\n"
+
+
+@pytest.mark.real
 def test_logs_prints_the_lines_of_a_device(agent: Agent, capsys: pytest.CaptureFixture[str]) -> None:
-    agent.responses["GET /v1/node/devices/cpu:0/logs"] = (200, "text/plain; charset=utf-8", "one\nzwölf\n")
+    lines = "one\nzwölf\x1b[2J\n"
+    agent.responses["GET /v1/node/devices/cpu:0/logs"] = (200, "text/plain; charset=utf-8", lines)
     assert agent.run("logs", "cpu:0", "--lines", "2", "-f") == 0
     assert agent.requests[0].target == "/v1/node/devices/cpu:0/logs?lines=2&follow=true"
-    assert capsys.readouterr().out == "one\nzwölf\n"
+    assert capsys.readouterr().out == "one\nzwölf\\x1b[2J\n"
 
 
 # --- What goes wrong --------------------------------------------------------------------------------------------
@@ -242,7 +285,10 @@ def test_an_agent_that_is_gone_is_one_line_with_its_address(agent: Agent, capsys
     address.write_text("http://127.0.0.1:1\n")
     assert agent.run("status") == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("rolemesh-node-agent: no agent answers at http://127.0.0.1:1: ")
+    assert line == (
+        "rolemesh-node-agent: no agent answers at http://127.0.0.1:1 (connection refused): is it running? "
+        f"Its address was read from {address}"
+    )
 
 
 def without_address(state_dir: Path) -> str:
@@ -278,6 +324,6 @@ def test_without_a_configuration_the_default_state_folder_names_the_agent(
     assert default.is_relative_to(tmp_path / "home")
     default.parent.mkdir(parents=True, exist_ok=True)
     default.symlink_to(tmp_path / "state")
-    agent.respond("POST /v1/node/drain", {"status": "draining"})
+    agent.respond("POST /v1/node/drain", {"status": "draining", "reasons": []})
     assert main(["drain"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"status": "draining"}
+    assert capsys.readouterr().out == "the node is draining\n"
