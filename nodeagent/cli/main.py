@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
-    except (StartupError, operations.CommandFailed) as error:
+    except operations.CommandFailed as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return EXIT_CONFIG if error.bad_configuration else EXIT_FAILED
+    except StartupError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

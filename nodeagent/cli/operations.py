@@ -32,7 +32,11 @@ _TIMEOUT_S = 30.0
 
 
 class CommandFailed(NodeAgentError):
-    """The agent refused; the message is its own."""
+    """The agent refused; the message is its own. `bad_configuration` says that its configuration file has errors."""
+
+    def __init__(self, message: str, *, bad_configuration: bool = False) -> None:
+        self.bad_configuration = bad_configuration
+        super().__init__(message)
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -262,7 +266,8 @@ def _answer(answer: httpx.Response) -> Any:
     except ValueError:
         raise CommandFailed(f"the agent answered {answer.status_code} without JSON") from None
     if answer.is_error:
-        raise CommandFailed(_message(said) or f"the agent answered {answer.status_code} without a message")
+        message = _message(said) or f"the agent answered {answer.status_code} without a message"
+        raise CommandFailed(message, bad_configuration=answer.status_code == 422)
     return said
 
 

@@ -266,7 +266,8 @@ def test_a_bad_configuration_changes_nothing_and_says_why(agent: AgentProcess, c
     child = agent.wait_child()
     rewrite(config, queue_timeout_s="soon", models=[])
     ended = command(config, "reload")
-    assert ended.returncode == 78  # it can't even find the agent by this file
+    assert ended.returncode == 78
+    assert "queue_timeout_s" in ended.stderr, "the running agent itself says what is wrong"
     agent.signal(signal.SIGHUP)
     line = agent.wait_for_line(lambda line: "the old one stays" in line["message"])
     assert "queue_timeout_s" in line["message"]
