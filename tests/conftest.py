@@ -14,13 +14,19 @@ from hypothesis import settings
 import kinds
 from fakes import tiny_models
 
-# Unless `--hypothesis-profile=` says otherwise, properties are tried 10 times, so that `-m "not real"` takes seconds.
+# Unless `--hypothesis-profile=` says otherwise, properties are tried 5 times, so that `-m "not real"` takes seconds.
 # CI says `default` (100 times); `full` is for a change of what they test.
-settings.register_profile("quick", max_examples=10)
+settings.register_profile("quick", max_examples=5)
 settings.register_profile("full", max_examples=1000)
 settings.load_profile("quick")
 
 _KIND = pytest.StashKey[str]()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Don't even import what `-m "not real"` would deselect as a whole: that takes longer than some of the tests."""
+    real = collection_path.name in kinds.REAL_FOLDERS or collection_path.stem.endswith(kinds.REAL_FILE_SUFFIX)
+    return True if real and config.option.markexpr == "not real" else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -1,13 +1,35 @@
-"""What the scheduling promises, over the simulator's loads as made from one seed."""
+"""What the scheduling promises, over the simulator's loads as made from one seed, a third as long each."""
+
+from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from benchmarks.scheduling.simulate import POLICIES, simulate
-from benchmarks.scheduling.workloads import Workload, workloads
+from benchmarks.scheduling.workloads import Ask, Workload, workloads
 
-WORKLOADS = workloads(seed=1)
+# A third shows the same ratios; the simulator itself runs all of it.
+SHARE = 3
 
 
+def shortened(workload: Workload) -> Workload:
+    """The first third of what each client and feed asks; of clients that ask once, the first third."""
+
+    def part(asks: tuple[Ask, ...]) -> tuple[Ask, ...]:
+        return asks[: max(1, len(asks) // SHARE)]
+
+    clients = workload.clients
+    if clients and all(len(asks) == 1 for asks in clients):
+        clients = clients[: max(1, len(clients) // SHARE)]
+    else:
+        clients = tuple(map(part, clients))
+    return replace(workload, clients=clients, feeds=tuple((workers, part(asks)) for workers, asks in workload.feeds))
+
+
+WORKLOADS = [shortened(workload) for workload in workloads(seed=1)]
+
+
+@cache
 def figures(workload: Workload, policy: str) -> dict[str, float]:
     return simulate(workload, POLICIES[policy]).figures()
 
@@ -18,7 +40,7 @@ def test_no_load_takes_much_longer_than_first_come_first_served(workload: Worklo
     assert ours["makespan s"] <= 1.05 * first_come["makespan s"]
 
 
-def test_alternating_models_take_half_the_time_and_nobody_waits_longer_for_it() -> None:
+def test_alternating_models_take_half_the_time_and_no_request_waits_longer_for_it() -> None:
     (alternating,) = (workload for workload in WORKLOADS if workload.name == "alternating")
     ours, first_come = figures(alternating, "swap-aware"), figures(alternating, "fifo")
     assert ours["makespan s"] <= 0.5 * first_come["makespan s"]
