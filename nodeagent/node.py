@@ -114,6 +114,12 @@ class Node:
     def admin_token(self) -> str:
         return self.identity.admin_token
 
+    @property
+    def default_model_id(self) -> str | None:
+        models = self._config.models
+        marked = [model.model_id for model in models if model.default or len(models) == 1]
+        return marked[0] if marked else None
+
     def cards(self) -> list[ModelCard]:
         created = int(self.identity.started_at.timestamp())
         return [ModelCard(model.model_id, _aliases(model), created) for model in self._config.models]

@@ -1,18 +1,18 @@
 """The routes of OpenAI's API, and the validation of their bodies. `inference.py` serves what is valid.
 
-A body is forwarded unchanged; only `model` and `stream` are read, and what identifies the conversation.
+A body is forwarded unchanged; `request_body.py` reads what decides where it goes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
-import pydantic_core
 from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
 
 from nodeagent.errors import InvalidRequest
 from nodeagent.front.asgi import exit_stack, request_id
-from nodeagent.front.conversation import conversation_of
 from nodeagent.front.inference import Inference, InferenceRequest
+from nodeagent.front.request_body import BodyFields, read_body, without_bom
 from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.llama_server.headers import forwardable
 from nodeagent.scheduling.queueing import Priority
@@ -50,44 +50,40 @@ async def _infer(node: Node, inference: Inference, *, needs: str) -> Response:
 async def _read_request(node: Node, needs: str) -> InferenceRequest:
     body = await request.get_data(cache=False)
     assert isinstance(body, bytes)
-    fields = parse_body(body, needs=needs)
+    body = without_bom(body)
+    fields = read_body(body, needs=needs)
     # On one device there is nothing to choose, so its requests need not be told apart.
     several = len(node.scheduler.lanes) > 1
     return InferenceRequest(
         request_id=request_id(),
-        model_id=find_card(node, fields["model"]).model_id,
+        model_id=find_card(node, model_of(node, fields)).model_id,
         priority=read_priority(request.headers.get("X-Priority")),
         conversation=conversation_of(request.headers.get("X-Session-Id"), fields) if several else None,
-        slots=_completions_wanted(fields),
+        slots=fields.completions,
         path=request.path,
-        headers=forwardable(request.headers),
+        headers=headers_of_json(request.headers),
         body=body,
     )
 
 
-def parse_body(body: bytes, *, needs: str) -> dict[str, Any]:
-    """Parse a request for inference and check the fields that decide where it goes: the result has a `model`.
+def model_of(node: Node, fields: BodyFields) -> str:
+    """The model that the request names, else the node's default. Raises InvalidRequest if there is none."""
+    model = fields.model or node.default_model_id
+    if model is None:
+        known = ", ".join(card.model_id for card in node.cards())
+        raise InvalidRequest(f"'model' is missing, and this node has no default. It serves: {known}.", param="model")
+    return model
 
-    `needs` is the field that every such request must have. Raises InvalidRequest. Everything else in the body is
-    checked by the server.
-    """
-    try:
-        data = pydantic_core.from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
-    if not isinstance(data, dict):
-        raise InvalidRequest(f"The body must be a JSON object, not {_kind(data)}.", code="invalid_json")
-    model = data.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequest(f"'model' must be the id of a model, not {_kind(model)}.", param="model")
-    stream = data.get("stream")
-    if not isinstance(stream, bool | None):
-        raise InvalidRequest(f"'stream' must be true or false, not {_kind(stream)}.", param="stream")
-    if data.get(needs) is None:
-        raise InvalidRequest(f"'{needs}' is missing.", param=needs)
-    if needs == "messages":
-        _check_messages(data["messages"])
-    return data
+
+def conversation_of(session: str | None, fields: BodyFields) -> str | None:
+    """The conversation by the header `X-Session-Id`, which the client chose, else by the body."""
+    return f"session {session[:256]}" if session else fields.conversation
+
+
+def headers_of_json(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    """The headers for the server. The body is JSON, whatever type the client gave it; the server looks at the type."""
+    others = [header for header in forwardable(headers) if header[0] != b"content-type"]
+    return [(b"content-type", b"application/json"), *others]
 
 
 def read_priority(header: str | None) -> Priority:
@@ -103,21 +99,6 @@ def read_priority(header: str | None) -> Priority:
         ) from None
 
 
-def _completions_wanted(fields: dict[str, Any]) -> int:
-    """How many completions the request asks for. The server judges a bad `n`; until then it counts as one."""
-    wanted = fields.get("n")
-    return wanted if type(wanted) is int and wanted > 0 else 1
-
-
-def _check_messages(messages: object) -> None:
-    """Check the shape only. llama-server checks it too, but its error does not name the field."""
-    if not isinstance(messages, list):
-        raise InvalidRequest(f"'messages' must be a list of objects, not {_kind(messages)}.", param="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise InvalidRequest(f"'messages[{index}]' must be an object, not {_kind(message)}.", param="messages")
-
-
 def _card_json(card: ModelCard) -> dict[str, Any]:
     return {
         "id": card.model_id,
@@ -126,22 +107,3 @@ def _card_json(card: ModelCard) -> dict[str, Any]:
         "owned_by": "rolemesh",
         "aliases": list(card.aliases),
     }
-
-
-def _kind(value: object) -> str:
-    """A JSON value in words, short enough for an error message."""
-    match value:
-        case None:
-            return "null or missing"
-        case dict():
-            return "an object"
-        case list():
-            return "a list"
-        case "":
-            return "an empty string"
-        case str():
-            return f"the string {value[:40]!r}"
-        case bool():
-            return "true" if value else "false"
-        case _:
-            return f"the number {value}"

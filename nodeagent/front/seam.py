@@ -39,6 +39,10 @@ class Node(Protocol):
     def max_request_bytes(self) -> int: ...
 
     @property
+    def default_model_id(self) -> str | None:
+        """The model for requests that name none: the only one, or the one marked `default`."""
+
+    @property
     def scheduler(self) -> Scheduler[Upstream]: ...
 
     def cards(self) -> list[ModelCard]:
