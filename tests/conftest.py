@@ -15,7 +15,7 @@ import kinds
 from fakes import tiny_models
 
 # Unless `--hypothesis-profile=` says otherwise, properties are tried 5 times, so that `-m "not real"` takes seconds.
-# CI says `default` (100 times); `full` is for a change of what they test.
+# CI says `default` (100 times) where it measures no coverage; `full` is for a change of what they test.
 settings.register_profile("quick", max_examples=5)
 settings.register_profile("full", max_examples=1000)
 settings.load_profile("quick")

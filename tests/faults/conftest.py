@@ -1,12 +1,20 @@
 """Faults done to real processes, many times. `--faults-full` runs the whole of each count; without it, a tenth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-full", action="store_true", help="run every fault as often as the guarantees were shown")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _agents_without_coverage() -> Iterator[None]:
+    """What is measured here is time and memory, which coverage in the agents would change."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
 
 
 @pytest.fixture

@@ -230,12 +230,20 @@ def test_a_server_that_hangs_at_work_is_replaced_though_it_answers_health(
         asking.join()
 
 
+def prompt(word: str, count: int) -> dict[str, Any]:
+    return body(model="smollm2", messages=[{"role": "user", "content": word * count}])
+
+
 def test_a_long_prompt_evaluation_is_no_stall(llama_server: Path, smollm2: Path, tmp_path: Path, show: Show) -> None:
     model = {"model_id": "smollm2", "path": str(smollm2), "ctx_size": 8192, "threads": 1}
     with running_agent(write_config(tmp_path, llama_server, [model], stall_timeout_s=4)) as agent:
-        content = body(model="smollm2", messages=[{"role": "user", "content": "one two three four " * 900}])
+        post(agent, prompt("seven ", 1), 60)  # loads the model
+        # Machines differ tenfold: a prompt that takes some 15 s here, within the context.
         began = time.monotonic()
-        answer = post(agent, content, 300)
+        post(agent, prompt("nine ", 300), 120)
+        count = min(7000, int(300 * 15 / (time.monotonic() - began)))
+        began = time.monotonic()
+        answer = post(agent, prompt("three ", count), 300)
         took_s = time.monotonic() - began
         assert answer.status_code == 200, answer.text
         assert took_s > 10, "too quick to have looked like a stall"
