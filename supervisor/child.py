@@ -7,15 +7,19 @@
                           └──delay over── BACKING_OFF <──restart── (tracker) ──give up──> FAILED ──start──> STARTING
 
 Every state but FAILED ──stop──> STOPPING ──process group gone──> STOPPED.
+
+An unforeseen error in a child's task (its probe, a callback, its records) fails that generation, and nothing else.
 """
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 
 import trio
 
-from supervisor.errors import StartFailed, SupervisorError, Suspended
+from supervisor.containment import Containment, described, own_shortage
+from supervisor.errors import StartFailed, SupervisorError
 from supervisor.lifecycle import (
     Cause,
     Event,
@@ -30,12 +34,14 @@ from supervisor.lifecycle import (
     Stopping,
     Unhealthy,
 )
+from supervisor.memory import says_out_of_memory
+from supervisor.output import printable
 from supervisor.probe import SUSPENDED_PROBES, wait_ready, watch_liveness
+from supervisor.reserve import DescriptorReserve, ProbeWithReserve
 from supervisor.restart import GiveUp, Restart, RestartTracker
 from supervisor.snapshot import ChildSnapshot, ChildState
 from supervisor.spawner import ChildProcess, Spawner
 from supervisor.spec import ChildSpec
-from supervisor.strays import marked, reap_strays
 
 _LAST_LINES = 20
 _STOPPED = Exit(code=None, cause=Cause.STOPPED, reason="was stopped")
@@ -73,7 +79,7 @@ class Child:
     """A child and its state.
 
     What changes: everything, in the task that runs `run`; besides, `prepare` resets what belongs to one run, `stop`
-    sets STOPPING on the way to the end of that task, and `fail` sets `_failure`.
+    and `kill` set STOPPING on the way to the end of that task, and `fail` sets `_failure`.
     """
 
     def __init__(
@@ -84,11 +90,18 @@ class Child:
         on_line: Callable[[str, int, str], None],
         spawner: Spawner,
         rng: random.Random | None = None,
+        *,
+        reserve: DescriptorReserve | None = None,
+        other_pids: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.spec = spec
         self.tracker = RestartTracker(spec.restart, rng)
         self.process: ChildProcess | None = None
         self._spawner = spawner
+        self._reserve = reserve or DescriptorReserve(0)
+        self._probe = ProbeWithReserve(spec.probe, self._reserve)
+        self._other_pids = other_pids
+        self._errors = Containment(spec.child_id)
         self._generations = generations
         self._emit = emit
         self._on_line = on_line
@@ -96,9 +109,8 @@ class Child:
         self._scope = trio.CancelScope()
         self._finished = trio.Event()
         self._generation = 0
-        self._mark = ""
         self._failure: Failure | None = None
-        self._failed = trio.Event()
+        self._over = trio.Event()
         self._spawned_at: float | None = None
         self._ready_at: float | None = None
         self._set_state(ChildState.STOPPED)
@@ -134,10 +146,10 @@ class Child:
         return await self._attempt.outcome()
 
     def fail(self, failure: Failure) -> None:
-        """End this generation, which is ready, because of that failure. The restart policy decides what follows."""
-        if not self._failed.is_set():
+        """End this generation because of that failure. The restart policy decides what follows."""
+        if not self._over.is_set():
             self._failure = failure
-            self._failed.set()
+            self._over.set()
 
     async def stop(self) -> None:
         """End the child in any state; return when its process group is gone. Cancelling only ends the waiting."""
@@ -181,17 +193,16 @@ class Child:
         """From the spawn until the process and all of its group are gone."""
         self._generation = next(self._generations)
         self._spawned_at, self._ready_at = trio.current_time(), None
+        self._failure, self._over = None, trio.Event()
         self._set_state(ChildState.STARTING)
-        try:
-            process = self._spawn()
-        except OSError as error:
-            exit = Exit(code=None, cause=Cause.SPAWN_FAILED, reason=f"could not be spawned: {error}")
-            self._report(Exited, exit=exit)
-            return exit
+        process = self._spawn()
+        if isinstance(process, Exit):
+            self._report(Exited, exit=process)
+            return process
         failure: Failure | None = _STOPPED_ON_REQUEST  # unless `_watch` returns
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(process.attend, name=f"attend {process}")
+                nursery.start_soon(self._attend, process, name=f"attend {process}")
                 try:
                     self._set_state(ChildState.STARTING)
                     self._report(Started, pid=process.pid)
@@ -200,92 +211,108 @@ class Child:
                     with trio.CancelScope(shield=True):
                         await process.terminate(self.spec.stop.grace_s)
         finally:
-            reap_strays(self._mark)
+            with self._errors.contained("the search for what it left behind"):
+                process.reap_strays(self._other_pids())
             exit = self._exit(process, failure)
             self._report(Exited, exit=exit)
         return exit
 
-    def _spawn(self) -> ChildProcess:
+    def _spawn(self) -> ChildProcess | Exit:
+        """The process, or why there is none."""
+        try:
+            with self._reserve.released():
+                self.process = process = self._spawned()
+        except (OSError, ValueError) as error:  # ValueError: an argument has a NUL byte, or can't be encoded
+            shortage = own_shortage(error, while_spawning=True)
+            cause = Cause.SPAWN_FAILED if shortage is None else Cause.OWN_SHORTAGE
+            return Exit(code=None, cause=cause, reason=f"could not be spawned: {printable(str(error))}")
+        except Exception as error:
+            self._errors.report("its spawn", error)
+            cause = Cause.SPAWN_FAILED if own_shortage(error) is None else Cause.OWN_SHORTAGE
+            return Exit(code=None, cause=cause, reason=f"could not be spawned: {described(error)}")
+        return process
+
+    def _spawned(self) -> ChildProcess:
         spec, generation = self.spec, self._generation
-        env, self._mark = marked(spec.env)
-        self.process = self._spawner(
+        return self._spawner(
             spec.child_id,
             generation,
             spec.argv,
-            env=env,
+            env=spec.env,
             cwd=spec.cwd,
             cpus=spec.cpus,
-            on_line=lambda line: self._on_line(spec.child_id, generation, line),
+            on_line=self._handle_line,
         )
-        return self.process
+
+    def _handle_line(self, line: str) -> None:
+        with self._contained("the handler of its output"):
+            self._on_line(self.spec.child_id, self._generation, line)
+
+    def _contained(self, place: str) -> AbstractContextManager[None]:
+        """An unforeseen error of the block fails this generation."""
+
+        def failed(error: Exception) -> None:
+            self.fail(Failure(Cause.INTERNAL_ERROR, f"unexpected error in {place}: {described(error)}"))
+
+        return self._errors.contained(place, failed)
+
+    async def _attend(self, process: ChildProcess) -> None:
+        with self._contained("its attendance"):
+            await process.attend()
+        self._over.set()
 
     async def _watch(self, process: ChildProcess) -> Failure | None:
         """Return why the process has to be ended, or None once it has exited by itself."""
-        failure: Failure | None = None
-
-        async def check_health(done: trio.CancelScope) -> None:
-            nonlocal failure
-            failure = await self._until_failure(process)
-            done.cancel()
-
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(check_health, nursery.cancel_scope, name=f"check health of {process}")
-            await process.ended.wait()
+            nursery.start_soon(self._check_health, process, name=f"check health of {process}")
+            await self._over.wait()
             nursery.cancel_scope.cancel()
-        return failure
+        if self._failure is not None and self.snapshot.state is ChildState.READY:
+            await trio.lowlevel.checkpoint_if_cancelled()  # a stop at this very moment comes first
+            self._become_unhealthy(self._failure)
+        return self._failure
 
-    async def _until_failure(self, process: ChildProcess) -> Failure:
-        """Follow the process through its start and its time as ready; return what goes wrong."""
-        start = await self._until_ready(process)
-        if isinstance(start, Failure):
-            return start
-        await trio.lowlevel.checkpoint_if_cancelled()  # a stop at this very moment comes first
-        self._become_ready(start)
-        failure = await self._until_unhealthy(process)
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._set_state(ChildState.UNHEALTHY, cause=failure.cause, reason=failure.reason)
-        self._attempt = StartAttempt()
-        self._report(Unhealthy, cause=failure.cause, reason=failure.reason)
-        return failure
+    async def _check_health(self, process: ChildProcess) -> None:
+        """Follow the process through its start and its time as ready, until something is wrong with it."""
+        with self._contained("its probe"):
+            start = await self._until_ready(process)
+            await trio.lowlevel.checkpoint_if_cancelled()  # a stop at this very moment comes first
+            if isinstance(start, str):
+                self._become_ready(start)
+                start = await watch_liveness(process, self._probe, self.spec.liveness, self._errors)
+            self.fail(start)
 
     async def _until_ready(self, process: ChildProcess) -> str | Failure:
         """Return the child's address once it is ready, or why this start has failed."""
         assert self._spawned_at is not None
         spec = self.spec
-        suspended_max_s = spec.liveness.interval_s * SUSPENDED_PROBES
-        with trio.move_on_at(self._spawned_at + spec.start_timeout_s):
-            try:
-                return await wait_ready(process, spec.probe, spec.probe_interval_s, suspended_max_s=suspended_max_s)
-            except Suspended as suspended:
-                return Failure(Cause.SUSPENDED, f"not ready: {suspended}")
-        return Failure(Cause.START_TIMEOUT, f"not ready {spec.start_timeout_s:g} s after its spawn")
+        return await wait_ready(
+            process,
+            self._probe,
+            spec.probe_interval_s,
+            timeout_s=spec.start_timeout_s,
+            timeout_at=self._spawned_at + spec.start_timeout_s,
+            suspended_max_s=spec.liveness.interval_s * SUSPENDED_PROBES,
+        )
 
     def _become_ready(self, address: str) -> None:
         self._ready_at = trio.current_time()
-        self._failed = trio.Event()
         self._set_state(ChildState.READY, address=address)
         ready = Ready(child_id=self.spec.child_id, generation=self._generation, at=self._ready_at, address=address)
         self._attempt.succeed(ready)
-        self._emit(ready)
+        with self._contained("a handler of its events"):
+            self._emit(ready)
 
-    async def _until_unhealthy(self, process: ChildProcess) -> Failure:
-        """Return what is wrong with a ready child: what its probe finds, or what was reported to `fail`."""
-
-        async def watch() -> None:
-            self.fail(await watch_liveness(process, self.spec.probe, self.spec.liveness))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch, name=f"watch liveness of {process}")
-            await self._failed.wait()
-            nursery.cancel_scope.cancel()
-        assert self._failure is not None
-        return self._failure
+    def _become_unhealthy(self, failure: Failure) -> None:
+        self._set_state(ChildState.UNHEALTHY, cause=failure.cause, reason=failure.reason)
+        self._attempt = StartAttempt()
+        self._report(Unhealthy, cause=failure.cause, reason=failure.reason)
 
     def _exit(self, process: ChildProcess, failure: Failure | None) -> Exit:
         """How the process exited; `failure` is why the supervisor ended it, None if it exited by itself."""
         code, reason = process.returncode, _how_it_exited(process.returncode)
         if failure is None:
-            cause = Cause.KILLED_BY_SIGNAL if code is not None and code < 0 else Cause.EXITED
+            cause, reason = _own_end(process, code, reason)
         else:
             cause, reason = failure.cause, f"{failure.reason}; it {reason}"
         ready_s = None if self._ready_at is None else trio.current_time() - self._ready_at
@@ -322,7 +349,18 @@ class Child:
 
     def _report(self, kind: Callable[..., Event], **facts: object) -> None:
         event = kind(child_id=self.spec.child_id, generation=self._generation, at=trio.current_time(), **facts)
-        self._emit(event)
+        with self._contained("a handler of its events"):
+            self._emit(event)
+
+
+def _own_end(process: ChildProcess, code: int | None, how: str) -> tuple[Cause, str]:
+    """Why a process ended that the supervisor did not end."""
+    limit = process.out_of_memory() if code == -signal.SIGKILL else None
+    if limit is not None:
+        return Cause.OUT_OF_MEMORY, f"out of memory ({limit}): it {how}"
+    if code != 0 and says_out_of_memory(process.output.lines(_LAST_LINES)):
+        return Cause.OUT_OF_MEMORY, f"out of memory: it {how}"
+    return (Cause.KILLED_BY_SIGNAL if code is not None and code < 0 else Cause.EXITED), how
 
 
 def _how_it_exited(returncode: int | None) -> str:

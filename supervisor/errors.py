@@ -1,10 +1,11 @@
 """What can go wrong, as exceptions.
 
 SupervisorError
-├── StartFailed    one attempt to start a child failed
-├── GivenUp        the child failed too often; starting it is refused for a while
-└── NotReady       raised by probes: the child does not answer as it should
-    └── Suspended  a stop signal holds the child, so it can't answer
+├── StartFailed         one attempt to start a child failed
+├── GivenUp             the child failed too often; starting it is refused for a while
+├── NotReady            raised by probes: the child does not answer as it should
+│   └── Suspended       a stop signal holds the child, so it can't answer
+└── ProbeUnavailable    raised by probes: nothing can be said of the child, since this process lacks something
 """
 
 from supervisor.lifecycle import Exit
@@ -40,3 +41,10 @@ class NotReady(SupervisorError):
 
 class Suspended(NotReady):
     """A stop signal (SIGSTOP, a debugger) holds the child."""
+
+
+class ProbeUnavailable(SupervisorError):
+    """Raised by a probe that could not ask, because this process is out of file descriptors or memory, say.
+
+    It counts neither for the child nor against it. The message says what is lacking, for people.
+    """

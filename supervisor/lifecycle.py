@@ -23,6 +23,12 @@ class Cause(StrEnum):
     """It was reported through `Supervisor.fail`."""
     STOPPED = "stopped"
     """It was asked to stop."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The kernel killed it for want of memory, or it said so itself and exited."""
+    OWN_SHORTAGE = "own_shortage"
+    """The supervisor itself was out of file descriptors, processes or memory: no fault of the child."""
+    INTERNAL_ERROR = "internal_error"
+    """A probe or a callback raised an error that nobody foresaw."""
 
 
 @dataclass(frozen=True, slots=True)

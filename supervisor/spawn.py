@@ -1,24 +1,27 @@
-"""One process with everything that belongs to it: its process group, its output, its exit.
+"""One process with everything that belongs to it: its session and process group, its output, its exit.
 
 On Linux a child dies with us by its parent-death signal (prctl(2), PR_SET_PDEATHSIG): the kernel kills it when the
 thread that spawned it ends. So the main thread has to spawn it. (`trio.open_process` spawns in a worker thread, and
 such a thread ends after 10 s without work: the kernel would then kill its children.)
 """
 
+import itertools
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import trio
 
+from supervisor.memory import OomWatch
 from supervisor.output import Output
+from supervisor.strays import Kin, Origin, marked, reap_orphans, reap_strays
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,11 @@ _LAST_OUTPUT_S = 0.5
 _KILL_WAIT_S = 10.0
 _REAP_S = 1.0
 _REAP_PAUSE_S = 0.002
+_EXIT_PAUSE_S = 0.05
+# How often zombies are reaped (one system call if there are none), and how often the child's descendants are listed
+# (one small file for each of its threads).
+_LOOK_S = 1.0
+_LOOKS_PER_WALK = 5
 
 # The parent-death signal is set a moment after the fork, and a parent that died before that moment sends none. So this
 # checks that the parent (its pid is $0) still lives before it runs the program.
@@ -53,7 +61,13 @@ class Process:
     """
 
     def __init__(
-        self, name: str, generation: int, popen: "subprocess.Popen[bytes]", read_end: int, output: Output
+        self,
+        name: str,
+        generation: int,
+        popen: "subprocess.Popen[bytes]",
+        read_end: int,
+        output: Output,
+        mark: str,
     ) -> None:
         self.name = name
         self.generation = generation
@@ -65,6 +79,9 @@ class Process:
         self._attending = trio.CancelScope(shield=True)
         self._grace = trio.CancelScope()
         self._killed = False
+        self._kin = Kin(popen.pid)
+        self._origin = Origin(pid=popen.pid, mark=mark, pipe=os.fstat(read_end).st_ino, kin=self._kin)
+        self._oom = OomWatch()
 
     def __str__(self) -> str:
         return f"{self.name} (generation {self.generation}, pid {self.pid})"
@@ -81,12 +98,42 @@ class Process:
         except (psutil.Error, OSError):  # gone, or no file descriptor is free
             return False
 
+    def group_pids(self) -> list[int]:
+        """The processes of its process group; empty if it is gone, or no file descriptor is free."""
+        if self._popen.returncode is not None:
+            return []  # another group may have the number by now
+        try:
+            return [pid for pid in psutil.pids() if _group_of(pid) == self.pid]
+        except OSError:
+            return []
+
+    def out_of_memory(self) -> str | None:
+        """The limit that was hit, if the kernel has just killed a process in our cgroup for want of memory."""
+        self._oom.look(trio.current_time())
+        return self._oom.limit() if self._oom.just_killed(trio.current_time()) else None
+
+    def reap_strays(self, others: Collection[int]) -> None:
+        """End what left the process group and is still there, once the process is gone (Linux only).
+
+        `others` are the pids of the other children that run.
+        """
+        reap_strays(self._origin, others)
+
     async def attend(self) -> None:
         """Read the output and reap the process; return when it is gone. Shielded from cancellation: use `terminate`."""
+        try:
+            await self._attend()
+        finally:
+            self._signal_group(signal.SIGKILL)  # it is gone already, unless something unforeseen was raised
+            self._popen.poll()
+            self.ended.set()
+
+    async def _attend(self) -> None:
         with self._attending:
             async with self._pipe, trio.open_nursery() as nursery:
                 read_all = trio.Event()
                 nursery.start_soon(self._read, read_all, name=f"read output of {self}")
+                nursery.start_soon(self._look_after, name=f"look after {self}")
                 await _wait_exit(self._popen)
                 # Until the leader is reaped, no other process group can get its number.
                 self._signal_group(signal.SIGKILL)
@@ -96,7 +143,15 @@ class Process:
                 nursery.cancel_scope.cancel()
             await self._reap_group()
         self.output.feed(b"")
-        self.ended.set()
+
+    async def _look_after(self) -> None:
+        """Reap its orphans, and remember its descendants and the kills for want of memory."""
+        for looks in itertools.count(1):
+            await trio.sleep(_LOOK_S)
+            self._oom.look(trio.current_time())
+            reap_orphans(self._kin)
+            if looks % _LOOKS_PER_WALK == 0:
+                self._kin.look()
 
     async def terminate(self, grace_s: float) -> None:
         """SIGTERM to the group, SIGKILL after `grace_s` (at once if suspended); return when the process is gone.
@@ -105,6 +160,7 @@ class Process:
         """
         if self.ended.is_set():
             return
+        self._kin.look()
         if not self.is_suspended():
             self._signal_group(signal.SIGTERM)
             if await self._ends_by(trio.current_time() + grace_s):
@@ -190,10 +246,14 @@ def spawn(
     cpus: frozenset[int] | None = None,
     on_line: Callable[[str], None] = lambda _line: None,
 ) -> Process:
-    """Start the program in its own process group, with an empty stdin, and stdout and stderr in one pipe.
+    """Start the program in its own session and process group, with an empty stdin, and stdout and stderr in one pipe.
 
-    Call it from the main thread only. Raises OSError if the program or the CPUs don't exist, or the spawn fails.
+    Call it from the main thread only. Raises OSError if the program or the CPUs don't exist, or the spawn fails,
+    and ValueError if an argument or a variable can't be given to a program (a NUL byte, a lone surrogate).
+
+    In its own session the child gets no signal from our terminal: no Ctrl-C, no hang-up, no job control.
     """
+    env, mark = marked(env)
     program = shutil.which(argv[0], path=env.get("PATH"))
     if program is None:
         raise FileNotFoundError(f"{argv[0]} does not exist or is not executable")
@@ -205,16 +265,16 @@ def spawn(
                 stdin=subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
-                env=dict(env),
+                env=env,
                 cwd=cwd,
-                process_group=0,
+                start_new_session=True,
             )
     except BaseException:
         os.close(read_end)
         raise
     finally:
         os.close(write_end)
-    return Process(name, generation, popen, read_end, Output(on_line))
+    return Process(name, generation, popen, read_end, Output(on_line), mark)
 
 
 def _dies_with_us() -> list[str]:
@@ -250,7 +310,7 @@ async def _wait_exit(popen: "subprocess.Popen[bytes]") -> None:
     try:
         pidfd = os.pidfd_open(popen.pid)
     except (AttributeError, OSError):  # this Python or kernel has no pidfds, or no file descriptor is free
-        await _wait_in_thread(popen.pid)
+        await _poll_exit(popen.pid)
     else:
         await _wait_pidfd(pidfd)
 
@@ -262,6 +322,18 @@ async def _wait_pidfd(pidfd: int) -> None:
         os.close(pidfd)
 
 
-async def _wait_in_thread(pid: int) -> None:
-    options = os.WEXITED | os.WNOWAIT
-    await trio.to_thread.run_sync(os.waitid, os.P_PID, pid, options, abandon_on_cancel=True)
+async def _poll_exit(pid: int) -> None:
+    # Not in a thread: when descriptors run out, threads often do so as well.
+    while not _has_exited(pid):  # noqa: ASYNC110  (without a pidfd no event tells of its exit)
+        await trio.sleep(_EXIT_PAUSE_S)
+
+
+def _has_exited(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None

@@ -3,7 +3,7 @@
 `supervisor.spawn` implements both with real processes; the tests implement them with fake ones in virtual time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +14,6 @@ from supervisor.probe import ProcessView
 
 class ChildProcess(ProcessView, Protocol):
     """A process that was started; its methods behave as those of `supervisor.spawn.Process`."""
-
-    @property
-    def pid(self) -> int: ...
 
     @property
     def returncode(self) -> int | None: ...
@@ -30,9 +27,13 @@ class ChildProcess(ProcessView, Protocol):
 
     def kill(self) -> None: ...
 
+    def reap_strays(self, others: Collection[int]) -> None: ...
+
+    def out_of_memory(self) -> str | None: ...
+
 
 class Spawner(Protocol):
-    """Starts a process, as `supervisor.spawn.spawn` does. Raises OSError if it can't."""
+    """Starts a process, as `supervisor.spawn.spawn` does. Raises OSError or ValueError if it can't."""
 
     def __call__(
         self,

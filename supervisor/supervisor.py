@@ -24,6 +24,7 @@ from supervisor.lifecycle import (
     Unhealthy,
 )
 from supervisor.records import Records
+from supervisor.reserve import DescriptorReserve
 from supervisor.snapshot import ChildSnapshot, ChildState
 from supervisor.spawn import spawn
 from supervisor.spawner import Spawner
@@ -44,6 +45,9 @@ class Supervisor:
     (child id, generation, line). Both run in the event loop and must not block. `records` keeps the running children on
     disk, for `supervisor.records.sweep` in the next run. `spawner` starts the processes, and `rng` gives the back-off
     its jitter.
+
+    While `run` runs, it holds a few file descriptors in reserve, so that a child can be spawned and probed although
+    everything else in this process has used up the rest (`supervisor.reserve`).
 
     What changes: `_children` in `start` and `forget`, `_generations` with each spawn, `_nursery` in `run`,
     `_killed` in `kill_all`.
@@ -67,6 +71,7 @@ class Supervisor:
         self._generations: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._nursery: trio.Nursery | None = None
         self._killed = False
+        self._reserve = DescriptorReserve()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the children until cancelled; return when each of them has been terminated."""
@@ -75,10 +80,12 @@ class Supervisor:
             async with trio.open_nursery() as recording:
                 if self._records is not None:
                     recording.start_soon(self._records.run, name="records")
+                self._reserve.fill()
                 async with trio.open_nursery() as self._nursery:
                     task_status.started()
                     await trio.sleep_forever()
         finally:
+            self._reserve.close()
             if self._records is not None:
                 self._records.write()  # the "records" task ended before the last children did
 
@@ -151,7 +158,21 @@ class Supervisor:
         if self._killed:
             raise StartFailed(spec.child_id, 0, _ALL_KILLED)
         assert self._nursery is not None, "Supervisor.run is not running"
-        child = Child(spec, self._generations[spec.group], self._emit, self._on_line, self._spawner, self._rng)
+
+        def others() -> list[int]:
+            running = [it.process.pid for it in self._children.values() if it.process is not None and it.is_active]
+            return [pid for pid in running if child.process is None or pid != child.process.pid]
+
+        child = Child(
+            spec,
+            self._generations[spec.group],
+            self._emit,
+            self._on_line,
+            self._spawner,
+            self._rng,
+            reserve=self._reserve,
+            other_pids=others,
+        )
         if previous is not None and previous.spec == spec:  # a different spec starts with a clean record
             child.tracker = previous.tracker
             self._half_open(previous)
@@ -170,12 +191,20 @@ class Supervisor:
         previous.tracker.half_open()
 
     def _emit(self, event: Event) -> None:
-        _log(event)
-        if self._records is not None:
-            self._record(self._records, event)
-        self._on_event(event)
+        """Log, record and pass on the event. Each is done although another raises; the child contains the errors."""
+        errors = []
+        for step in (_log, self._record, self._on_event):
+            try:
+                step(event)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("handlers of an event", errors)
 
-    def _record(self, records: Records, event: Event) -> None:
+    def _record(self, event: Event) -> None:
+        records = self._records
+        if records is None:
+            return
         child = self._children[event.child_id]
         match event:
             case Started(pid=pid):

@@ -17,6 +17,9 @@ class ReasonCode(StrEnum):
     SUSPENDED = Cause.SUSPENDED.value
     STALLED = Cause.STALLED.value
     STOPPED = Cause.STOPPED.value
+    OUT_OF_MEMORY = Cause.OUT_OF_MEMORY.value
+    OWN_SHORTAGE = Cause.OWN_SHORTAGE.value
+    INTERNAL_ERROR = Cause.INTERNAL_ERROR.value
     MODEL_FILE_UNUSABLE = "model_file_unusable"
     """The model's file is missing, damaged, or could not be read."""
     DOES_NOT_FIT = "does_not_fit"

@@ -1,6 +1,6 @@
 """Processes that are a table, for the supervisor's real state machine in virtual time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ class Fate:
     """What becomes of a process. Times are seconds after its spawn, None for never.
 
     It is ready, exits by itself with `code`, fails its probe, leaves its probe without an answer, or is suspended.
+    `out_of_memory`: the limit for which the kernel kills it. `broken_by`: what these methods raise.
     `ignores_sigterm`: only SIGKILL ends it. `hangs_in_a_driver`: not even that does, and the supervisor gives up on it.
     """
 
@@ -27,6 +28,8 @@ class Fate:
     suspended_after_s: float | None = None
     ignores_sigterm: bool = False
     hangs_in_a_driver: bool = False
+    out_of_memory: str | None = None
+    broken_by: Mapping[str, Exception] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,6 +64,19 @@ class FakeProcess:
     def kill(self, signum: int = 9) -> None:
         self.killed_by = signum
         self._killed.set()
+
+    def group_pids(self) -> list[int]:
+        return [self.pid]
+
+    def out_of_memory(self) -> str | None:
+        return self.fate.out_of_memory
+
+    def reap_strays(self, _others: Collection[int]) -> None:
+        self._break("reap_strays")
+
+    def _break(self, method: str) -> None:
+        if method in self.fate.broken_by:
+            raise self.fate.broken_by[method]
 
     async def attend(self) -> None:
         lifetime_s = float("inf") if self.fate.exits_after_s is None else self.fate.exits_after_s
@@ -105,9 +121,9 @@ class FateProbe:
 
 
 class FakeSpawner:
-    """Starts fake processes with these fates in turn, then with that of `afterwards`. An OSError fails the spawn."""
+    """Starts fake processes with these fates in turn, then with that of `afterwards`. An exception fails the spawn."""
 
-    def __init__(self, fates: Iterable[Fate | OSError] = (), *, afterwards: Fate = Fate()) -> None:
+    def __init__(self, fates: Iterable[Fate | Exception] = (), *, afterwards: Fate = Fate()) -> None:
         self._fates = iter(fates)
         self._afterwards = afterwards
         self.processes: list[FakeProcess] = []
@@ -118,7 +134,7 @@ class FakeSpawner:
     ) -> ChildProcess:
         assert name not in self.running, "two processes of one child at a time"
         fate = next(self._fates, self._afterwards)
-        if isinstance(fate, OSError):
+        if isinstance(fate, Exception):
             raise fate
         self.running.add(name)
         pid = 101 + len(self.processes)

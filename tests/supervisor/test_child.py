@@ -635,6 +635,9 @@ def test_causes_are_a_closed_set() -> None:
         "suspended",
         "stalled",
         "stopped",
+        "out_of_memory",
+        "own_shortage",
+        "internal_error",
     }
 
 
@@ -670,7 +673,6 @@ async def test_every_task_of_a_child_is_named(autojump_clock: MockClock, nursery
         "child cpu:0/planner",
         f"attend {process}",
         f"check health of {process}",
-        f"watch liveness of {process}",
     }
 
 

@@ -1,0 +1,119 @@
+"""Whether a process ended for want of memory: by the kernel's hand, or by its own account.
+
+The counters of kills are the kernel's: `memory.events` of cgroup v2 (Documentation/admin-guide/cgroup-v2.rst), and
+`memory.oom_control` of v1 (Documentation/admin-guide/cgroup-v1/memory.rst).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+# What programs print when an allocation failed: the C++ library, libc, and llama.cpp's backends.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|cannot allocate memory|std::bad_alloc|cudaMalloc failed|failed to allocate"
+    r"|unable to allocate\b.*\bbuffer",
+    re.IGNORECASE,
+)
+# The counter rises before the process gets its SIGKILL; to free many GB takes the kernel seconds.
+_KILL_TAKES_S = 10.0
+# cgroup v1 says "no limit" by the largest multiple of the page size.
+_UNLIMITED_BYTES = 2**60
+
+
+def says_out_of_memory(lines: Sequence[str]) -> bool:
+    """Whether one of these lines of output says that memory ran out."""
+    return any(_OUT_OF_MEMORY.search(line) for line in lines)
+
+
+class OomWatch:
+    """Watches the kernel's count of out-of-memory kills in our cgroup and those above it. Children are in ours.
+
+    `root` is where proc and sys are. What changes: `_count` and `_rose_at`, in `look`.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._folders = _memory_cgroups(root)
+        self._count = self._kills()
+        self._rose_at: float | None = None
+
+    def look(self, now: float) -> None:
+        """Notice a rise. Call it every few seconds, and once when the process has ended."""
+        count = self._kills()
+        if count is None:  # no file descriptor is free
+            return
+        if self._count is not None and count > self._count:
+            self._rose_at = now
+        self._count = count
+
+    def just_killed(self, now: float) -> bool:
+        """Whether the kernel has just killed a process in the cgroup."""
+        return self._rose_at is not None and now - self._rose_at <= _KILL_TAKES_S
+
+    def limit(self) -> str:
+        """The limit that was hit, in bytes: the smallest of our cgroup's and those above it."""
+        limits = [limit for folder in self._folders if (limit := _limit_of(folder)) is not None]
+        return f"limit {min(limits)} bytes" if limits else "all of this host's"
+
+    def _kills(self) -> int | None:
+        # v2 counts the kills of the cgroups below as well, v1 does not: the sum rises with each kill in both.
+        counts = [_kills_in(folder) for folder in self._folders]
+        return None if None in counts else sum(filter(None, counts))
+
+
+def _memory_cgroups(root: Path) -> list[Path]:
+    """The folders of our memory cgroup and those above it, the innermost first."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        unified = number == "0" and not controllers
+        if not unified and "memory" not in controllers.split(","):
+            continue
+        mounted = _mounted(root, "cgroup2" if unified else "cgroup")
+        if mounted is not None and (folders := _upwards(root, *mounted, path)):
+            return folders
+    return []
+
+
+def _mounted(root: Path, kind: str) -> tuple[str, str] | None:
+    """The root and the mount point of that file system, as proc_pid_mountinfo(5) has them."""
+    for line in _read(root / "proc/self/mountinfo").splitlines():
+        left, _, right = line.partition(" - ")
+        fields, more = left.split(), right.split()
+        if len(fields) < 5 or len(more) < 3 or more[0] != kind:
+            continue
+        if kind == "cgroup2" or "memory" in more[2].split(","):
+            return fields[3], fields[4]
+    return None
+
+
+def _upwards(root: Path, mount_root: str, mount_point: str, path: str) -> list[Path]:
+    """The folders from that cgroup up to the mount, those of them that count kills.
+
+    A container often sees only its own part of the tree: `mount_root` is then the upper part of `path`.
+    """
+    top = root / mount_point.lstrip("/")
+    inside = path.removeprefix(mount_root) if mount_root != "/" else path
+    parts = [part for part in inside.split("/") if part and part != ".."]
+    folders = [top.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return [it for it in folders if (it / "memory.events").is_file() or (it / "memory.oom_control").is_file()]
+
+
+def _kills_in(folder: Path) -> int | None:
+    found = re.search(r"^oom_kill (\d+)$", _read_either(folder, "memory.events", "memory.oom_control"), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _limit_of(folder: Path) -> int | None:
+    text = _read_either(folder, "memory.max", "memory.limit_in_bytes").strip()
+    return int(text) if text.isdecimal() and int(text) < _UNLIMITED_BYTES else None
+
+
+def _read_either(folder: Path, v2: str, v1: str) -> str:
+    return _read(folder / v2) or _read(folder / v1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # it does not exist, or no file descriptor is free
+        return ""
