@@ -22,7 +22,7 @@ NodeAgentError
     ├── Draining             the node accepts no new requests
     ├── PoisonedRequest      two servers crashed on the same body
     ├── Unauthorized         the admin token is missing or wrong
-    ├── OriginForbidden      a web page sent a request that only operators may send
+    ├── OriginForbidden      a web page sent a request that it may not send
     ├── NoSuchDevice
     └── ReloadRefused        the new configuration is bad; the old one stays
 
@@ -212,7 +212,7 @@ class Unauthorized(Refusal):
 
 
 class OriginForbidden(Refusal):
-    """The path is for operators, and the request comes from a web page."""
+    """The request comes from a web page that may not use this path."""
 
     def __init__(self, origin: str) -> None:
         self.origin = origin

@@ -120,6 +120,10 @@ class Node:
         marked = [model.model_id for model in models if model.default or len(models) == 1]
         return marked[0] if marked else None
 
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        return self._config.cors_origins
+
     def cards(self) -> list[ModelCard]:
         created = int(self.identity.started_at.timestamp())
         return [ModelCard(model.model_id, _aliases(model), created) for model in self._config.models]

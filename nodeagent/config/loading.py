@@ -68,8 +68,8 @@ def validated(source: Source) -> tuple[NodeConfig | None, list[Problem]]:
         return None, in_order(problems)
     if config is not None:
         config.came_from(source)
-        if (message := no_home(config.state_dir)) is not None:
-            return None, [source.problem(("state_dir",), message)]
+        if (homeless := no_home(config.state_dir)) is not None:
+            return None, [source.problem(("state_dir",), homeless)]
     return config, []
 
 

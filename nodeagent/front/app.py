@@ -6,7 +6,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import health, node, openai
+from nodeagent.front import health, node, openai, origins
 from nodeagent.front.asgi import request_id
 from nodeagent.front.refusals import echo, error_response, refusal_response
 from nodeagent.front.seam import Node
@@ -29,6 +29,7 @@ def create_app(of: Node) -> QuartTrio:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for room in (openai, node, health):
         app.register_blueprint(room.blueprint(of))
+    origins.guard(app, of)
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:

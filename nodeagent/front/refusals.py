@@ -193,9 +193,12 @@ REFUSALS: dict[type[Refusal], Row] = {
         status=403,
         type="invalid_request_error",
         code="origin_forbidden",
-        message=lambda it: f"Web pages may not use this path: the request has the Origin {echo(it.origin)}.",
-        when="an operator's path, from a web page",
-        client="use another program",
+        message=lambda it: (
+            f"Web pages may not use this path: the request has the Origin {echo(it.origin)} "
+            "(cors_origins lists the pages that may use the API; none may use an operator's path)."
+        ),
+        when="a web page whose origin is not in `cors_origins`, or any web page on an operator's path",
+        client="add the page's origin to `cors_origins`, or use another program",
     ),
     NoSuchDevice: Row(
         status=404,

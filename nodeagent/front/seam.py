@@ -43,6 +43,10 @@ class Node(Protocol):
         """The model for requests that name none: the only one, or the one marked `default`."""
 
     @property
+    def cors_origins(self) -> tuple[str, ...]:
+        """The origins of web pages that may use the API."""
+
+    @property
     def scheduler(self) -> Scheduler[Upstream]: ...
 
     def cards(self) -> list[ModelCard]:

@@ -20,6 +20,7 @@ class BareNode:
     node_id = "box-a"
     max_request_bytes = 1000
     scheduler: Any = None
+    cors_origins = ()
 
     def cards(self) -> list[ModelCard]:
         return []

@@ -15,6 +15,7 @@ class TwoModels:
 
     def __init__(self, default_model_id: str | None) -> None:
         self.default_model_id = default_model_id
+        self.cors_origins = ()
 
     def cards(self) -> list[ModelCard]:
         return [ModelCard("a", (), 0), ModelCard("b", (), 0)]
