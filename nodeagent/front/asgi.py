@@ -16,6 +16,7 @@ import trio
 
 from nodeagent.errors import BodyTooLarge, BodyTooSlow, Refusal, ServerBusy, UnsupportedEncoding
 from nodeagent.front.connection import AbortResponse, ASGIApp
+from nodeagent.front.half_close import HalfClose
 from nodeagent.front.refusals import Headers, internal_error_response, refusal_response
 from nodeagent.logs import request_id_var
 
@@ -33,6 +34,7 @@ _BODY_BYTES_PER_S = 2**14
 _BODIES_HELD = 4
 
 _exit_stack: ContextVar[ExitStack] = ContextVar("exit_stack")
+_scope: ContextVar[Any] = ContextVar("scope")
 
 
 def request_id() -> str:
@@ -48,6 +50,26 @@ def exit_stack() -> ExitStack:
     a client that leaves nor a cancellation can lose one. Raises LookupError outside of a request.
     """
     return _exit_stack.get()
+
+
+def on_half_close(policy: HalfClose) -> None:
+    """Set how long this request goes on after its client has closed its sending side; the default is `FINISH`.
+
+    With `STREAM` the application should write something when `half_closed()` is set, within half a second: a client
+    that has left answers with a reset. Raises LookupError outside of a request.
+    """
+    change = _scope.get().get("nodeagent.on_half_close")
+    if change is not None:
+        change(policy)
+
+
+def half_closed() -> trio.Event:
+    """Return the event that is set once this request's client has closed its sending side.
+
+    Raises LookupError outside of a request.
+    """
+    event: trio.Event | None = _scope.get().get("nodeagent.half_closed")
+    return trio.Event() if event is None else event
 
 
 class Front:
@@ -89,6 +111,7 @@ class Front:
         try:
             with ExitStack() as stack:
                 _exit_stack.set(stack)
+                _scope.set(scope)
                 scope["nodeagent.request_id"] = identity
                 scope["nodeagent.exit_stack"] = stack
                 stack.callback(body.release)

@@ -2,6 +2,8 @@
 
     reading ──(idle too long, answer over and not kept alive, client left, shutdown while idle)──> lingering ──> closed
 
+A client that has closed its sending side may still read: see `half_close.py`.
+
 hypercorn's own TCPServer is not used: every method through which a client can harm the daemon would have to be
 overridden (README.md lists these traps). Here a connection ends in one way, whoever ends it: the cancel scope around
 the reading is cancelled, then one place closes the socket. All decisions are synchronous, so that the cancellation of
@@ -9,10 +11,8 @@ a request can't lose a keep-alive timer or a close.
 """
 
 import logging
-import select
 import socket
 import struct
-import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, TaskGroup
 from hypercorn.utils import parse_socket_addr, repr_socket_addr
 
+from nodeagent.front.half_close import HalfClose, connection_reset, input_ended
 from nodeagent.front.protocol import HttpProtocol
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class Shared:
 class Connection:
     """One client's connection, and the tasks of its requests.
 
-    Anyone may cancel `reading` to end the connection. Its deadline and `_idle` change in `_become`. `run` closes the
-    socket, and so does `_send` after an incomplete write.
+    Anyone may cancel `reading` to end the connection. Its deadline follows, in `_limit`, from `_idle`, `_half_closed`,
+    `_policy` and `_wrote_after_end`. `run` closes the socket, and so does `_send` after an incomplete write.
     """
 
     def __init__(self, shared: Shared, stream: trio.SocketStream) -> None:
@@ -71,6 +72,9 @@ class Connection:
         self._shared = shared
         self._stream = stream
         self._idle = True
+        self._half_closed = trio.Event()
+        self._policy = HalfClose.FINISH
+        self._wrote_after_end = False
         self._send_lock = trio.Lock()
         self._protocol = HttpProtocol(
             cast(AppWrapper, shared.app),
@@ -119,8 +123,22 @@ class Connection:
                     return True
                 await self._protocol.handle(RawData(bytes(data)))
                 if not data:
+                    if self._protocol.stream is not None:
+                        await self._outlast_the_input()
                     return True
         return False
+
+    async def _outlast_the_input(self) -> None:
+        """Return when the client has left. If it stays for its answer, the end of the answer cancels `reading`."""
+        self._half_closed.set()
+        self._limit()
+        await connection_reset(self.socket)
+
+    async def end_when_the_client_leaves(self) -> None:
+        """As `_outlast_the_input`, while unread bytes are before the end of input."""
+        await input_ended(self.socket)
+        await self._outlast_the_input()
+        self.reading.cancel()
 
     async def _linger(self) -> None:
         """Read on while the client sends: to close with unread bytes is a reset, and that can overtake the answer."""
@@ -158,7 +176,23 @@ class Connection:
 
     def _become(self, *, idle: bool) -> None:
         self._idle = idle
-        self.reading.deadline = trio.current_time() + self._shared.keep_alive_timeout_s if idle else float("inf")
+        self._policy = HalfClose.FINISH
+        self._limit()
+
+    def _on_half_close(self, policy: HalfClose) -> None:
+        """Set the policy of the request that is being answered (`nodeagent.on_half_close` in its ASGI scope)."""
+        self._policy = policy
+        self._limit()
+
+    def _limit(self) -> None:
+        """Set how long the connection may go on from now."""
+        if self._idle:
+            left_s = self._shared.keep_alive_timeout_s
+        elif not self._half_closed.is_set() or (self._wrote_after_end and self._policy is HalfClose.STREAM):
+            left_s = float("inf")
+        else:
+            left_s = self._policy.bound_s
+        self.reading.deadline = trio.current_time() + left_s
 
     async def _send(self, data: bytes) -> None:
         """Write all of it, or end the connection: nothing can follow an incomplete write.
@@ -172,6 +206,7 @@ class Connection:
                     with trio.fail_after(self._shared.send_timeout_s):
                         await self._stream.send_all(data[start : start + _SEND_BYTES])
             complete = True
+            self._note_write()
         except trio.TooSlowError:
             logger.warning(
                 "%s: client read too little for %g s; closing the connection", self.peer, self._shared.send_timeout_s
@@ -182,6 +217,12 @@ class Connection:
             if not complete:
                 self.reading.cancel()
                 self._reset()
+
+    def _note_write(self) -> None:
+        if self._half_closed.is_set() and not self._wrote_after_end:
+            self._wrote_after_end = True
+            if self._policy is HalfClose.STREAM:
+                self._limit()
 
     async def spawn_app(
         self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
@@ -206,6 +247,8 @@ class Connection:
             except trio.EndOfChannel:
                 return {"type": "http.disconnect"}
 
+        scope["nodeagent.on_half_close"] = self._on_half_close
+        scope["nodeagent.half_closed"] = self._half_closed
         name = f"{scope['method']} {scope['path']} {self.peer}"
         self._nursery.start_soon(self._run_app, app, scope, receive, send, name=name)
         return put
@@ -244,29 +287,7 @@ class _Turn:
 
     async def wait(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_when_the_client_leaves, name=f"watch for hang-up {self._connection.peer}")
+            watch = self._connection.end_when_the_client_leaves
+            nursery.start_soon(watch, name=f"watch for hang-up {self._connection.peer}")
             await self._come.wait()
             nursery.cancel_scope.cancel()
-
-    async def _end_when_the_client_leaves(self) -> None:
-        await _hung_up(self._connection.socket)
-        self._connection.reading.cancel()
-
-
-if sys.platform == "linux":
-
-    async def _hung_up(sock: trio.socket.SocketType) -> None:
-        """Return when the peer has closed its side, even if bytes from it are still unread.
-
-        An epoll for this event alone becomes readable itself then, and trio can wait for that.
-        """
-        if sock.fileno() == -1:  # an incomplete write has just closed it
-            return
-        with select.epoll() as epoll:
-            epoll.register(sock.fileno(), select.EPOLLRDHUP)
-            await trio.lowlevel.wait_readable(epoll.fileno())
-else:
-
-    async def _hung_up(sock: trio.socket.SocketType) -> None:
-        """Never return: without epoll, the close can't be seen behind unread bytes."""
-        await trio.sleep_forever()

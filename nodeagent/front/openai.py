@@ -10,7 +10,8 @@ from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
 
 from nodeagent.errors import InvalidRequest
-from nodeagent.front.asgi import exit_stack, request_id
+from nodeagent.front.asgi import exit_stack, on_half_close, request_id
+from nodeagent.front.half_close import HalfClose
 from nodeagent.front.inference import Inference, InferenceRequest
 from nodeagent.front.request_body import BodyFields, read_body, without_bom
 from nodeagent.front.seam import ModelCard, Node, find_card
@@ -43,6 +44,8 @@ def blueprint(node: Node) -> Blueprint:
 
 
 async def _infer(node: Node, inference: Inference, *, needs: str) -> Response:
+    # The end of input is how most clients leave, and a generation costs much.
+    on_half_close(HalfClose.GRACE)
     answer = await inference.serve(await _read_request(node, needs), exit_stack())
     return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
 

@@ -7,6 +7,7 @@ from typing import Any
 import trio
 
 from nodeagent.front.asgi import Front
+from nodeagent.front.half_close import HalfClose
 from nodeagent.front.server import ASGIApp
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -78,11 +79,13 @@ async def read_all(scope: dict[str, Any], receive: Receive, send: Send) -> None:
 class Held:
     """Streams its first bytes, and ends when the test sets `finish` or its client disconnects (`left`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: HalfClose = HalfClose.GRACE) -> None:
+        self.policy = policy
         self.finish = trio.Event()
         self.left = trio.Event()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        scope["nodeagent.on_half_close"](self.policy)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
         async with trio.open_nursery() as nursery:

@@ -13,7 +13,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from fakes.serving import start_serving
 from nodeagent.errors import BackendCrashed, QueueFull
-from nodeagent.front.asgi import Front, exit_stack, request_id
+from nodeagent.front.asgi import Front, exit_stack, on_half_close, request_id
+from nodeagent.front.half_close import HalfClose
 from nodeagent.front.server import AbortResponse
 from nodeagent.logs import request_id_var
 
@@ -42,6 +43,7 @@ def quart_app(log: Log) -> QuartTrio:
     @app.before_request
     async def own() -> None:
         exit_stack().callback(log.release)
+        on_half_close(HalfClose.GRACE)
 
     @app.get("/id")
     async def identity() -> str:

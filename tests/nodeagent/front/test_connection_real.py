@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import struct
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from trio.testing import open_stream_to_socket_listener, wait_all_tasks_blocked
 from fakes.asgi import Held, Receive, Send, Torrent, hello
 from fakes.serving import GET, GET_AND_CLOSE, Peer, assert_serves, quart_app, start_serving
 from nodeagent.front.connection import Connection, Shared
+from nodeagent.front.half_close import HalfClose
 from nodeagent.front.server import ASGIApp, _settings, bind
 
 
@@ -156,15 +158,92 @@ async def test_a_silent_answer_outlives_the_keep_alive_timeout(nursery: trio.Nur
             assert await peer.until(b"0\r\n\r\n") == b"4\r\nlast\r\n0\r\n\r\n"
 
 
-async def test_a_client_that_leaves_is_noticed_at_once(nursery: trio.Nursery) -> None:
+async def test_a_client_that_leaves_is_noticed_within_the_grace(nursery: trio.Nursery) -> None:
     held = Held()
     with trio.fail_after(5):
         served = await start_serving(nursery, held)
         async with await served.connect() as peer:
             await peer.send(GET)
             await peer.until(b"first\r\n")
-        with trio.fail_after(0.5):
+        with trio.fail_after(1):
             await held.left.wait()
+
+
+@pytest.mark.parametrize("policy", HalfClose)
+async def test_a_reset_ends_the_request_at_once_whatever_its_policy(policy: HalfClose, nursery: trio.Nursery) -> None:
+    held = Held(policy)
+    with trio.fail_after(5):
+        served = await start_serving(nursery, held)
+        async with await served.connect() as peer:
+            await peer.send(GET)
+            await peer.until(b"first\r\n")
+            await peer.stream.send_eof()
+            await wait_all_tasks_blocked()
+            peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with trio.fail_after(0.3):
+            await held.left.wait()
+
+
+async def test_a_client_that_has_closed_its_sending_side_gets_its_answers(nursery: trio.Nursery) -> None:
+    with trio.fail_after(5):
+        served = await start_serving(nursery, quart_app())
+        async with await served.connect() as peer:
+            await peer.send(GET + GET)
+            await peer.stream.send_eof()
+            assert (await peer.rest()).count(b"hello") == 2
+
+
+async def test_a_stream_goes_on_for_a_client_that_stays_and_stops_with_the_next_write_to_one_that_left(
+    nursery: trio.Nursery,
+) -> None:
+    """The application writes once when the input ends, which a client that has left answers with a reset."""
+    left = trio.Event()
+
+    async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        scope["nodeagent.on_half_close"](HalfClose.STREAM)
+        try:
+            await scope["nodeagent.half_closed"].wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b": here", "more_body": True})
+            async with trio.open_nursery() as tasks:
+                tasks.start_soon(_cancel_at_disconnect, receive, tasks.cancel_scope)
+                await trio.sleep(0.8)
+                await send({"type": "http.response.body", "body": b"last", "more_body": False})
+                tasks.cancel_scope.cancel()
+        finally:
+            left.set()
+
+    with trio.fail_after(5):
+        served = await start_serving(nursery, app)
+        async with await served.connect() as stays:
+            await stays.send(GET)
+            await stays.stream.send_eof()
+            assert b"last" in await stays.rest()
+        left = trio.Event()
+        async with await served.connect() as leaves:
+            await leaves.send(GET)
+        with trio.fail_after(0.4):
+            await left.wait()
+
+
+async def _cancel_at_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+    scope.cancel()
+
+
+@pytest.mark.parametrize(("policy", "bound_s"), [(HalfClose.GRACE, 0.5), (HalfClose.STREAM, 0.5)])
+async def test_a_silent_request_ends_after_its_grace(policy: HalfClose, bound_s: float, nursery: trio.Nursery) -> None:
+    held = Held(policy)
+    with trio.fail_after(5):
+        served = await start_serving(nursery, held)
+        async with await served.connect() as peer:
+            await peer.send(GET)
+            await peer.until(b"first\r\n")
+            begun = trio.current_time()
+            await peer.stream.send_eof()
+            await held.left.wait()
+    assert bound_s <= trio.current_time() - begun + 0.01 < bound_s + 0.4
 
 
 async def test_a_client_that_leaves_is_noticed_behind_a_second_request(nursery: trio.Nursery) -> None:
