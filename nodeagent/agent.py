@@ -114,7 +114,7 @@ class Agent:
             for device_id, device in node.devices.items():
                 await nursery.start(device.lane.run, name=f"lane {device_id}")
             nursery.start_soon(stall_watch.watch, self._watched_servers, self._supervisor.fail, name="stall watch")
-            self._preload()
+            node.preload()
             await nursery.start(self._serve_front, listeners, name="front")
             node.enter(Phase.SERVING)
             if self._dispatcher is not None:
@@ -151,11 +151,6 @@ class Agent:
             )
         finally:
             self._front_ended.set()
-
-    def _preload(self) -> None:
-        wanted = [model.model_id for model in self._config.models if model.preload]
-        for model_id in self.node.scheduler.preload(wanted):
-            logger.warning("model %s is not preloaded: no free device can run it", model_id)
 
     def _watched_servers(self) -> list[stall_watch.Worker]:
         timeout_s = self.node.config.stall_timeout_s

@@ -4,9 +4,10 @@
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import Protocol
@@ -28,7 +29,8 @@ from nodeagent.llama_server.server_id import ServerId
 from nodeagent.managed_device import ManagedDevice
 from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.scheduler import Scheduler
-from nodeagent.status import MODEL_ENDPOINTS, ModelStatus, NodeSnapshot, NodeState, Phase, node_state
+from nodeagent.scheduling.seam import ServerState
+from nodeagent.status import MODEL_ENDPOINTS, ModelStatus, NodeSnapshot, NodeState, NodeStatus, Phase, node_state
 from supervisor.lifecycle import Event
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,8 @@ class NodeIdentity:
 class Node:
     """Implements `front.seam.Node` and `dispatcher.client.NodeSource`.
 
-    What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`; `dispatcher` once, by
+    What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
+    models that are to be ready before the node says so) in `preload` and `on_child_event`; `dispatcher` once, by
     `agent`.
     """
 
@@ -87,6 +90,8 @@ class Node:
         self._monitor = monitor
         self._phase = Phase.STARTING
         self._last_state: NodeState | None = None
+        self._preloading: set[str] = set()
+        self._preload_until = -math.inf
         self._reloading = trio.Lock()
         self._background: trio.Nursery
 
@@ -130,7 +135,10 @@ class Node:
 
     def state(self) -> NodeState:
         servers = [(device_id, device.servers.views()) for device_id, device in self.devices.items()]
-        return node_state(self._phase, servers, len(self._config.models))
+        state = node_state(self._phase, servers, len(self._config.models))
+        if self._phase is Phase.SERVING and self._is_preloading():
+            return replace(state, status=NodeStatus.STARTING)
+        return state
 
     def inventory_json(self) -> bytes:
         return inventory(self.snapshot()).model_dump_json().encode()
@@ -225,6 +233,16 @@ class Node:
         """Requests in flight or queued on the whole node."""
         return self.scheduler.admitted
 
+    def preload(self) -> None:
+        """Load the models with `preload`. Until they are ready or have failed, for at most `preload_ready_timeout_s`,
+        the node's status is STARTING: a load balancer sends no requests, but those that come are served."""
+        wanted = [model.model_id for model in self._config.models if model.preload]
+        without_device = self.scheduler.preload(wanted)
+        for model_id in without_device:
+            logger.warning("model %s is not preloaded: no free device can run it", model_id)
+        self._preloading = set(wanted) - set(without_device)
+        self._preload_until = trio.current_time() + self._config.preload_ready_timeout_s
+
     def enter(self, phase: Phase) -> None:
         """Begin another phase, and publish the status that follows from it."""
         self._phase = phase
@@ -248,6 +266,7 @@ class Node:
         """Handle one transition of a server: its device first, then the event log, the dispatcher last."""
         self.devices[ServerId.parse(event.child_id).device_id].handle(event)
         self.events.append(events.of_child(event))
+        self._preloading -= self._models_in(ServerState.READY)  # one that is unloaded later was ready all the same
         self._publish_state()
 
     def on_child_line(self, child_id: str, generation: int, line: str) -> None:
@@ -292,6 +311,16 @@ class Node:
 
     def _lane(self, device_id: str) -> Lane[Upstream]:
         return self._device(device_id).lane
+
+    def _models_in(self, *states: ServerState) -> set[str]:
+        """The models with a server in one of these states on any device."""
+        views = (view for device in self.devices.values() for view in device.servers.views())
+        return {view.model_id for view in views if view.state in states}
+
+    def _is_preloading(self) -> bool:
+        if not self._preloading or trio.current_time() >= self._preload_until:
+            return False
+        return bool(self._preloading - self._models_in(ServerState.READY, ServerState.FAILED))
 
     def _publish_state(self) -> None:
         """Something changed: record the node's state if it is another one, and send a heartbeat soon."""

@@ -323,3 +323,55 @@ def test_every_model_has_a_card(tmp_path: Path) -> None:
 
 def messages(caplog: pytest.LogCaptureFixture, logger: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == logger]
+
+
+# Preloading.
+
+PRELOADED = [{"model_id": "a", "path": "a.gguf", "preload": True}, {"model_id": "b", "path": "b.gguf"}]
+
+
+async def test_a_node_is_starting_until_its_preloaded_model_is_ready(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path, [SLOW], models=PRELOADED)
+    node = await parts.start(nursery)
+    node.preload()
+    assert node.state().status is NodeStatus.STARTING
+    await trio.sleep(4)
+    assert node.state().status is NodeStatus.STARTING
+    await trio.sleep(2)
+    assert node.state().status is NodeStatus.READY
+    assert [event.reason for event in parts.node.events.after(0).items if event.kind == "node"][-1] == "ready"
+    await node.unload("a", force=False)
+    assert node.state().status is NodeStatus.READY, "unloaded later, it was ready all the same"
+
+
+async def test_a_preloaded_model_that_is_not_ready_in_time_holds_up_nothing(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    never = Fate(ready_after_s=None)
+    node = await NodeWithFakes(tmp_path, [never], models=PRELOADED, preload_ready_timeout_s=3).start(nursery)
+    node.preload()
+    await trio.sleep(2.9)
+    assert node.state().status is NodeStatus.STARTING
+    await trio.sleep(0.2)
+    assert node.state().status is NodeStatus.READY
+
+
+async def test_a_preloaded_model_that_has_failed_leaves_the_node_degraded(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path, [EXITS] * 9, models=PRELOADED, restart={"max_restarts": 0})
+    node = await parts.start(nursery)
+    node.preload()
+    await trio.sleep(2)
+    assert node.state().status is NodeStatus.DEGRADED
+
+
+async def test_a_drain_is_said_although_a_preload_goes_on(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    node = await NodeWithFakes(tmp_path, [SLOW], models=PRELOADED).start(nursery)
+    node.preload()
+    node.drain()
+    assert node.state().status is NodeStatus.DRAINING
