@@ -132,7 +132,7 @@ class Child:
     async def run(self) -> None:
         """Keep the child alive until it is stopped or given up on. If cancelled, end its process first."""
         try:
-            with self._scope:
+            with self._scope, self._errors.contained("its supervision", self._give_up):
                 await self._run_generations()
         finally:
             if self.is_active:
@@ -189,6 +189,12 @@ class Child:
                     self._report(GaveUp, cause=exit.cause, reason=reason, retry_at=retry_at)
                     return
 
+    def _give_up(self, error: Exception) -> None:
+        reason = f"unexpected error in its supervision: {described(error)}"
+        self._set_state(ChildState.FAILED, cause=Cause.INTERNAL_ERROR, reason=reason)
+        self._fail_attempt(Exit(code=None, cause=Cause.INTERNAL_ERROR, reason=reason))
+        self._report(GaveUp, cause=Cause.INTERNAL_ERROR, reason=reason, retry_at=None)
+
     async def _run_generation(self) -> Exit:
         """From the spawn until the process and all of its group are gone."""
         self._generation = next(self._generations)
@@ -208,14 +214,19 @@ class Child:
                     self._report(Started, pid=process.pid)
                     failure = await self._watch(process)
                 finally:
-                    with trio.CancelScope(shield=True):
-                        await process.terminate(self.spec.stop.grace_s)
+                    await self._end(process)
         finally:
             with self._errors.contained("the search for what it left behind"):
                 process.reap_strays(self._other_pids())
             exit = self._exit(process, failure)
             self._report(Exited, exit=exit)
         return exit
+
+    async def _end(self, process: ChildProcess) -> None:
+        """End the process, in the grace that its spec gives it; return when it is gone, or it has been killed."""
+        contained = self._errors.contained("its termination", lambda _error: process.kill())
+        with trio.CancelScope(shield=True), contained:
+            await process.terminate(self.spec.stop.grace_s)
 
     def _spawn(self) -> ChildProcess | Exit:
         """The process, or why there is none."""
@@ -277,6 +288,8 @@ class Child:
         with self._contained("its probe"):
             start = await self._until_ready(process)
             await trio.lowlevel.checkpoint_if_cancelled()  # a stop at this very moment comes first
+            if self._over.is_set():
+                return  # it has just exited, or failed
             if isinstance(start, str):
                 self._become_ready(start)
                 start = await watch_liveness(process, self._probe, self.spec.liveness, self._errors)

@@ -7,16 +7,25 @@ import json
 import logging
 import os
 import signal
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 import trio
 
+from supervisor.output import printable
+
 logger = logging.getLogger(__name__)
 
 # psutil computes start times from clock ticks (10 ms) and the boot time, which moves when the wall clock is set.
 _START_TOLERANCE_S = 2.0
+# What Linux allows at most (PID_MAX_LIMIT); others allow less.
+_PID_MAX = 2**22
+# The year 33,658: what is beyond it is no time.
+_STARTED_MAX = 1e12
+# Twenty children with long command lines take some 100 KB.
+_BYTES_MAX = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +68,16 @@ class Records:
             await self._changed.wait()
             self._changed = trio.Event()
             # In a thread: a disk can hang.
-            error = await trio.to_thread.run_sync(self.write, abandon_on_cancel=True)
+            error = await self._write_in_thread()
             if error is not None and not failing:
                 logger.warning("running children can't be recorded in %s: %s", self._path, error)
             failing = error is not None
+
+    async def _write_in_thread(self) -> str | None:
+        try:
+            return await trio.to_thread.run_sync(self.write, abandon_on_cancel=True)
+        except RuntimeError as error:  # no thread can be started
+            return str(error)
 
     def write(self) -> str | None:
         """Write the file; return what went wrong, None if nothing did."""
@@ -72,6 +87,8 @@ class Records:
             scratch.replace(self._path)
         except OSError as error:
             return error.strerror or str(error)
+        except Exception as error:  # whatever it is, the children run on unrecorded
+            return repr(error)
         return None
 
 
@@ -83,7 +100,8 @@ def sweep(path: Path) -> list[int]:
     killed = []
     for record in _read(path):
         if _still_runs(record):
-            logger.warning("killing process %d, left behind by an earlier run: %s", record.pid, record.argv[0])
+            program = printable(record.argv[0])
+            logger.warning("killing process %d, left behind by an earlier run: %s", record.pid, program)
             _kill(record.pid)
             killed.append(record.pid)
     return killed
@@ -101,13 +119,48 @@ def _kill(pid: int) -> None:
 
 
 def _read(path: Path) -> list[Record]:
+    """The records in the file, which may be damaged, or made to do harm."""
     try:
-        return [Record(it["pid"], it["started_at"], tuple(it["argv"])) for it in json.loads(path.read_text())]
+        entries = json.loads(_content(path))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s can't be read, so no left-over process is killed: %s", path, error)
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s can't be read, so no left-over process is killed: %s", path, printable(str(error)))
         return []
+    if not isinstance(entries, list):
+        logger.warning("%s holds no list, so no left-over process is killed", path)
+        return []
+    records = [record for entry in entries if (record := _record(entry)) is not None]
+    if len(records) < len(entries):
+        damaged = len(entries) - len(records)
+        logger.warning("%s: %d records are damaged; no left-over process is killed for them", path, damaged)
+    return records
+
+
+def _content(path: Path) -> str:
+    # A pipe without a writer would block the opening, a device might never end.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        content = file.read(_BYTES_MAX + 1)
+    if len(content) > _BYTES_MAX:
+        raise ValueError(f"it has more than {_BYTES_MAX} bytes")
+    return content.decode("utf-8")
+
+
+def _record(entry: object) -> Record | None:
+    """The record, if it is one of a process that may be killed: never ourselves, our group, or the first process."""
+    match entry:
+        case {"pid": int(pid), "started_at": int() | float() as started_at, "argv": [str(), *_] as argv}:
+            pass
+        case _:
+            return None
+    untouchable = {os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0)}
+    if isinstance(pid, bool) or not 1 < pid <= _PID_MAX or pid in untouchable:
+        return None
+    if not all(isinstance(argument, str) for argument in argv) or not abs(started_at) < _STARTED_MAX:
+        return None
+    return Record(pid, float(started_at), tuple(argv))
 
 
 def _still_runs(record: Record) -> bool:
@@ -115,6 +168,7 @@ def _still_runs(record: Record) -> bool:
         process = psutil.Process(record.pid)
         same_start = abs(process.create_time() - record.started_at) < _START_TOLERANCE_S
         # The program's name may have been resolved to a path.
-        return same_start and tuple(process.cmdline()[1:]) == record.argv[1:] and len(record.argv) > 0
-    except psutil.Error:
+        return same_start and tuple(process.cmdline()[1:]) == record.argv[1:]
+    except (psutil.Error, OSError) as error:
+        logger.debug("process %d can't be looked at: %s", record.pid, error)
         return False

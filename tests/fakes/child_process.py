@@ -87,8 +87,10 @@ class FakeProcess:
                 self.returncode = self.fate.code if self.killed_by is None else -self.killed_by
             self.on_exit()
             self.ended.set()
+        self._break("attend")
 
     async def terminate(self, grace_s: float) -> None:
+        self._break("terminate")
         if self.ended.is_set():
             return
         if self.is_suspended():

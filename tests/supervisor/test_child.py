@@ -48,7 +48,7 @@ class NoJitter(random.Random):
 class Watched:
     """A supervisor of fake processes, and what it reports."""
 
-    def __init__(self, *fates: Fate | OSError, on_event: Callable[[Event], None] = lambda _event: None) -> None:
+    def __init__(self, *fates: Fate | Exception, on_event: Callable[[Event], None] = lambda _event: None) -> None:
         self.events: list[Event] = []
         self.probe = FateProbe()
         self.spawner = FakeSpawner(fates)
@@ -99,7 +99,7 @@ def cause_of(event: Event) -> Cause | None:
             return None
 
 
-async def watch(nursery: trio.Nursery, *fates: Fate | OSError, **more: Any) -> Watched:
+async def watch(nursery: trio.Nursery, *fates: Fate | Exception, **more: Any) -> Watched:
     watched = Watched(*fates, **more)
     await nursery.start(watched.supervisor.run)
     return watched
@@ -560,10 +560,12 @@ async def test_kill_all_works_while_the_supervisor_is_being_cancelled(autojump_c
         (NEVER_READY, Cause.START_TIMEOUT),
         (Fate(ready_after_s=None, ignores_sigterm=True), Cause.START_TIMEOUT),
         (Fate(ready_after_s=None, suspended_after_s=0.0), Cause.SUSPENDED),
+        (ValueError("embedded null byte"), Cause.SPAWN_FAILED),
+        (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"), Cause.SPAWN_FAILED),
     ],
 )
 async def test_the_cause_of_a_failed_start(
-    fate: Fate | OSError, cause: Cause, autojump_clock: MockClock, nursery: trio.Nursery
+    fate: Fate | Exception, cause: Cause, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     watched = await watch(nursery, fate, fate)
     one = RestartPolicy(max_restarts=1)

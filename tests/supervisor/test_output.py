@@ -1,9 +1,12 @@
 """The output of a process, line by line, however the bytes arrive."""
 
+import unicodedata
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.output import Output
+from supervisor.output import Output, printable
 
 
 def lines_of(*pieces: bytes) -> list[str]:
@@ -46,3 +49,32 @@ def test_only_the_last_thousand_lines_are_kept() -> None:
     assert output.lines()[0] == "4000"
     assert output.lines(2) == ["4998", "4999"]
     assert output.count == 5000
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        (b"\x1b[31mred\x1b[0m\x07", r"\x1b[31mred\x1b[0m\x07"),
+        (b"\x1b]0;title\x07\x1bP$q\x1b\\", "\\x1b]0;title\\x07\\x1bP$q\\x1b\\"),
+        (b"a\0b\x7f", r"a\x00b\x7f"),
+        ("\x85\x9b31m".encode(), r"\x85\x9b31m"),
+        ("\u2028\u202eevil".encode(), r"\u2028\u202eevil"),
+        (b"50 %\r100 %\r", r"50 %\x0d100 %"),
+        ("\ttab, \xe4, \u4e2d, \U0001f600".encode(), "\ttab, \xe4, \u4e2d, \U0001f600"),
+    ],
+)
+def test_control_characters_are_escaped(printed: bytes, shown: str) -> None:
+    assert lines_of(printed + b"\n") == [shown]
+
+
+@given(st.text())
+def test_printable_text_has_no_control_character_and_can_be_encoded(text: str) -> None:
+    shown = printable(text)
+    assert not any(unicodedata.category(character) in ("Cc", "Cs") for character in shown.replace("\t", ""))
+    assert shown.encode().decode() == shown
+    assert printable(shown) == shown
+
+
+def test_a_line_of_nul_bytes_is_cut_to_its_visible_length() -> None:
+    [line] = lines_of(b"\0" * 5000)
+    assert len(line) == 4096 + len(" [cut]")

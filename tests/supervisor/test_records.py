@@ -128,6 +128,68 @@ def test_a_damaged_file_is_a_warning_and_no_process_is_killed(
     assert "no left-over process is killed" in caplog.text
 
 
+HOSTILE = [
+    "[" * 100_000,
+    '[{"pid": ' + "9" * 5000 + "}]",
+    "\udcff",
+    json.dumps([{"pid": 10**30, "started_at": 0, "argv": ["x"]}]),
+    json.dumps([{"pid": -1, "started_at": 0, "argv": ["x"]}]),
+    json.dumps([{"pid": 0, "started_at": 0, "argv": ["x"]}]),
+    json.dumps([{"pid": 1, "started_at": 0, "argv": ["x"]}]),
+    json.dumps([{"pid": True, "started_at": 0, "argv": ["x"]}]),
+    json.dumps([{"pid": 2.5, "started_at": 0, "argv": ["x"]}]),
+    json.dumps([{"pid": 4000, "started_at": "now", "argv": ["x"]}]),
+    '[{"pid": 4000, "started_at": 1e999, "argv": ["x"]}]',
+    '[{"pid": 4000, "started_at": NaN, "argv": ["x"]}]',
+    json.dumps([{"pid": 4000, "started_at": 10**400, "argv": ["x"]}]),
+    json.dumps([{"pid": 4000, "started_at": 0, "argv": []}]),
+    json.dumps([{"pid": 4000, "started_at": 0, "argv": ["x", 7]}]),
+    json.dumps([{"pid": 4000, "started_at": 0, "argv": "x"}]),
+    json.dumps({"pid": 4000}),
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=[text[:40] for text in HOSTILE])
+def test_a_hostile_file_is_a_warning_and_no_process_is_killed(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "children.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert sweep(path) == []
+    assert "no left-over process is killed" in caplog.text
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0), 1])
+def test_a_record_that_matches_ourselves_our_group_or_the_first_process_is_damaged(pid: int, tmp_path: Path) -> None:
+    process = psutil.Process(pid)
+    record = {"pid": pid, "started_at": process.create_time(), "argv": process.cmdline() or ["init"]}
+    path = tmp_path / "children.json"
+    path.write_text(json.dumps([record]))
+    assert sweep(path) == []
+
+
+async def test_a_damaged_record_does_not_save_the_process_of_another_one(
+    tmp_path: Path, sleeper: "subprocess.Popen[bytes]"
+) -> None:
+    path = tmp_path / "children.json"
+    await recorded(path, sleeper)
+    path.write_text(json.dumps(["?", *json.loads(path.read_text()), {"pid": -1}]))
+    assert sweep(path) == [sleeper.pid]
+    assert sleeper.wait(5) == -signal.SIGKILL
+
+
+def test_a_pipe_a_folder_and_a_huge_file_in_place_of_the_records_are_warnings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "huge").open("wb") as huge:
+        huge.truncate(2**40)
+    for name in ("pipe", "folder", "huge"):
+        assert sweep(tmp_path / name) == []
+    assert caplog.text.count("no left-over process is killed") == 3
+
+
 async def test_a_full_disk_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     recording = Records(Path("/dev/full/children.json"))

@@ -62,6 +62,29 @@ def test_a_child_that_was_ready_for_long_has_a_clean_record() -> None:
     assert delay_s(it.decide(Exit(code=1, cause=Cause.EXITED, reason="died", ready_s=300.0), 310)) == 0
 
 
+def test_a_shortage_of_our_own_is_retried_with_back_off_and_never_counts() -> None:
+    it = tracker(max_restarts=1, cooldown_s=60)
+    shortage = Exit(code=None, cause=Cause.OWN_SHORTAGE, reason="could not be spawned")
+    delays = [delay_s(it.decide(shortage, now)) for now in range(100)]
+    assert 0.5 <= delays[0] <= 1
+    assert 1 <= delays[1] <= 2
+    assert 30 <= delays[-1] <= 60
+    assert delay_s(it.decide(CRASH, 100)) == 0  # the first that counts
+    assert isinstance(it.decide(CRASH, 101), GiveUp)
+    it.half_open()
+    assert isinstance(it.decide(shortage, 200), Restart)
+    assert isinstance(it.decide(FAILED_START, 201), GiveUp)
+
+
+def test_a_child_out_of_memory_is_given_up_on_at_once_until_the_cool_down_is_over() -> None:
+    it = tracker(max_restarts=3, cooldown_s=60)
+    out_of_memory = Exit(code=-9, cause=Cause.OUT_OF_MEMORY, reason="out of memory", ready_s=10_000.0)
+    decision = it.decide(out_of_memory, 5)
+    assert decision == GiveUp("out of memory; not restarted with the same arguments", 65)
+    it = tracker(no_restart=frozenset())
+    assert isinstance(it.decide(out_of_memory, 5), Restart)
+
+
 def test_a_half_open_tracker_gives_up_at_once_if_the_start_fails_and_counts_anew_if_it_succeeds() -> None:
     it = tracker(max_restarts=1)
     it.decide(CRASH, 0)
