@@ -123,9 +123,10 @@ class Process:
         """Read the output and reap the process; return when it is gone. Shielded from cancellation: use `terminate`."""
         try:
             await self._attend()
+        except Exception:  # whatever it is, no process is left
+            await self._kill_unattended()
+            raise
         finally:
-            self._signal_group(signal.SIGKILL)  # it is gone already, unless something unforeseen was raised
-            self._popen.poll()
             self.ended.set()
 
     async def _attend(self) -> None:
@@ -143,6 +144,12 @@ class Process:
                 nursery.cancel_scope.cancel()
             await self._reap_group()
         self.output.feed(b"")
+
+    async def _kill_unattended(self) -> None:
+        self._signal_group(signal.SIGKILL)
+        with trio.CancelScope(shield=True), trio.move_on_after(_KILL_WAIT_S):
+            while self._popen.poll() is None:  # noqa: ASYNC110
+                await trio.sleep(_REAP_PAUSE_S)
 
     async def _look_after(self) -> None:
         """Reap its orphans, and remember its descendants and the kills for want of memory."""

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import trio
-from test_supervisor_real import READY_THEN_SLEEP, Watched, gone, spec
 
+from fakes.real_children import READY_THEN_SLEEP, Watched, gone, spec
 from supervisor.lifecycle import Cause, Exited, Started
 from supervisor.spawn import spawn
 from supervisor.supervisor import StartFailed

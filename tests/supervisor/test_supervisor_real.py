@@ -9,75 +9,18 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import trio
 import trio.testing
 
-from supervisor.lifecycle import Cause, Event, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
+from fakes.real_children import READY_THEN_SLEEP, PrintedAddress, Watched, gone, spec
+from supervisor.lifecycle import Cause, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
 from supervisor.probe import LivenessPolicy, NotReady, ProcessView
 from supervisor.restart import RestartPolicy
 from supervisor.spec import ChildSpec, StopPolicy
-from supervisor.supervisor import ChildState, GivenUp, StartFailed, Supervisor
-
-QUICK = RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.05, max_restarts=2, cooldown_s=0.3)
-READY_THEN_SLEEP = "print('at home', flush=True)\nimport time\ntime.sleep(60)"
-
-
-class PrintedAddress:
-    """A child is ready once it printed `at <address>`, and well unless it is suspended."""
-
-    async def check(self, process: ProcessView) -> str:
-        if process.is_suspended():
-            raise NotReady("suspended")
-        for line in process.output.lines():
-            if line.startswith("at "):
-                return line.removeprefix("at ")
-        raise NotReady("it has not printed its address")
-
-
-PRINTED_ADDRESS = PrintedAddress()
-
-
-class Watched:
-    """A supervisor, and all that it reports."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.lines: list[str] = []
-        self._changed = trio.Event()
-        self.supervisor = Supervisor(on_event=self._on_event, on_line=lambda _id, _gen, line: self.lines.append(line))
-
-    def _on_event(self, event: Event) -> None:
-        self.events.append(event)
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def until(self, kind: type[Event], count: int = 1) -> Any:
-        while True:
-            found = [event for event in self.events if isinstance(event, kind)]
-            if len(found) >= count:
-                return found[count - 1]
-            await self._changed.wait()
-
-    def state(self, child_id: str = "child") -> ChildState:
-        return self.supervisor.snapshot()[child_id].state
-
-
-def spec(script: str, *, child_id: str = "child", **more: Any) -> ChildSpec:
-    defaults: dict[str, Any] = {"start_timeout_s": 10.0, "restart": QUICK, "stop": StopPolicy(grace_s=2.0)}
-    argv = (sys.executable, "-S", "-c", script)
-    facts: dict[str, Any] = {"child_id": child_id, "group": "group", "argv": argv, "env": dict(os.environ)}
-    return ChildSpec(**facts, probe=PRINTED_ADDRESS, **(defaults | more))
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+from supervisor.supervisor import ChildState, GivenUp, StartFailed
 
 
 def wait_gone(pid: int) -> None:
@@ -469,7 +412,7 @@ async def test_cancelling_run_at_any_step_leaves_no_process(steps: int) -> None:
 SUPERVISING = """
 import os, sys, trio
 sys.path[:0] = {path!r}
-from test_supervisor_real import READY_THEN_SLEEP, spec
+from fakes.real_children import READY_THEN_SLEEP, spec
 from supervisor.supervisor import Supervisor
 
 async def main():
@@ -485,7 +428,7 @@ trio.run(main)
 
 
 def test_no_child_outlives_a_killed_supervisor() -> None:
-    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    path = [str(Path(__file__).parent.parent)]
     with subprocess.Popen([sys.executable, "-c", SUPERVISING.format(path=path)], stdout=subprocess.PIPE) as ours:
         assert ours.stdout is not None
         child = int(ours.stdout.readline())
