@@ -196,14 +196,26 @@ def _below(pid: int) -> Iterator[Stat]:
 def _children(pid: int) -> list[int]:
     """The children of a process; empty if it is gone."""
     try:
-        lists = [(task / "children").read_bytes() for task in (_PROC / str(pid) / "task").iterdir()]
+        tasks = os.listdir(_PROC / str(pid) / "task")
     except OSError:
+        return []
+    lists = [_list_of_children(pid, task) for task in tasks]
+    if lists and None in lists and not any(lists):
         return _children_by_search(pid)
-    return [int(child) for children in lists for child in children.split()]
+    return [int(child) for children in lists for child in (children or b"").split()]
+
+
+def _list_of_children(pid: int, task: str) -> bytes | None:
+    """The children of one thread; None if it has ended, or the kernel has no such lists (CONFIG_PROC_CHILDREN)."""
+    try:
+        with open(f"{_PROC}/{pid}/task/{task}/children", "rb", buffering=0) as children:
+            return children.read()
+    except OSError:
+        return None
 
 
 def _children_by_search(pid: int) -> list[int]:
-    """The same for kernels without lists of children (CONFIG_PROC_CHILDREN): look at every process."""
+    """The same by a look at every process."""
     try:
         return [process.pid for process in psutil.Process(pid).children()]
     except (psutil.Error, OSError):
