@@ -26,7 +26,7 @@ from pathlib import Path
 
 import trio
 
-from nodeagent import reload, state_dir
+from nodeagent import descriptors, reload, state_dir
 from nodeagent.config import NodeConfig, find_llama_server, read_token
 from nodeagent.devices.backend import Backend
 from nodeagent.devices.monitor import DeviceMonitor
@@ -67,6 +67,7 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
     the children and returns.
     """
     reload.log_warnings(config)
+    descriptors.raise_limit()
     binary = find_llama_server(config)
     _warn_of_supervisord()
     with state_dir.locked(config.state_dir):

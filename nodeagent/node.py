@@ -16,6 +16,7 @@ import trio
 
 from nodeagent import events, logs, reload
 from nodeagent.config import ModelConfig, NodeConfig
+from nodeagent.containment import Containment
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import Heartbeat, Register
@@ -93,6 +94,7 @@ class Node:
         self._preloading: set[str] = set()
         self._preload_until = -math.inf
         self._reloading = trio.Lock()
+        self._containment = Containment("working in the background")
         self._background: trio.Nursery
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -295,14 +297,15 @@ class Node:
         return what
 
     async def _reload_in_background(self) -> None:
-        with suppress(ReloadRefused):  # `reload` has logged it, and nobody waits for the result
+        with self._containment, suppress(ReloadRefused):  # `reload` has logged it, and nobody waits for the result
             await self.reload()
 
     async def _load_in_background(self, model_id: str, device_id: str | None) -> None:
-        try:
-            await self.load(model_id, device_id)
-        except Refusal as refusal:
-            logger.warning("loading %s: %s", model_id, refusal)
+        with self._containment:
+            try:
+                await self.load(model_id, device_id)
+            except Refusal as refusal:
+                logger.warning("loading %s: %s", model_id, refusal)
 
     def _device(self, device_id: str) -> ManagedDevice:
         if device_id not in self.devices:

@@ -33,13 +33,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The configuration: nothing that runs.
     "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf"},
     # Vendors: no HTTP, no children.
-    "nodeagent.devices": VALUES,
+    "nodeagent.devices": {"nodeagent.containment", *VALUES},
     # Policy: no vendor, no process, no HTTP.
     "nodeagent.scheduling": VALUES,
     "nodeagent.status": {"nodeagent.scheduling", *VALUES},
     # llama-server: its command line, its HTTP, which one runs where.
     "nodeagent.llama_server": {
         "nodeagent.config",
+        "nodeagent.containment",
         "nodeagent.devices",
         "nodeagent.gguf",
         "nodeagent.scheduling.seam",
@@ -63,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The two faces: no process, no GPU, no configuration file.
     "nodeagent.front": {
+        "nodeagent.containment",
         "nodeagent.events",
         "nodeagent.llama_server.headers",
         "nodeagent.llama_server.relay",
@@ -71,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.status",
         *VALUES,
     },
-    "nodeagent.dispatcher": {"nodeagent.scheduling.seam", "nodeagent.status", *VALUES},
+    "nodeagent.dispatcher": {"nodeagent.containment", "nodeagent.scheduling.seam", "nodeagent.status", *VALUES},
     # The node: what runs on each device, and the operations on all of it.
     "nodeagent.reload": {"nodeagent.config", "nodeagent.errors", "nodeagent.front.seam"},
     "nodeagent.managed_device": {
@@ -87,6 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.node": {
         "nodeagent",
         "nodeagent.config",
+        "nodeagent.containment",
         "nodeagent.devices.monitor",
         "nodeagent.dispatcher",
         "nodeagent.errors",

@@ -331,18 +331,6 @@ class NodeConfig(Keys):
         description="How long a load goes on after the last request that waited for it has left, in seconds.",
     )
     max_request_bytes: int = Field(default=64 * 2**20, ge=1, le=64 * _GIB, description="Largest request body in bytes.")
-    max_connections: int | None = Field(
-        default=None,
-        ge=1,
-        le=1_000_000,
-        description="Client connections at a time; by default as many as the limit of file descriptors allows.",
-    )
-    stream_ping_s: float = Field(
-        default=15.0,
-        gt=0,
-        le=_HOUR_S,
-        description="A streamed request that waits gets a comment each time this long has passed, in seconds.",
-    )
     cors_origins: Annotated[tuple[Origin, ...], AsTuple] = Field(
         default=(), description="Web pages that may use the API, by origin, like https://chat.example; none by default."
     )

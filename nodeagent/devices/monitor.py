@@ -6,6 +6,7 @@ from functools import partial
 
 import trio
 
+from nodeagent.containment import Containment
 from nodeagent.devices.backend import Backend
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 
@@ -35,6 +36,7 @@ class DeviceMonitor:
         self._devices = devices
         self._settle_max_s = settle_max_s
         self._latest: dict[str, DeviceMetrics] = {}
+        self._containment = Containment("reading a device")
 
     def latest(self, device_id: str) -> DeviceMetrics | None:
         """The last reading, None before the first one."""
@@ -78,11 +80,9 @@ class DeviceMonitor:
 
     async def _read(self, device: DeviceRef) -> DeviceMetrics:
         now = trio.current_time()
-        try:
+        with self._containment:
             return await self._read_device(device, now)
-        except OSError as error:  # no file descriptor is free, say: for now nothing is known
-            logger.warning("%s can't be read: %s", device.device_id, error)
-            return DeviceMetrics(measured_at=now)
+        return DeviceMetrics(measured_at=now)  # the reading failed: for now nothing is known
 
 
 async def _read_in_thread(backend: Backend, device: DeviceRef, now: float) -> DeviceMetrics:

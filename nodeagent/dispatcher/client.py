@@ -15,7 +15,17 @@ from urllib.parse import urlsplit
 import httpx
 import trio
 
-from nodeagent.dispatcher.responses import Accepted, DispatcherResponse, Refused, Unknown, Verdict, backoff_s, interpret
+from nodeagent.containment import Containment
+from nodeagent.dispatcher.responses import (
+    BACKOFF_LONGEST_S,
+    Accepted,
+    DispatcherResponse,
+    Refused,
+    Unknown,
+    Verdict,
+    backoff_s,
+    interpret,
+)
 from nodeagent.dispatcher.wire import Heartbeat, Payload, Register, as_json
 
 logger = logging.getLogger(__name__)
@@ -70,6 +80,7 @@ class DispatcherClient:
         self._loop = trio.CancelScope()
         self._loop_ended = trio.Event()
         self._loop_ended.set()
+        self._containment = Containment("calling the dispatcher")
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Register and send heartbeats until cancelled, or until `stop`. Raises no errors of the dispatcher's."""
@@ -78,7 +89,10 @@ class DispatcherClient:
         try:
             with self._loop:
                 while True:
-                    await self._call_once()
+                    with self._containment:
+                        await self._call_once()
+                        continue
+                    await trio.sleep(BACKOFF_LONGEST_S)
         finally:
             self._loop_ended.set()
 
@@ -96,8 +110,9 @@ class DispatcherClient:
         self._loop.cancel()
         await self._loop_ended.wait()
         if self.registered:
-            response = await self._post("heartbeat", self._next_heartbeat(), LAST_HEARTBEAT_TIMEOUT_S)
-            logger.debug("dispatcher %s: last heartbeat: %s", self._base_url, interpret(response))
+            with self._containment:
+                response = await self._post("heartbeat", self._next_heartbeat(), LAST_HEARTBEAT_TIMEOUT_S)
+                logger.debug("dispatcher %s: last heartbeat: %s", self._base_url, interpret(response))
 
     async def _call_once(self) -> None:
         """Register or send a heartbeat, whichever is due, and wait until the next call is due."""

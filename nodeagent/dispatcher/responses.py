@@ -99,5 +99,8 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
         parsed = email.utils.parsedate_tz(value)
         if parsed is None:
             return None
-        wait_s = email.utils.mktime_tz(parsed) - time.time()
+        try:
+            wait_s = email.utils.mktime_tz(parsed) - time.time()
+        except (OverflowError, ValueError):  # a year that no calendar has
+            return None
     return min(max(wait_s, BACKOFF_FIRST_S), INTERVAL_MAX_S) if wait_s == wait_s else None

@@ -13,6 +13,7 @@ import trio
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 
+from nodeagent.containment import Containment
 from nodeagent.errors import StartupError
 from nodeagent.front.connection import AbortResponse, ASGIApp, Connection, Shared
 from nodeagent.front.protocol import HEADERS_MAX_BYTES
@@ -123,9 +124,15 @@ class _Server:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._connections: set[Connection] = set()
+        self._containment = Containment("serving a connection")
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serve one connection from accept to close. Its errors end no other."""
+        with self._containment:
+            async with stream:
+                await self._serve(stream)
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
         try:
             connection = Connection(self._shared, stream)
         except OSError as error:

@@ -19,6 +19,7 @@ import httpx
 import psutil
 import trio
 
+from nodeagent.containment import Containment
 from nodeagent.llama_server.control import control_client
 from nodeagent.llama_server.relay import Upstream
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 # More than one `/slots` request per second keeps llama-server from noticing that the client of a non-streamed request
 # left. So they are rare, and only sent if nothing else shows progress.
 OBSERVE_INTERVAL_S = 5.0
+# More than the time-out of one request to a server, which a server that answers byte by byte could draw out for ever.
+OBSERVE_TIMEOUT_S = 4.0
 _SLOTS_TIMEOUT_S = 2.0
 # A server that only answers probes uses less CPU time than this between two observations.
 _CPU_USED_S = 0.05
@@ -107,21 +110,45 @@ async def observe(worker: Worker, *, with_counts: bool) -> Observation:
 async def watch(
     workers: Callable[[], Iterable[Worker]], fail: Callable[[str, int, str], None], *, observe: Observe = observe
 ) -> None:
-    """Observe the ready servers at intervals until cancelled, and call `fail` for those that have stalled."""
+    """Observe the ready servers at intervals until cancelled, and call `fail` for those that have stalled.
+
+    Each server is observed in a task of its own, for at most `OBSERVE_TIMEOUT_S`: one that answers slowly, or with what
+    can't be read, does not keep the others from being watched. Having seen nothing is no sign of progress.
+    """
+    containment = Containment("watching a server for stalls")
     detectors: dict[tuple[str, int], StallDetector] = {}
     stalled_s: dict[tuple[str, int], float] = {}
     while True:
         await trio.sleep(OBSERVE_INTERVAL_S)
         current = {(worker.child_id, worker.generation): worker for worker in workers()}
         detectors = {key: detectors.get(key) or StallDetector() for key in current}
+        seen: dict[tuple[str, int], Observation] = {}
+
+        async def observe_one(
+            key: tuple[str, int], worker: Worker, with_counts: bool, seen: dict[tuple[str, int], Observation]
+        ) -> None:
+            with containment, trio.move_on_after(OBSERVE_TIMEOUT_S):
+                seen[key] = await observe(worker, with_counts=with_counts)
+
+        async with trio.open_nursery() as nursery:
+            for key, worker in current.items():
+                # With counts only while there is no progress, and the first time: a change shows only between two.
+                with_counts = stalled_s.get(key, 1.0) > 0
+                nursery.start_soon(observe_one, key, worker, with_counts, seen, name=f"observe {worker.child_id}")
         for key, worker in current.items():
-            # With counts only while there is no progress, and the first time: a change shows only between two of them.
-            seen = await observe(worker, with_counts=stalled_s.get(key, 1.0) > 0)
-            stalled_s[key] = detectors[key].add(seen)
+            observation = seen.get(key) or _nothing_seen(worker)
+            stalled_s[key] = detectors[key].add(observation)
             if stalled_s[key] >= worker.stall_timeout_s:
-                reason = f"no sign of progress for {stalled_s[key]:.0f} s with {seen.in_flight} requests in flight"
-                fail(worker.child_id, worker.generation, f"{reason} (stall_timeout_s)")
+                silent = f"no sign of progress for {stalled_s[key]:.0f} s"
+                reason = f"{silent} with {observation.in_flight} requests in flight (stall_timeout_s)"
+                fail(worker.child_id, worker.generation, reason)
         stalled_s = {key: stalled_s[key] for key in current}
+
+
+def _nothing_seen(worker: Worker) -> Observation:
+    """An observation without an answer of the server: what the agent itself counts."""
+    upstream = worker.upstream
+    return Observation(at=trio.current_time(), in_flight=upstream.in_flight, bytes_received=upstream.bytes_received)
 
 
 async def _counts(upstream: Upstream) -> Counts | None:

@@ -4,17 +4,9 @@ import sys
 
 import pytest
 
-from nodeagent.descriptors import connections_allowed
+pytestmark = pytest.mark.real
 
 
-@pytest.mark.parametrize(
-    ("limit", "devices", "allowed"), [(1024, 1, 472), (1024, 8, 416), (64, 1, 8), (1_048_576, 8, 524_192)]
-)
-def test_connections_leave_a_reserve_for_the_agent_itself(limit: int, devices: int, allowed: int) -> None:
-    assert connections_allowed(limit, devices) == allowed
-
-
-@pytest.mark.real
 def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
     code = (
         "import resource; from nodeagent.descriptors import raise_limit;"

@@ -220,7 +220,7 @@ async def test_every_code_that_is_sent_is_of_its_closed_set(
     autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     fates: list[Fate | OSError] = [
-        OSError(12, "no memory"),
+        OSError(2, "no such file"),
         EXITS,
         Fate(ready_after_s=None),
         Fate(ill_after_s=1.0),
@@ -366,6 +366,34 @@ async def test_a_preloaded_model_that_has_failed_leaves_the_node_degraded(
     node.preload()
     await trio.sleep(2)
     assert node.state().status is NodeStatus.DEGRADED
+
+
+@pytest.mark.parametrize("error", [RuntimeError, RecursionError, OverflowError, UnicodeError])
+async def test_an_unforeseen_error_in_the_background_ends_only_what_was_done_there(
+    error: type[Exception],
+    autojump_clock: MockClock,
+    nursery: trio.Nursery,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node = await NodeWithFakes(tmp_path, [SLOW], models=PRELOADED).start(nursery)
+
+    async def fails(*_arguments: object) -> None:
+        raise error("unforeseen")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(node, "load", fails)
+        node.load_soon("a", None)
+        await trio.sleep(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(node, "reload", fails)
+        node.reload_soon()
+        await trio.sleep(1)
+    assert "unexpected error while working in the background; the node goes on" in caplog.messages
+    assert error.__name__ in caplog.text
+    await node.load("a", None)
+    assert node.state().status is NodeStatus.READY
 
 
 async def test_a_drain_is_said_although_a_preload_goes_on(

@@ -89,8 +89,6 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         "min_residency_s": 2.0,
         "abandoned_load_grace_s": 30.0,
         "max_request_bytes": 64 * 1024 * 1024,
-        "max_connections": None,
-        "stream_ping_s": 15.0,
         "cors_origins": (),
         "preload_ready_timeout_s": 300.0,
         "drain_grace_s": 5.0,

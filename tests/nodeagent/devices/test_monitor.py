@@ -107,7 +107,37 @@ async def test_after_a_reading_that_failed_nothing_is_known(
         assert reading is not None
         assert reading == DeviceMetrics(measured_at=reading.measured_at)
         nursery.cancel_scope.cancel()
-    assert caplog.messages[0] == "gpu:0 can't be read: [Errno 24] Too many open files"
+    assert caplog.messages[0].startswith("out of file descriptors (limit ")
+
+
+UNFORESEEN = [
+    RuntimeError("x"),
+    RecursionError("x"),
+    OverflowError("x"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
+]
+
+
+@pytest.mark.parametrize("error", UNFORESEEN, ids=lambda error: type(error).__name__)
+async def test_a_driver_that_raises_the_unforeseen_is_read_again(
+    error: Exception, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    readings = iter([error, None])
+
+    async def read(_device: DeviceRef, now: float) -> DeviceMetrics:
+        if (raised := next(readings, None)) is not None:
+            raise raised
+        return DeviceMetrics(measured_at=now, memory_free_bytes=GIB)
+
+    monitor = DeviceMonitor(NO_BACKEND, [device()], settle_max_s=30.0, read=read)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(monitor.run)
+        await trio.sleep(2 * INTERVAL_S)
+        reading = monitor.latest("gpu:0")
+        assert reading is not None
+        assert reading.memory_free_bytes == GIB
+        nursery.cancel_scope.cancel()
+    assert caplog.messages == ["unexpected error while reading a device; the node goes on"]
 
 
 class SlowDriver:

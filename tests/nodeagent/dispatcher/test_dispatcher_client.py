@@ -198,6 +198,23 @@ async def test_redirects_are_not_followed(autojump_clock: MockClock) -> None:
     assert {call for call, _at in dispatcher.calls} == {"register"}
 
 
+@pytest.mark.parametrize("error", [RuntimeError, RecursionError, OverflowError, UnicodeError])
+async def test_after_an_unforeseen_error_the_dispatcher_is_called_again(
+    error: type[Exception], autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def respond(_what: str, number: int) -> httpx.Response:
+        if number == 1:
+            raise error("unforeseen")
+        return httpx.Response(200)
+
+    dispatcher = Dispatcher(respond)
+    client = client_of(dispatcher)
+    await run_for(client, 65)
+    assert dispatcher.times("register") == [0, 60]
+    assert client.registered
+    assert "unexpected error while calling the dispatcher; the node goes on" in caplog.messages
+
+
 async def test_a_wrong_token_is_logged_once_as_an_error(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

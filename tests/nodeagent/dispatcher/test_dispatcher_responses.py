@@ -65,6 +65,12 @@ def test_retry_after_can_be_a_date() -> None:
     assert verdict.wait_s == pytest.approx(20, abs=2)
 
 
+def test_a_date_that_no_calendar_has_is_no_retry_after() -> None:
+    verdict = interpret(DispatcherResponse(503, {"retry-after": "Mon, 01 Jan 99999999999 00:00:00 GMT"}))
+    assert isinstance(verdict, Refused)
+    assert verdict.wait_s is None
+
+
 @given(st.integers(1, 10_000), st.integers())
 def test_a_back_off_stays_within_its_bounds(failures: int, seed: int) -> None:
     assert 0 <= backoff_s(failures, random.Random(seed)) <= min(60.0, 2.0 ** min(failures - 1, 10))

@@ -1,5 +1,6 @@
 """The server by real sockets: where it listens, and how it shuts down."""
 
+import itertools
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from fakes.asgi import Held, Receive, Send, Torrent, hello
 from fakes.serving import GET, assert_serves, quart_app, start_serving
 from nodeagent.errors import StartupError
+from nodeagent.front.connection import Connection
 from nodeagent.front.server import _hypercorn_config, bind, serve
 
 
@@ -92,6 +94,27 @@ async def test_an_answer_that_outlasts_the_graceful_timeout_is_visibly_truncated
             served.shutdown.set()
             await served.ended.wait()
             assert await peer.rest() == b""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, RecursionError, OverflowError, UnicodeError])
+async def test_an_unforeseen_error_on_a_connection_closes_that_one_alone(
+    error: type[Exception], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, runs = Connection.run, itertools.count()
+
+    async def first_fails(connection: Connection) -> None:
+        if next(runs) == 0:
+            raise error("unforeseen")
+        await run(connection)
+
+    monkeypatch.setattr(Connection, "run", first_fails)
+    with trio.fail_after(5):
+        served = await start_serving(nursery, quart_app())
+        async with await served.connect() as peer:
+            assert await peer.rest() == b""
+        await assert_serves(served)
+    assert caplog.messages == ["unexpected error while serving a connection; the node goes on"]
+    nursery.cancel_scope.cancel()
 
 
 async def test_cancelling_the_server_ends_it_at_once_and_closes_everything(nursery: trio.Nursery) -> None:

@@ -83,9 +83,12 @@ def worker(upstream: Upstream, *, generation: int = 3, pid: int = 1, counts_cpu:
     )
 
 
-async def watched(seen_at: Callable[[float, bool], Observation], seconds: float) -> list[tuple[float, str]]:
+async def watched(
+    seen_at: Callable[[float, bool], Observation], seconds: float, *, in_flight: int = 0
+) -> list[tuple[float, str]]:
     failed: list[tuple[float, str]] = []
     watched = worker(Upstream("127.0.0.1:1", "key"))
+    watched.upstream.in_flight = in_flight
 
     async def observe(_worker: Worker, *, with_counts: bool) -> Observation:
         return seen_at(trio.current_time(), with_counts)
@@ -128,6 +131,36 @@ async def test_the_server_is_not_asked_for_its_slots_while_bytes_flow(autojump_c
     assert await watched(flowing, 300) == []
     assert asked[0]
     assert not any(asked[1:])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, RecursionError, OverflowError, UnicodeError, None])
+async def test_a_server_that_can_not_be_observed_does_not_keep_another_from_being_watched(
+    error: type[Exception] | None, autojump_clock: MockClock
+) -> None:
+    strange, hung = Upstream("127.0.0.1:1", "key"), Upstream("127.0.0.1:2", "key")
+    hung.in_flight = 1
+    both = [worker(strange), dataclasses.replace(worker(hung), child_id="gpu:1/m")]
+    failed = []
+
+    async def observe(seen: Worker, *, with_counts: bool) -> Observation:
+        if seen.upstream is hung:
+            return Observation(at=trio.current_time(), in_flight=1, bytes_received=0, counts=COUNTS)
+        if error is not None:
+            raise error("unforeseen")
+        await trio.sleep_forever()
+        raise AssertionError
+
+    with trio.move_on_after(140):
+        await watch(lambda: both, lambda child_id, *_rest: failed.append(child_id), observe=observe)
+    assert set(failed) == {"gpu:1/m"}
+
+
+async def test_a_server_that_answers_nothing_readable_is_failed_while_it_is_busy(autojump_clock: MockClock) -> None:
+    def unreadable(_now: float, _with_counts: bool) -> Observation:
+        raise UnicodeError("unforeseen")
+
+    [(at, _reason)] = await watched(unreadable, 1000, in_flight=1)
+    assert at == pytest.approx(125)
 
 
 async def test_a_new_generation_starts_from_zero(autojump_clock: MockClock) -> None:
