@@ -1,6 +1,7 @@
 """Errors that nobody foresaw, and shortages of our own, in virtual time: the supervisor and the other children live."""
 
 import errno
+import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -236,6 +237,23 @@ async def test_an_error_while_a_process_is_attended_or_cleaned_up_ends_that_chil
             await trio.sleep_forever()
         assert two.state is ChildState.FAILED
         assert len(two.of(Exited)) == 2
+
+
+@every_error
+async def test_an_error_in_the_supervision_itself_fails_that_child(
+    error: Exception, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    class BrokenRandom(random.Random):
+        def uniform(self, _a: float, _b: float) -> float:
+            raise error
+
+    two = await watch(nursery, Fate(ready_after_s=None, exits_after_s=1.0), rng=BrokenRandom())
+    with the_other_child_stays_ready(two):
+        failed = await two.fails_to_start()
+        assert failed.exit.cause is Cause.INTERNAL_ERROR
+        assert two.state is ChildState.FAILED
+        assert [event.cause for event in two.of(GaveUp)] == [Cause.INTERNAL_ERROR]
+        assert (await two.start()).generation == 3
 
 
 @every_error

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from fakes.real_children import READY_THEN_SLEEP, Watched, gone, spec
+from supervisor import strays
 from supervisor.lifecycle import Cause, Exited, Started
 from supervisor.spawn import spawn
 from supervisor.supervisor import StartFailed
@@ -240,3 +241,32 @@ def test_a_child_is_spawned_and_probed_although_everything_else_took_all_descrip
     script = UNDER_A_LOW_LIMIT.format(path=path, port=port)
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert ended.stdout == "True ['Started', 'Ready']\n", ended.stderr
+
+
+async def test_the_children_of_a_process_are_found_with_and_without_the_kernels_lists(watched: Watched) -> None:
+    family = "import subprocess, time\nprint('at', subprocess.Popen(['sleep', '60']).pid, flush=True)\ntime.sleep(60)"
+    grandchild = int((await watched.supervisor.start(spec(family))).address)
+    child = (await watched.until(Started)).pid
+    assert strays._children(child) == strays._children_by_search(child) == [grandchild]
+    kin = strays.Kin(child)
+    kin.look()
+    seen = strays.stat_of(grandchild)
+    assert seen is not None
+    assert kin.includes(seen)
+    assert not kin.includes(dataclasses.replace(seen, started=seen.started + 1)), "a pid is used again"
+    await watched.supervisor.stop("child")
+    assert strays._children(child) == strays._children_by_search(child) == []
+    assert strays.stat_of(grandchild) is None
+    kin.look()
+    assert not kin.includes(seen)
+
+
+async def test_what_can_not_be_looked_at_is_no_stray(watched: Watched) -> None:
+    await watched.supervisor.start(spec(READY_THEN_SLEEP))
+    child = psutil.Process((await watched.until(Started)).pid)
+    await watched.supervisor.stop("child")
+    assert strays._mark_of(child) is None
+    assert strays._pipes_of(child.pid) == set()
+    assert not strays._runs(child)
+    origin = strays.Origin(pid=1, mark="mark", pipe=0, kin=strays.Kin(child.pid))
+    assert not origin.is_of(child, None)
