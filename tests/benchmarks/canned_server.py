@@ -1,17 +1,26 @@
 #!/usr/bin/env python3
-"""A llama-server that has its answers ready: what is measured against it is the way there and back.
+"""A llama-server with ready-made answers: what is measured against it is the way there and back.
 
-Takes llama-server's flags (`--host`, `--port`, `-a`; the others are passed over) and speaks its protocol as far as
-supervisors look: the `listening on` line, `/health`, `/v1/models`, chat completions, streamed (200 events at once for
-each request) and not. Raw asyncio, since it must be faster than what it measures.
+    python tests/benchmarks/canned_server.py [--host 127.0.0.1] [--port 0] [-a canned] [--run-on-cpus 0,1]
+
+Ignores llama-server's other flags, and speaks its protocol as far as supervisors look: the `listening on` line,
+`/health`, `/v1/models`, embeddings, and chat completions with and without `stream`. A stream is 200 events at once,
+unless the body has `"paced": {"events": 100, "per_s": 50, "phase": 0.5}`: then they come at that pace, at moments
+that all streams of one phase (from 0 to 1) share, as the slots of one llama-server get their tokens together.
+
+Raw asyncio, since it must be faster than what it measures.
 """
 
 import asyncio
 import json
+import math
+import os
 import socket
 import sys
 
-CHUNKS = 200
+EVENTS = 200
+EMBEDDING_SIZE = 768
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 def _answer(content_type: str, body: bytes) -> bytes:
@@ -26,25 +35,40 @@ def _chat(alias: str) -> bytes:
     return json.dumps({"choices": choices, "model": alias, "object": "chat.completion", "usage": usage}).encode()
 
 
-def _stream(alias: str) -> list[bytes]:
-    """The head, then one HTTP chunk for each event."""
-    event = json.dumps({"choices": [{"index": 0, "delta": {"content": " word"}}], "model": alias, "object": "chunk"})
-    events = [f"data: {event}\n\n".encode()] * CHUNKS + [b"data: [DONE]\n\n"]
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    return [head, *(b"%x\r\n%s\r\n" % (len(event), event) for event in events), b"0\r\n\r\n"]
+def _embeddings(alias: str) -> bytes:
+    vector = [math.sin(number) / 32 for number in range(EMBEDDING_SIZE)]
+    data = [{"embedding": vector, "index": 0, "object": "embedding"}]
+    usage = {"prompt_tokens": 8000, "total_tokens": 8000}
+    return json.dumps({"data": data, "model": alias, "object": "list", "usage": usage}).encode()
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+class Answers:
+    """Everything that the server says, ready to be written."""
+
+    stream_head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    done = _chunk(b"data: [DONE]\n\n") + _LAST_CHUNK
+
+    def __init__(self, alias: str) -> None:
+        models = json.dumps({"object": "list", "data": [{"id": alias, "object": "model"}]}).encode()
+        event = {"choices": [{"index": 0, "delta": {"content": " word"}}], "model": alias, "object": "chunk"}
+        self.whole = {
+            b"/health": _answer("application/json", b'{"status":"ok"}'),
+            b"/v1/models": _answer("application/json", models),
+            b"/v1/embeddings": _answer("application/json", _embeddings(alias)),
+        }
+        self.chat = _answer("application/json", _chat(alias))
+        self.event = _chunk(f"data: {json.dumps(event)}\n\n".encode())
 
 
 class Connection(asyncio.Protocol):
     """One connection; requests come one after another, each with a Content-Length."""
 
-    def __init__(self, alias: str) -> None:
-        models = json.dumps({"object": "list", "data": [{"id": alias, "object": "model"}]}).encode()
-        self._whole = {
-            b"/health": _answer("application/json", b'{"status":"ok"}'),
-            b"/v1/models": _answer("application/json", models),
-        }
-        self._chat = _answer("application/json", _chat(alias))
-        self._stream = _stream(alias)
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
         self._received = b""
         self._transport: asyncio.Transport
 
@@ -64,14 +88,35 @@ class Connection(asyncio.Protocol):
             self._serve(head.split(b" ", 2)[1], body)
 
     def _serve(self, path: bytes, body: bytes) -> None:
-        if path in self._whole:
-            self._transport.write(self._whole[path])
+        if path in self._answers.whole:
+            self._transport.write(self._answers.whole[path])
+        elif b'"paced"' in body:
+            pace = json.loads(body)["paced"]
+            self._transport.write(self._answers.stream_head)
+            self._write_paced(pace["events"], 1 / pace["per_s"], pace["phase"])
         elif b'"stream": true' in body or b'"stream":true' in body:
+            self._transport.write(self._answers.stream_head)
             # One write for each event, as a server does that generates them.
-            for piece in self._stream:
-                self._transport.write(piece)
+            for _event in range(EVENTS):
+                self._transport.write(self._answers.event)
+            self._transport.write(self._answers.done)
         else:
-            self._transport.write(self._chat)
+            self._transport.write(self._answers.chat)
+
+    def _write_paced(self, events: int, interval_s: float, phase: float) -> None:
+        loop = asyncio.get_running_loop()
+        first = math.ceil(loop.time() / interval_s) + 1 + phase
+
+        def write(number: int) -> None:
+            if self._transport.is_closing():
+                return
+            if number == events:
+                self._transport.write(self._answers.done)
+                return
+            self._transport.write(self._answers.event)
+            loop.call_at((first + number + 1) * interval_s, write, number + 1)
+
+        loop.call_at(first * interval_s, write, 0)
 
 
 def _flag(*names: str, default: str) -> str:
@@ -82,10 +127,13 @@ def _flag(*names: str, default: str) -> str:
 
 
 async def main() -> None:
-    alias = _flag("-a", "--alias", default="canned")
+    cpus = _flag("--run-on-cpus", default="")
+    if cpus:
+        os.sched_setaffinity(0, map(int, cpus.split(",")))
+    answers = Answers(_flag("-a", "--alias", default="canned"))
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Connection(alias), _flag("--host", default="127.0.0.1"), int(_flag("--port", default="0"))
+        lambda: Connection(answers), _flag("--host", default="127.0.0.1"), int(_flag("--port", default="0"))
     )
     for sock in server.sockets:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

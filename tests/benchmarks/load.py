@@ -1,66 +1,118 @@
-"""The load: clients of one address, each a keep-alive connection that asks again when it has its answer.
+"""The load: clients of one address, each a keep-alive connection that sends a request when it has its last answer.
 
 Raw asyncio, so that the load is light beside what it measures.
 """
 
 import asyncio
+import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+CHAT_PATH = "/v1/chat/completions"
 
 
 @dataclass
 class Outcome:
-    """Latencies in seconds, one for each answer; `events` of streams; `faults` that were no 200; `wall_s` in all."""
+    """Latencies in seconds, one for each answer; `wall_s` in all.
+
+    `events` are those of streams. `faults` counts answers other than 200.
+    `gaps_s` are the times between one event and the next of its stream, if they are wanted (they cost the load time).
+    """
 
     latencies_s: list[float] = field(default_factory=list)
     first_bytes_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] | None = None
     events: int = 0
     faults: int = 0
     wall_s: float = 0.0
 
-    def quantile_ms(self, share: float) -> float:
-        ordered = sorted(self.latencies_s)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000
+
+class Refused(Exception):
+    """An answer other than 200, in a load that is about answers of 200."""
 
 
-def load(base_url: str, body: Mapping[str, object], *, clients: int, seconds: float) -> Outcome:
-    """Ask for as long as that with so many clients at once."""
-    return asyncio.run(_load(base_url, body, clients, seconds))
+def load(base_url: str, body: Mapping[str, object], *, clients: int, seconds: float, path: str = CHAT_PATH) -> Outcome:
+    """Send requests for that long with so many clients at once; each sends at least one. Raises Refused."""
+    until = time.perf_counter() + seconds
+    return _succeeded(
+        base_url, asyncio.run(_load(base_url, path, [body] * clients, lambda: time.perf_counter() < until))
+    )
+
+
+def load_requests(base_url: str, body: Mapping[str, object], requests: int) -> Outcome:
+    """Send that many requests one after another. Raises Refused."""
+    sent = itertools.count(1)
+    return _succeeded(base_url, asyncio.run(_load(base_url, CHAT_PATH, [body], lambda: next(sent) < requests)))
+
+
+def load_beside(
+    base_url: str, bodies: Sequence[Mapping[str, object]], beside: Callable[[Outcome], Awaitable[None]]
+) -> Outcome:
+    """Send each body once, all at the same time, and run `beside` meanwhile with what comes of them. Raises Refused."""
+
+    async def both() -> Outcome:
+        outcome = Outcome(gaps_s=[])
+        await asyncio.gather(_load(base_url, CHAT_PATH, bodies, lambda: False, outcome), beside(outcome))
+        return outcome
+
+    return _succeeded(base_url, asyncio.run(both()))
 
 
 def first_byte_s(base_url: str, body: Mapping[str, object]) -> float:
-    """How long one streamed request takes to the first byte of its body; raises ValueError if it is refused."""
-    outcome = asyncio.run(_load(base_url, body, 1, 0.0))
-    if outcome.faults or not outcome.first_bytes_s:
-        raise ValueError(f"{base_url} refused {body}")
+    """How long one streamed request takes to the first byte of its body. Raises Refused."""
+    outcome = _succeeded(base_url, asyncio.run(_load(base_url, CHAT_PATH, [body], lambda: False)))
     return outcome.first_bytes_s[0]
 
 
-async def _load(base_url: str, body: Mapping[str, object], clients: int, seconds: float) -> Outcome:
-    outcome = Outcome()
+def status_of(base_url: str, body: Mapping[str, object], path: str) -> int:
+    """The status that one request gets."""
+    return asyncio.run(_status_of(base_url, body, path))
+
+
+async def _status_of(base_url: str, body: Mapping[str, object], path: str) -> int:
     address = urlsplit(base_url)
-    request = _request(address.netloc, json.dumps(body).encode())
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(_request(address.netloc, path, json.dumps(body).encode()))
+    status = int((await reader.readline()).split(b" ", 2)[1])
+    writer.close()
+    return status
+
+
+def _succeeded(base_url: str, outcome: Outcome) -> Outcome:
+    if outcome.faults:
+        raise Refused(f"{base_url}: {outcome.faults} of {len(outcome.latencies_s)} requests failed")
+    return outcome
+
+
+async def _load(
+    base_url: str,
+    path: str,
+    bodies: Sequence[Mapping[str, object]],
+    more: Callable[[], bool],
+    outcome: Outcome | None = None,
+) -> Outcome:
+    """A client for each body, which sends it again while `more()`."""
+    outcome = outcome or Outcome()
+    address = urlsplit(base_url)
     began = time.perf_counter()
+    requests = [_request(address.netloc, path, json.dumps(body).encode()) for body in bodies]
     await asyncio.gather(
-        *(
-            _client(address.hostname or "", address.port or 80, request, began + seconds, outcome)
-            for _ in range(clients)
-        )
+        *(_client(address.hostname or "", address.port or 80, request, more, outcome) for request in requests)
     )
     outcome.wall_s = time.perf_counter() - began
     return outcome
 
 
-def _request(host: str, body: bytes) -> bytes:
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+def _request(host: str, path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-async def _client(host: str, port: int, request: bytes, until: float, outcome: Outcome) -> None:
-    """At least one request; then more until the time is over. A server may close after any answer, if it says so."""
+async def _client(host: str, port: int, request: bytes, more: Callable[[], bool], outcome: Outcome) -> None:
+    """A server may close after any answer, if the answer says so."""
     reader, writer = await asyncio.open_connection(host, port, limit=2**20)
     try:
         while True:
@@ -68,7 +120,7 @@ async def _client(host: str, port: int, request: bytes, until: float, outcome: O
             writer.write(request)
             kept_alive = await _read_answer(reader, began, outcome)
             outcome.latencies_s.append(time.perf_counter() - began)
-            if time.perf_counter() >= until:
+            if not more():
                 return
             if not kept_alive:
                 writer.close()
@@ -89,11 +141,14 @@ async def _read_answer(reader: asyncio.StreamReader, began: float, outcome: Outc
 
 
 async def _read_chunks(reader: asyncio.StreamReader, began: float, outcome: Outcome) -> None:
-    first = True
+    last: float | None = None
     while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
         data = await reader.readexactly(size + 2)
-        if first:
-            outcome.first_bytes_s.append(time.perf_counter() - began)
-            first = False
+        if last is None:
+            last = time.perf_counter()
+            outcome.first_bytes_s.append(last - began)
+        elif outcome.gaps_s is not None:
+            last, before = time.perf_counter(), last
+            outcome.gaps_s.append(last - before)
         outcome.events += data.count(b"data: ")
     await reader.readuntil(b"\r\n")

@@ -31,10 +31,12 @@ from typing import Any
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the root first: tests/nodeagent is no package
 
 from benchmarks import peers
 from benchmarks.figures import by_figure, medians, print_ratios, quantile
+from benchmarks.processes import Peer, keep_to_load_cpu
 from benchmarks.scheduling.wait_plot import draw_waits
 from benchmarks.scheduling.workers import Outcome, ask_all
 from nodeagent.cli.demo import fetch_model
@@ -54,13 +56,13 @@ class Target:
     """One way to the models: `start` runs it in a folder of its own, `loads` counts, while it runs, its servers'
     starts, by its base URL and that folder."""
 
-    start: Callable[[Path], AbstractContextManager[str]]
+    start: Callable[[Path], AbstractContextManager[Peer]]
     loads: Callable[[str, Path], int]
 
 
 def main() -> int:
     args = _arguments()
-    peers.keep_to_load_cpu()
+    keep_to_load_cpu()
     outcomes: dict[str, list[Outcome]] = {}
     figures: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,8 +105,8 @@ def _targets(files: dict[str, Path], llama_swap: Path | None) -> dict[str, Targe
     flags = ["-c", str(CTX_SIZE), "-t", str(THREADS)]
 
     def agent(scheduling: str) -> Target:
-        keys = {"scheduling": scheduling, "max_pending_requests_per_device": MAX_PENDING}
-        return Target(lambda folder: peers.agent(folder, server, models, cpus=False, **keys), _loads_by_agent)
+        keys: dict[str, Any] = {"scheduling": scheduling, "max_pending_requests_per_device": MAX_PENDING}
+        return Target(lambda folder: peers.agent(folder, server, models, **keys), _loads_by_agent)
 
     targets = {
         "fifo": agent("fifo"),
@@ -136,10 +138,10 @@ def _loads_by_log(log: str, words: str) -> Callable[[str, Path], int]:
 
 def _measure(target: Target, folder: Path, requests: int) -> tuple[Outcome, int]:
     folder.mkdir()
-    with target.start(folder) as base_url:
+    with target.start(folder) as peer:
         bodies = [_body(number) for number in range(requests)]
-        outcome = ask_all(base_url, bodies, workers=WORKERS, limit_s=requests * LIMIT_S_PER_REQUEST)
-        return outcome, target.loads(base_url, folder)
+        outcome = ask_all(peer.base_url, bodies, workers=WORKERS, limit_s=requests * LIMIT_S_PER_REQUEST)
+        return outcome, target.loads(peer.base_url, folder)
 
 
 def _body(number: int) -> dict[str, Any]:

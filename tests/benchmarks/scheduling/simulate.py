@@ -23,7 +23,8 @@ from pathlib import Path
 import trio
 from trio.testing import MockClock
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the root first: tests/nodeagent is no package
 
 from benchmarks.figures import by_figure, medians, print_ratios, print_row, quantile
 from benchmarks.scheduling.workloads import Ask, Workload, workloads
