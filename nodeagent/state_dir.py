@@ -1,5 +1,6 @@
 """The agent's folder on disk: the lock that allows one agent only, the admin token, the address of the agent."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 from nodeagent.errors import StartupError
 
 logger = logging.getLogger(__name__)
+
+# flock(2) and, as some network file systems have it, fcntl(2).
+_LOCKED_BY_ANOTHER = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 @contextmanager
@@ -28,7 +32,11 @@ def locked(state_dir: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _LOCKED_BY_ANOTHER:
+                raise StartupError(
+                    f"state_dir {state_dir} can't be locked: {error.strerror}; its file system has to support flock(2)"
+                ) from error
             holder = os.read(file, 32).decode(errors="replace").strip() or "unknown"
             raise StartupError(
                 f"state_dir {state_dir} is in use by another agent (pid {holder}); give each agent its own"

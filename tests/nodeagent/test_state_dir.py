@@ -1,5 +1,6 @@
 """The agent's folder: one agent at a time, its token, its address."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -37,6 +38,18 @@ def test_an_agent_that_could_not_write_its_pid_is_unknown(tmp_path: Path) -> Non
     with pytest.raises(StartupError, match="pid unknown"), state_dir.locked(tmp_path):
         pass
     os.close(file)
+
+
+def test_a_file_system_without_locks_is_not_mistaken_for_another_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(_file: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    reason = r"can't be locked: No locks available; its file system has to support flock\(2\)"
+    with pytest.raises(StartupError, match=reason), state_dir.locked(tmp_path):
+        pass
 
 
 def test_the_lock_is_released_after_an_error(tmp_path: Path) -> None:
