@@ -89,12 +89,20 @@ def spawned(argv: list[str], log: Path, cpus: set[int], env: Mapping[str, str]) 
         try:
             yield running
         finally:
-            running.terminate()
-            try:
-                running.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()
+            _stop(running)
+
+
+def _stop(running: "subprocess.Popen[bytes]") -> None:
+    """End it and its descendants: a busy router ends without its servers, which would go on using the CPU."""
+    descendants = psutil.Process(running.pid).children(recursive=True) if running.poll() is None else []
+    running.terminate()
+    try:
+        running.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
+    for left in psutil.wait_procs(descendants, timeout=1)[1]:
+        left.kill()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,12 +31,14 @@ from benchmarks.processes import FRONT_CPUS, LOAD_CPUS, keep_to_load_cpu
 def main() -> int:
     options = read_options(__doc__, with_files=True)
     keep_to_load_cpu()
+    machine = describe_machine()
     results = measure_all(options)
+    print(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in machine.items()))
     for section in results.values():
         section.print()
     print_aims(results)
     if options.json is not None:
-        options.json.write_text(json.dumps(as_json(results), indent=1) + "\n")
+        options.json.write_text(json.dumps(as_json(machine, results), indent=1) + "\n")
     if options.plot is not None:
         from benchmarks.serving_plot import draw_figures
 
@@ -56,16 +59,22 @@ def measure_all(options: Options) -> Results:
     return results
 
 
-def as_json(results: Results) -> dict[str, object]:
+def describe_machine() -> dict[str, object]:
+    """On what it runs. A load average above 0 before the start means that something else uses the CPUs too."""
+    return {
+        "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "cpus_of_the_front": sorted(FRONT_CPUS),
+        "cpus_of_the_load": sorted(LOAD_CPUS),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def as_json(machine: Mapping[str, object], results: Results) -> dict[str, object]:
     """Everything that the run said, and on what it ran."""
     return {
-        "machine": {
-            "cpus": os.cpu_count(),
-            "front_cpus": sorted(FRONT_CPUS),
-            "load_cpus": sorted(LOAD_CPUS),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "machine": machine,
         "sections": {name: {"title": section.title, "figures": section.figures} for name, section in results.items()},
         "aims": [{**asdict(aim), "value": aim.value(results), "holds": aim.holds(results)} for aim in AIMS],
     }
