@@ -12,7 +12,9 @@ from typing import Final
 FLOOR_PERCENT: Final = 85.0
 
 # Why a file may be under the floor.
-EXCUSED: Final[dict[str, str]] = {}
+EXCUSED: Final[dict[str, str]] = {
+    "nodeagent/front/half_close.py": "a third of it is for systems without epoll",
+}
 
 
 def below_floor(percents: Mapping[str, float], excused: Mapping[str, str]) -> list[str]:

@@ -129,8 +129,10 @@ class _Server:
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serve one connection from accept to close. Its errors end no other."""
         with self._containment:
-            async with stream:
+            try:
                 await self._serve(stream)
+            finally:
+                await trio.aclose_forcefully(stream)
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         try:
