@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from supervisor.containment import causes
+
 logger = logging.getLogger(__name__)
 
 # Between two log lines about the same error: an error in a loop must not fill the log.
@@ -77,24 +79,12 @@ class Containment:
 
 
 def own_shortage(error: BaseException) -> str | None:
-    """What this process itself has run out of, if that is why the error happened, else None.
-
-    Looks through the causes of an error (an HTTP client's ConnectError, say) and the members of a group.
-    """
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, MemoryError):
+    """What this process itself has run out of, if that is why the error happened, else None."""
+    for cause in causes(error):
+        if isinstance(cause, MemoryError):
             return "out of memory"
-        if isinstance(current, OSError) and current.errno in _SHORTAGES:
-            return _described(current.errno)
-        pending += [current.__cause__, current.__context__]
-        if isinstance(current, BaseExceptionGroup):
-            pending += current.exceptions
+        if isinstance(cause, OSError) and cause.errno in _SHORTAGES:
+            return _described(cause.errno)
     return None
 
 

@@ -25,11 +25,19 @@ _SPAWN_SHORTAGES = {**_SHORTAGES, errno.EAGAIN: "this user is out of processes"}
 
 
 def own_shortage(error: BaseException, *, while_spawning: bool = False) -> str | None:
-    """What this process itself has run out of, if that is why the error happened, else None.
-
-    Looks through the causes of an error (an HTTP client's own ConnectError, say) and the members of a group.
-    """
+    """What this process itself has run out of, if that is why the error happened, else None."""
     shortages = _SPAWN_SHORTAGES if while_spawning else _SHORTAGES
+    for cause in causes(error):
+        if isinstance(cause, MemoryError):
+            return "this process is out of memory"
+        if isinstance(cause, OSError) and cause.errno in shortages:
+            return shortages[cause.errno]
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error itself, each cause and context of it (an HTTP client's own ConnectError has some), and the members of
+    each group; each once."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
@@ -37,14 +45,10 @@ def own_shortage(error: BaseException, *, while_spawning: bool = False) -> str |
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, MemoryError):
-            return "this process is out of memory"
-        if isinstance(current, OSError) and current.errno in shortages:
-            return shortages[current.errno]
+        yield current
         pending += [current.__cause__, current.__context__]
         if isinstance(current, BaseExceptionGroup):
             pending += current.exceptions
-    return None
 
 
 def described(error: Exception) -> str:

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.errors": set(),
     "nodeagent.devices.values": set(),
     "nodeagent.logs": set(),
-    "nodeagent.containment": set(),
+    "nodeagent.containment": {"supervisor.containment"},
     "nodeagent.descriptors": set(),
     "nodeagent.llama_server.server_id": set(),
     "nodeagent.events": {"nodeagent.llama_server.server_id", "supervisor.lifecycle"},
