@@ -6,11 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nodeagent import agent
 from nodeagent.cli.main import main
+from nodeagent.config import NodeConfig
+from nodeagent.errors import ConfigError, Problem, StartupError
 
 pytestmark = pytest.mark.real
 
@@ -101,6 +105,41 @@ def test_a_wrong_configuration_is_exit_code_78(
         config.write_text(text)
     assert main([*command, "--config", str(config)]) == 78
     assert str(config) in capsys.readouterr().err
+
+
+CONFIG_ERROR = ConfigError([Problem("no such device", "backend")])
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [
+        (None, 0, ""),
+        (CONFIG_ERROR, 78, "backend: no such device"),
+        (StartupError("the port is taken"), 1, "the port is taken"),
+        (RuntimeError("a bug"), 1, "the agent failed"),
+    ],
+    ids=["stopped by a signal", "configuration", "start", "bug"],
+)
+def test_the_way_in_which_the_daemon_ends_decides_its_exit_code(
+    failure: Exception | None,
+    code: int,
+    said: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def run_until_it_ends(_config: NodeConfig, *, on_ready: Callable[[str], None]) -> None:
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(agent, "run", run_until_it_ends)
+    config = tmp_path / "node.yaml"
+    config.write_text(f"state_dir: {tmp_path}\nmodels: [{{model_id: a, path: {tiny_model}}}]\n")
+    assert main(["--config", str(config)]) == code
+    output = capfd.readouterr()
+    assert said in output.out + output.err
+    assert ("Traceback" in output.out + output.err) is (code == 1 and isinstance(failure, RuntimeError))
 
 
 # --- check-config -----------------------------------------------------------------------------------------------
