@@ -1,12 +1,13 @@
 """The command line: the exit codes, and what `check-config` prints."""
 
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,17 @@ def test_a_wrong_configuration_is_exit_code_78(
     assert str(config) in capsys.readouterr().err
 
 
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    """The daemon's logging is set for the whole process; later tests read what is logged at the level of before."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers = handlers
+    logging.captureWarnings(False)
+
+
 CONFIG_ERROR = ConfigError([Problem("no such device", "backend")])
 
 
@@ -120,6 +132,7 @@ CONFIG_ERROR = ConfigError([Problem("no such device", "backend")])
     ],
     ids=["stopped by a signal", "configuration", "start", "bug"],
 )
+@pytest.mark.usefixtures("logging_restored")
 def test_the_way_in_which_the_daemon_ends_decides_its_exit_code(
     failure: Exception | None,
     code: int,
