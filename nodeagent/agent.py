@@ -35,6 +35,8 @@ from nodeagent.devices.values import DeviceRef
 from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
 from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front
+from nodeagent.front.fast_road import FastRoad
+from nodeagent.front.inference import Inference
 from nodeagent.front.server import bind, serve
 from nodeagent.llama_server import stall_watch
 from nodeagent.llama_server.catalogue import Catalogue
@@ -141,12 +143,14 @@ class Agent:
 
     async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
         node = self.node
-        front = Front(create_app(node), max_request_bytes=node.max_request_bytes, node_id=node.node_id)
+        inference = Inference(node.scheduler)
+        front = Front(create_app(node, inference), max_request_bytes=node.max_request_bytes, node_id=node.node_id)
         try:
             await serve(
                 front,
                 listeners,
                 shutdown=self._stop_front,
+                find_handler=FastRoad(node, front, inference).find_handler,
                 graceful_timeout_s=_LAST_BYTES_S,
                 task_status=task_status,
             )

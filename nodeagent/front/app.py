@@ -8,6 +8,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, Reque
 from nodeagent.errors import BodyTooLarge, Refusal
 from nodeagent.front import health, node, openai, origins
 from nodeagent.front.asgi import request_id
+from nodeagent.front.inference import Inference
 from nodeagent.front.refusals import echo, error_response, refusal_response
 from nodeagent.front.seam import Node
 
@@ -17,8 +18,8 @@ _WHERE = (
 )
 
 
-def create_app(of: Node) -> QuartTrio:
-    """Build the application that serves this node."""
+def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
+    """Build the application that serves this node. `inference` is shared with the fast road, where there is one."""
     app = QuartTrio(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = of.max_request_bytes
     # `Front` limits how long a body may take. Quart's own default ends any response after 60 s, streams too.
@@ -27,8 +28,12 @@ def create_app(of: Node) -> QuartTrio:
     # `Front` answers and logs unexpected exceptions, with the request's id.
     app.config["PROPAGATE_EXCEPTIONS"] = True
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    for room in (openai, node, health):
-        app.register_blueprint(room.blueprint(of))
+    for routes in (
+        openai.blueprint(of, inference or Inference(of.scheduler)),
+        node.blueprint(of),
+        health.blueprint(of),
+    ):
+        app.register_blueprint(routes)
     origins.guard(app, of)
 
     @app.errorhandler(Refusal)

@@ -15,8 +15,8 @@ from typing import Any
 import trio
 
 from nodeagent.errors import BodyTooLarge, BodyTooSlow, Refusal, ServerBusy, UnsupportedEncoding
-from nodeagent.front.connection import AbortResponse, ASGIApp
 from nodeagent.front.half_close import HalfClose
+from nodeagent.front.ordinary import AbortResponse, ASGIApp
 from nodeagent.front.refusals import Headers, internal_error_response, refusal_response
 from nodeagent.logs import request_id_var
 
@@ -93,6 +93,17 @@ class Front:
         """The bytes of request bodies that count against the budget now."""
         return self._budget.held
 
+    def identify(self, headers: dict[bytes, bytes]) -> tuple[str, list[tuple[bytes, bytes]]]:
+        """The id of the request that this task serves from now on, and the headers that every answer to it carries."""
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        identity = given if _CLIENTS_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id_var.set(identity)
+        return identity, [*self._node_id, (b"x-request-id", identity.encode("ascii"))]
+
+    def body(self, headers: dict[bytes, bytes], receive: Receive) -> "RequestBody":
+        """The body of a request with these headers (lower case), within the limits."""
+        return RequestBody(headers, receive, self._budget, self._max_request_bytes)
+
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1003})
@@ -103,10 +114,9 @@ class Front:
 
     async def _http(self, scope: Any, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        identity = _identity(headers)
-        request_id_var.set(identity)
-        body = _Body(headers, receive, self._budget, self._max_request_bytes)
-        answer = _ResponseSender(send, [*self._node_id, (b"x-request-id", identity.encode("ascii"))])
+        identity, marks = self.identify(headers)
+        body = self.body(headers, receive)
+        answer = _ResponseSender(send, marks)
         error: tuple[int, Headers, bytes] | None = None
         try:
             with ExitStack() as stack:
@@ -122,14 +132,8 @@ class Front:
                     raise RuntimeError("the application returned without an answer")
         except* AbortResponse:
             raise
-        except* Refusal as group:
-            error = refusal_response(_first(group), identity)
-            if answer.started:
-                logger.warning("request %s: answer truncated: %s", identity, _first(group))
         except* Exception as failures:
-            error = internal_error_response(identity)
-            where = (scope["method"], scope["path"], identity)
-            logger.error("%s %s failed (request %s)", *where, exc_info=_plainest(failures))
+            error = answer_to(failures, scope["method"], scope["path"], identity, begun=answer.started)
         # An answer that has begun can only be truncated: the server closes uncleanly if it is incomplete.
         if error is not None and not answer.started:
             await answer.refuse(*error, close=not body.complete)
@@ -189,7 +193,7 @@ class _Budget:
         self.held -= count
 
 
-class _Body:
+class RequestBody:
     """Receives a request's body within limits of size and time, and knows how much has arrived."""
 
     def __init__(self, headers: dict[bytes, bytes], receive: Receive, budget: _Budget, limit_bytes: int) -> None:
@@ -214,7 +218,18 @@ class _Body:
         self._budget.give_back(self._taken_bytes)
         self._taken_bytes = 0
 
+    async def read(self) -> bytes:
+        """All of it. Raises BodyTooLarge, BodyTooSlow and ServerBusy."""
+        parts = []
+        more = True
+        while more:
+            message = await self.receive()
+            parts.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
     async def receive(self) -> Message:
+        """The next part, as an ASGI message. Raises as `read` does."""
         if self.complete:
             message = await self._receive()
         else:
@@ -246,9 +261,21 @@ def _declared_bytes(headers: list[tuple[bytes, bytes]]) -> int | None:
     return lengths[0] if lengths else None
 
 
-def _identity(headers: dict[bytes, bytes]) -> str:
-    given = headers.get(b"x-request-id", b"").decode("latin-1")
-    return given if _CLIENTS_ID.fullmatch(given) else uuid.uuid4().hex
+def answer_to(
+    failures: BaseExceptionGroup[Exception], method: str, path: str, identity: str, *, begun: bool
+) -> tuple[int, Headers, bytes]:
+    """The response to what was raised while a request was served: a refusal's, else a 500, logged with its traceback.
+
+    `begun` is whether the answer has begun, so that this one can't be sent.
+    """
+    refusals, others = failures.split(Refusal)
+    if refusals is None or others is not None:
+        logger.error("%s %s failed (request %s)", method, path, identity, exc_info=_plainest(failures))
+        return internal_error_response(identity)
+    refusal = _first(refusals)
+    if begun:
+        logger.warning("request %s: answer truncated: %s", identity, refusal)
+    return refusal_response(refusal, identity)
 
 
 def _plainest(error: BaseException) -> BaseException:

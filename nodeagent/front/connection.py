@@ -1,8 +1,9 @@
-"""One client's connection: reading, writing, the tasks of its requests, and how it ends.
+"""One client's connection: reading, writing, its requests one after another, and how it ends.
 
     reading ──(idle too long, answer over and not kept alive, client left, shutdown while idle)──> lingering ──> closed
 
-A client that has closed its sending side may still read: see `half_close.py`.
+A request takes one of two roads: it is an `Exchange` if the server has a handler for its path, else hypercorn's stream
+takes it to the ASGI application. A client that has closed its sending side may still read: see `half_close.py`.
 
 hypercorn's own TCPServer is not used: every method through which a client can harm the daemon would have to be
 overridden (README.md lists these traps). Here a connection ends in one way, whoever ends it: the cancel scope around
@@ -11,27 +12,26 @@ a request can't lose a keep-alive timer or a close.
 """
 
 import logging
+import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
 
-import h11
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import AppWrapper, TaskGroup
 from hypercorn.utils import parse_socket_addr, repr_socket_addr
 
+from nodeagent.front.exchange import Exchange, FindHandler
 from nodeagent.front.half_close import HalfClose, connection_reset, input_ended
-from nodeagent.front.protocol import HttpProtocol
+from nodeagent.front.ordinary import AbortResponse, ASGIApp, OrdinaryRequest, Peer
+from nodeagent.front.protocol import BadRequest, EndOfBody, RequestEvent, RequestHead, RequestParser
+from nodeagent.front.refusals import error_response
+from nodeagent.front.response import ResponseWriter
 
 logger = logging.getLogger(__name__)
-
-ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 _RECEIVE_BYTES = 2**16
 # A client must read this much within the send timeout, however long the answer is.
@@ -42,15 +42,12 @@ _LINGER_S = 2.0
 _RESET = struct.pack("ii", 1, 0)
 
 
-class AbortResponse(Exception):
-    """Raised by the application in mid-answer: end the connection so that the client sees a truncated answer."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
     """What all connections of a server share. `context.terminated` is set when the server drains."""
 
     app: ASGIApp
+    find_handler: FindHandler
     config: Config
     context: WorkerContext
     keep_alive_timeout_s: float
@@ -60,36 +57,42 @@ class Shared:
 class Connection:
     """One client's connection, and the tasks of its requests.
 
-    Anyone may cancel `reading` to end the connection. Its deadline follows, in `_limit`, from `_idle`, `_half_closed`,
-    `_policy` and `_wrote_after_end`. `run` closes the socket, and so does `_send` after an incomplete write.
+    Anyone may cancel `reading` to end the connection. Its deadline follows, in `_limit`, from `_idle`, `half_closed`,
+    `_policy` and `_wrote_after_end`. `run` closes the socket, and so does `write` after an incomplete write.
+
+    `_answering` is the request that is being answered: `_begin` sets it, `answered` and `_end_request` clear it.
+    `_last` is the latest one that was. `_body_ended` is whether all of that request has arrived.
     """
 
     def __init__(self, shared: Shared, stream: trio.SocketStream) -> None:
         family, remote = stream.socket.family, stream.socket.getpeername()
         self.reading = trio.CancelScope()
         self.socket = stream.socket
-        self.peer = repr_socket_addr(family, remote)
+        self.peer = Peer(
+            client=parse_socket_addr(family, remote),
+            server=parse_socket_addr(family, stream.socket.getsockname()),
+            name=repr_socket_addr(family, remote),
+        )
+        self.half_closed = trio.Event()
         self._shared = shared
         self._stream = stream
+        self._parser = RequestParser()
         self._idle = True
-        self._half_closed = trio.Event()
         self._policy = HalfClose.FINISH
         self._wrote_after_end = False
         self._send_lock = trio.Lock()
-        self._protocol = HttpProtocol(
-            cast(AppWrapper, shared.app),
-            shared.config,
-            shared.context,
-            cast(TaskGroup, self),
-            client=parse_socket_addr(family, remote),
-            server=parse_socket_addr(family, stream.socket.getsockname()),
-            send=self.protocol_send,
-            can_read=_Turn(self),
-        )
+        self._answering: Exchange | OrdinaryRequest | None = None
+        self._last: Exchange | OrdinaryRequest | None = None
+        self._body_ended = True
+        self._refused = False
+        self._turn: trio.Event | None = None  # for which the reading waits
+        self._input_ended = False
+        self._working = trio.CancelScope()
+        self._work: trio.Event | None = None  # for which the worker waits
         self._nursery: trio.Nursery
 
     def __repr__(self) -> str:
-        return f"<Connection {self.peer} {'idle' if self._idle else 'busy'}>"
+        return f"<Connection {self.peer.name} {'idle' if self._idle else 'busy'}>"
 
     async def run(self) -> None:
         """Serve the connection until it ends, then close the socket. Raises nothing but Cancelled."""
@@ -97,14 +100,16 @@ class Connection:
             async with trio.open_nursery() as self._nursery:
                 self._become(idle=True)
                 left = await self._read()
-                await self._protocol.handle(Closed())
+                await self._end_request()
                 if not left:
                     await self._linger()
                 self._close()
+                # An ordinary request's application has been told that its client has left, and ends in its own time.
+                self._working.cancel()
         except* OSError as group:
-            logger.debug("%s: %s", self.peer, group.exceptions)
+            logger.debug("%s: %s", self.peer.name, group.exceptions)
         except* Exception:
-            logger.exception("%s: unexpected error; this connection is closed, the others go on", self.peer)
+            logger.exception("%s: unexpected error; this connection is closed, the others go on", self.peer.name)
         finally:
             self._close()
 
@@ -113,48 +118,258 @@ class Connection:
         if self._idle:
             self.reading.cancel()
 
+    # Reading.
+
     async def _read(self) -> bool:
-        """Feed the protocol until the connection ends; return whether the client ended it."""
+        """Read requests until the connection ends; return whether the client ended it."""
         with self.reading:
             while True:
-                try:
-                    data = await self._stream.receive_some(_RECEIVE_BYTES)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = await self._receive()
+                if data is None:
                     return True
-                await self._protocol.handle(RawData(bytes(data)))
                 if not data:
-                    if self._protocol.stream is not None:
-                        await self._outlast_the_input()
+                    await self._input_has_ended()
                     return True
+                for event in self._parser.feed(data):
+                    await self._take(event)
         return False
 
-    async def _outlast_the_input(self) -> None:
+    async def _receive(self) -> bytes | None:
+        """What the client has sent, b"" at the end of its input, None if the connection is broken."""
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(self.socket)
+                return os.read(self.socket.fileno(), _RECEIVE_BYTES)
+            except BlockingIOError:
+                continue
+            except (OSError, trio.ClosedResourceError):
+                return None
+
+    async def _take(self, event: RequestEvent) -> None:
+        match event:
+            case bytes():
+                if isinstance(self._answering, Exchange):
+                    self._answering.body(event)
+                elif self._answering is not None:
+                    await self._answering.body(event)
+            case EndOfBody():
+                self._body_ended = True
+                if isinstance(self._answering, Exchange):
+                    self._answering.end_of_body()
+                elif self._answering is not None:
+                    await self._answering.end_of_body()
+            case RequestHead():
+                await self._wait_for_its_turn()
+                await self._begin(event)
+            case BadRequest():
+                if self._body_ended:
+                    await self._wait_for_its_turn()
+                await self._refuse(event)
+
+    async def _wait_for_its_turn(self) -> None:
+        """Wait until the request before is answered.
+
+        Nothing reads the socket meanwhile, so a client that leaves would be noticed only after the answer.
+        """
+        if self._answering is None:
+            return
+        self._turn = trio.Event()
+        async with trio.open_nursery() as nursery:
+            name = f"watch for hang-up {self.peer.name}"
+            nursery.start_soon(self._end_when_the_client_leaves, name=name)
+            await self._turn.wait()
+            nursery.cancel_scope.cancel()
+        self._turn = None
+
+    async def _begin(self, head: RequestHead) -> None:
+        self._become(idle=False)
+        self._body_ended = False
+        shared = self._shared
+        handler = shared.find_handler(head.method, head.target.partition(b"?")[0])
+        if handler is not None:
+            self._answering = self._last = Exchange(head, handler, self)
+            self._start_work()
+        else:
+            ordinary = OrdinaryRequest(head, self, shared.app, shared.config, shared.context, self._nursery)
+            self._answering = self._last = ordinary
+            await ordinary.begin()
+
+    async def _refuse(self, bad: BadRequest) -> None:
+        """Answer what is no request, and end the connection. An answer that has begun stays truncated."""
+        self._refused = True
+        begun = self._answering is not None and self._answering.response.started
+        await self._end_request()
+        if begun:
+            self.reading.cancel()
+            return
+        status, headers, body = error_response(bad.status, bad.complaint, uuid.uuid4().hex)
+        fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        fields.append((b"content-length", b"%d" % len(body)))
+        response = ResponseWriter(is_head=bad.answers_head)
+        await self.write(response.head(status, fields, close=True) + response.body(body) + response.end())
+        self.reading.cancel()
+
+    async def _input_has_ended(self) -> None:
         """Return when the client has left. If it stays for its answer, the end of the answer cancels `reading`."""
-        self._half_closed.set()
+        if not self._body_ended or self._parser.in_head:
+            ended = "The request is malformed: the connection ended before it did."
+            await self._refuse(BadRequest(status=400, complaint=ended, answers_head=False))
+        elif self._answering is not None:
+            self._input_ended = True
+            await self._outlast_the_input()
+
+    async def _outlast_the_input(self) -> None:
+        self.half_closed.set()
         self._limit()
         await connection_reset(self.socket)
 
-    async def end_when_the_client_leaves(self) -> None:
-        """As `_outlast_the_input`, while unread bytes are before the end of input."""
+    async def _end_when_the_client_leaves(self) -> None:
+        """End the reading when the client has left, while unread bytes may be before the end of its input."""
         await input_ended(self.socket)
         await self._outlast_the_input()
         self.reading.cancel()
 
+    # Requests.
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is shutting down, so that each connection ends after its answer."""
+        return self._shared.context.terminated.is_set()
+
+    def on_half_close(self, policy: HalfClose) -> None:
+        """Set the policy of the request that is being answered."""
+        self._policy = policy
+        self._limit()
+
+    def answered(self, request: Exchange | OrdinaryRequest) -> None:
+        """This request's answer is over, complete or not. Does nothing if the connection has given it up."""
+        if self._answering is not request:
+            return
+        self._answering = None
+        reusable = request.response.complete and request.response.keep_alive and self._body_ended
+        if not reusable or self._input_ended or self.draining:
+            self.reading.cancel()
+            return
+        self._become(idle=True)
+        if self._turn is not None:
+            self._turn.set()
+
+    async def _end_request(self) -> None:
+        """Give up the request that is being answered, if there is one."""
+        request, self._answering = self._answering, None
+        if isinstance(request, Exchange):
+            request.scope.cancel()
+        elif request is not None:
+            await request.close()
+
+    def _start_work(self) -> None:
+        """Let the worker serve the exchange. One task serves all of a connection, so that none has to be started."""
+        if self._work is None:
+            self._nursery.start_soon(self._serve_exchanges, name=f"inference {self.peer.name}")
+        else:
+            self._work.set()
+
+    async def _serve_exchanges(self) -> None:
+        with self._working:
+            while True:
+                self._work = trio.Event()
+                assert isinstance(self._answering, Exchange)
+                await self._serve(self._answering)
+                await self._work.wait()
+
+    async def _serve(self, exchange: Exchange) -> None:
+        with exchange.scope:
+            try:
+                await exchange.handler(exchange)
+            except* AbortResponse as group:
+                logger.debug("%s: answer aborted: %s", self.peer.name, group.exceptions)
+            except* Exception:
+                request = exchange.request
+                logger.exception("%s: %s %r failed", self.peer.name, request.method, request.target)
+        # An answer that is incomplete by now ends with the connection, without its last chunk.
+        self.answered(exchange)
+
+    def _become(self, *, idle: bool) -> None:
+        self._idle = idle
+        self._policy = HalfClose.FINISH
+        self._limit()
+
+    def _limit(self) -> None:
+        """Set how long the connection may go on from now."""
+        if self._idle:
+            left_s = self._shared.keep_alive_timeout_s
+        elif not self.half_closed.is_set() or (self._wrote_after_end and self._policy is HalfClose.STREAM):
+            left_s = float("inf")
+        else:
+            left_s = self._policy.bound_s
+        self.reading.deadline = trio.current_time() + left_s
+
+    # Writing.
+
+    async def write(self, data: bytes) -> None:
+        """Write all of it, or end the connection: nothing can follow an incomplete write.
+
+        So it needs no shield, and a client that does not read delays neither the daemon nor its shutdown. Waits only if
+        the client does not keep up.
+        """
+        if not data:
+            return
+        complete = False
+        try:
+            written = 0 if self._send_lock.locked() else self._write_now(data)
+            if written < len(data):
+                await self._write_rest(memoryview(data)[written:])
+            complete = True
+            self._note_write()
+        except trio.TooSlowError:
+            logger.warning(
+                "%s: client read too little for %g s; closing the connection",
+                self.peer.name,
+                self._shared.send_timeout_s,
+            )
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            logger.debug("%s: client left: %s", self.peer.name, error)
+        finally:
+            if not complete:
+                self.reading.cancel()
+                self._reset()
+
+    def _write_now(self, data: bytes) -> int:
+        """Write what the socket takes at once; return how many bytes that was."""
+        try:
+            return os.write(self.socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+
+    async def _write_rest(self, data: memoryview) -> None:
+        async with self._send_lock:
+            for start in range(0, len(data), _SEND_BYTES):
+                with trio.fail_after(self._shared.send_timeout_s):
+                    await self._stream.send_all(data[start : start + _SEND_BYTES])
+
+    def _note_write(self) -> None:
+        if self.half_closed.is_set() and not self._wrote_after_end:
+            self._wrote_after_end = True
+            if self._policy is HalfClose.STREAM:
+                self._limit()
+
+    # The end.
+
     async def _linger(self) -> None:
         """Read on while the client sends: to close with unread bytes is a reset, and that can overtake the answer."""
-        if self._protocol.connection.their_state not in (h11.SEND_BODY, h11.ERROR):
+        if self._body_ended and not self._refused:
             return
         with trio.move_on_after(_LINGER_S):
             try:
                 async with self._send_lock:
                     await self._stream.send_eof()
-                while await self._stream.receive_some(_RECEIVE_BYTES):
+                while await self._receive():
                     continue
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
 
     def _close(self) -> None:
-        if self._protocol.ends_by_closing():
+        if self._last is not None and self._last.response.ends_by_closing:
             self._reset()
         self.socket.close()
 
@@ -164,130 +379,3 @@ class Connection:
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.socket.close()
-
-    async def protocol_send(self, event: Event) -> None:
-        """Do what the protocol asks of the connection. Only writing has a checkpoint."""
-        if isinstance(event, RawData):
-            await self._send(event.data)
-        elif isinstance(event, Closed):
-            self.reading.cancel()
-        elif isinstance(event, Updated):
-            self._become(idle=event.idle)
-
-    def _become(self, *, idle: bool) -> None:
-        self._idle = idle
-        self._policy = HalfClose.FINISH
-        self._limit()
-
-    def _on_half_close(self, policy: HalfClose) -> None:
-        """Set the policy of the request that is being answered (`nodeagent.on_half_close` in its ASGI scope)."""
-        self._policy = policy
-        self._limit()
-
-    def _limit(self) -> None:
-        """Set how long the connection may go on from now."""
-        if self._idle:
-            left_s = self._shared.keep_alive_timeout_s
-        elif not self._half_closed.is_set() or (self._wrote_after_end and self._policy is HalfClose.STREAM):
-            left_s = float("inf")
-        else:
-            left_s = self._policy.bound_s
-        self.reading.deadline = trio.current_time() + left_s
-
-    async def _send(self, data: bytes) -> None:
-        """Write all of it, or end the connection: nothing can follow an incomplete write.
-
-        So it needs no shield, and a client that does not read delays neither the daemon nor its shutdown.
-        """
-        complete = False
-        try:
-            async with self._send_lock:
-                for start in range(0, len(data), _SEND_BYTES):
-                    with trio.fail_after(self._shared.send_timeout_s):
-                        await self._stream.send_all(data[start : start + _SEND_BYTES])
-            complete = True
-            self._note_write()
-        except trio.TooSlowError:
-            logger.warning(
-                "%s: client read too little for %g s; closing the connection", self.peer, self._shared.send_timeout_s
-            )
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            logger.debug("%s: client left: %s", self.peer, error)
-        finally:
-            if not complete:
-                self.reading.cancel()
-                self._reset()
-
-    def _note_write(self) -> None:
-        if self._half_closed.is_set() and not self._wrote_after_end:
-            self._wrote_after_end = True
-            if self._policy is HalfClose.STREAM:
-                self._limit()
-
-    async def spawn_app(
-        self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
-    ) -> Callable[[Any], Awaitable[None]]:
-        """Start the application for a request; return what sends it ASGI events (as hypercorn's TaskGroup)."""
-        to_app, from_client = trio.open_memory_channel[Any](config.max_app_queue_size)
-
-        async def put(event: Any) -> None:
-            if event["type"] == "http.disconnect":
-                # Not through the queue, which may be full: an application that answers without reading the body would
-                # wait here for its own reading, and the connection would never end.
-                to_app.close()
-                return
-            try:
-                await to_app.send(event)
-            except trio.ClosedResourceError:
-                logger.debug("%s: discarding the rest of a body, its request has ended", self.peer)
-
-        async def receive() -> Any:
-            try:
-                return await from_client.receive()
-            except trio.EndOfChannel:
-                return {"type": "http.disconnect"}
-
-        scope["nodeagent.on_half_close"] = self._on_half_close
-        scope["nodeagent.half_closed"] = self._half_closed
-        name = f"{scope['method']} {scope['path']} {self.peer}"
-        self._nursery.start_soon(self._run_app, app, scope, receive, send, name=name)
-        return put
-
-    async def _run_app(
-        self, app: Any, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        try:
-            await app(scope, receive, send)
-        except* AbortResponse as group:
-            logger.debug("%s: answer aborted: %s", self.peer, group.exceptions)
-        except* Exception:
-            logger.exception("%s: the application failed on %s %s", self.peer, scope["method"], scope["path"])
-        # An answer that is incomplete by now ends with the connection, without its last chunk.
-        await send(None)
-
-
-class _Turn:
-    """What the reader waits for while a pipelined request is buffered behind the one that is being answered.
-
-    Nothing reads the socket meanwhile, so a client that leaves would be noticed only after the answer.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._come = trio.Event()
-
-    async def clear(self) -> None:
-        self._come = trio.Event()
-
-    async def set(self) -> None:
-        self._come.set()
-
-    def is_set(self) -> bool:
-        return self._come.is_set()
-
-    async def wait(self) -> None:
-        async with trio.open_nursery() as nursery:
-            watch = self._connection.end_when_the_client_leaves
-            nursery.start_soon(watch, name=f"watch for hang-up {self._connection.peer}")
-            await self._come.wait()
-            nursery.cancel_scope.cancel()

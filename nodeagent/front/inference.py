@@ -26,7 +26,7 @@ from nodeagent.errors import (
     Refusal,
     UpstreamLost,
 )
-from nodeagent.front.connection import AbortResponse
+from nodeagent.front.ordinary import AbortResponse
 from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.refusals import error_event
 from nodeagent.llama_server.relay import Upstream, UpstreamResponse, is_loading_answer
@@ -62,7 +62,7 @@ class InferenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer whose first bytes have arrived. Iterating over `body` can raise AbortResponse."""
+    """An answer whose first bytes have arrived."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -131,7 +131,7 @@ class Inference:
 
 
 class AnswerBody:
-    """The body of an answer, chunk by chunk as the server sends it.
+    """The body of an answer, chunk by chunk as the server sends it; `at_end` once there are no more.
 
     If the server is lost, an event stream gets an error event, and the connection is then aborted in any case: clients
     take a clean end for success.
@@ -145,11 +145,18 @@ class AnswerBody:
         self._request = request
         self._poison = poison
         self._lost: UpstreamLost | None = None
+        self.at_end = False
 
     def __aiter__(self) -> "AnswerBody":
         return self
 
     async def __anext__(self) -> bytes:
+        if self.at_end:
+            raise StopAsyncIteration
+        return await self.read()
+
+    async def read(self) -> bytes:
+        """The next chunk; b"" if there was none before the end. Raises AbortResponse. Not to be called `at_end`."""
         if self._lost is not None:
             raise AbortResponse(str(self._lost)) from self._lost
         try:
@@ -157,10 +164,10 @@ class AnswerBody:
         except UpstreamLost as lost:
             self._lost = lost
             return await self._error_event(lost)
-        if chunk is None:
+        if chunk is None or self._response.complete:
+            self.at_end = True
             self._poison.record_success(self._request.body)
-            raise StopAsyncIteration
-        return chunk
+        return chunk or b""
 
     async def _error_event(self, lost: UpstreamLost) -> bytes:
         """Tell a client that reads events why its answer ends; raise AbortResponse for any other client."""

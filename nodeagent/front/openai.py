@@ -4,7 +4,7 @@ A body is forwarded unchanged; `request_body.py` reads what decides where it goe
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
@@ -18,11 +18,16 @@ from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.llama_server.headers import forwardable
 from nodeagent.scheduling.queueing import Priority
 
+# The paths of inference, and the field that the body of each must have.
+INFERENCE_PATHS: Final = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+}
 
-def blueprint(node: Node) -> Blueprint:
+
+def blueprint(node: Node, inference: Inference) -> Blueprint:
     """The routes under `/v1` that OpenAI's clients use."""
     routes = Blueprint("openai", __name__)
-    inference = Inference(node.scheduler)
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -32,39 +37,39 @@ def blueprint(node: Node) -> Blueprint:
     async def show_model(model: str) -> dict[str, Any]:
         return _card_json(find_card(node, model))
 
-    @routes.post("/v1/chat/completions")
-    async def chat_completions() -> Response:
-        return await _infer(node, inference, needs="messages")
+    async def infer() -> Response:
+        # The end of input is how most clients leave, and a generation costs much.
+        on_half_close(HalfClose.GRACE)
+        body = await request.get_data(cache=False)
+        assert isinstance(body, bytes)
+        headers = [(name.lower(), value) for name, value in request.scope["headers"]]
+        valid = read_request(node, request_id=request_id(), path=request.path, headers=headers, body=body)
+        answer = await inference.serve(valid, exit_stack())
+        return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
 
-    @routes.post("/v1/completions")
-    async def completions() -> Response:
-        return await _infer(node, inference, needs="prompt")
-
+    for path in INFERENCE_PATHS:
+        routes.post(path, endpoint=path.replace("/", "_"))(infer)
     return routes
 
 
-async def _infer(node: Node, inference: Inference, *, needs: str) -> Response:
-    # The end of input is how most clients leave, and a generation costs much.
-    on_half_close(HalfClose.GRACE)
-    answer = await inference.serve(await _read_request(node, needs), exit_stack())
-    return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
-
-
-async def _read_request(node: Node, needs: str) -> InferenceRequest:
-    body = await request.get_data(cache=False)
-    assert isinstance(body, bytes)
+def read_request(
+    node: Node, *, request_id: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes
+) -> InferenceRequest:
+    """Check a request for inference; the names of `headers` are lower case. Raises InvalidRequest and ModelNotFound."""
+    needs = INFERENCE_PATHS[path]
     body = without_bom(body)
+    values = dict(headers)
     fields = read_body(body, needs=needs)
     # On one device there is nothing to choose, so its requests need not be told apart.
     several = len(node.scheduler.lanes) > 1
     return InferenceRequest(
-        request_id=request_id(),
+        request_id=request_id,
         model_id=find_card(node, model_of(node, fields)).model_id,
-        priority=read_priority(request.headers.get("X-Priority")),
-        conversation=conversation_of(request.headers.get("X-Session-Id"), fields) if several else None,
+        priority=read_priority(_text(values.get(b"x-priority"))),
+        conversation=conversation_of(_text(values.get(b"x-session-id")), fields) if several else None,
         slots=fields.completions,
-        path=request.path,
-        headers=headers_of_json(request.headers),
+        path=path,
+        headers=headers_of_json(headers),
         body=body,
     )
 
@@ -83,7 +88,11 @@ def conversation_of(session: str | None, fields: BodyFields) -> str | None:
     return f"session {session[:256]}" if session else fields.conversation
 
 
-def headers_of_json(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+def headers_of_json(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """The headers for the server. The body is JSON, whatever type the client gave it; the server looks at the type."""
     others = [header for header in forwardable(headers) if header[0] != b"content-type"]
     return [(b"content-type", b"application/json"), *others]

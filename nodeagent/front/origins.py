@@ -19,29 +19,41 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _PREFLIGHT_MAX_AGE_S = 600
 
 
+def refuse_foreign(node: Node, method: str, path: str, origin: str | None) -> None:
+    """Raise OriginForbidden for a request of a page that is not listed."""
+    if origin is None or method in _SAFE_METHODS:
+        return
+    if path.startswith(_OPERATORS) or origin not in node.cors_origins:
+        raise OriginForbidden(origin)
+
+
+def headers_for(node: Node, origin: str | None) -> list[tuple[str, str]]:
+    """What lets a listed page read a response, on any path but an operator's."""
+    if not node.cors_origins:
+        return []
+    headers = [("Vary", "Origin")]  # caches must not give one page's response to another
+    if origin is not None and origin in node.cors_origins:
+        headers.append(("Access-Control-Allow-Origin", origin))
+        headers.append(("Access-Control-Expose-Headers", "x-request-id, Retry-After"))
+    return headers
+
+
 def guard(app: QuartTrio, node: Node) -> None:
     """Refuse requests of pages that are not listed, and put the CORS headers on responses to those that are."""
 
     @app.before_request
     async def refuse_others() -> None:
-        origin = request.headers.get("Origin")
-        if origin is None or request.method in _SAFE_METHODS:
-            return
-        if request.path.startswith(_OPERATORS) or origin not in node.cors_origins:
-            raise OriginForbidden(origin)
+        refuse_foreign(node, request.method, request.path, request.headers.get("Origin"))
 
     @app.after_request
     async def let_in(response: Response) -> Response:
         origin = request.headers.get("Origin")
-        if request.path.startswith(_OPERATORS) or not node.cors_origins:
+        if request.path.startswith(_OPERATORS):
             return response
-        response.headers.add("Vary", "Origin")  # caches must not give one page's response to another
-        if origin in node.cors_origins:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "x-request-id, Retry-After"
-            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-                response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-                wanted = request.headers.get("Access-Control-Request-Headers", "")
-                response.headers["Access-Control-Allow-Headers"] = wanted
-                response.headers["Access-Control-Max-Age"] = str(_PREFLIGHT_MAX_AGE_S)
+        response.headers.extend(headers_for(node, origin))
+        asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        if asks and origin in node.cors_origins:
+            response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+            response.headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "")
+            response.headers["Access-Control-Max-Age"] = str(_PREFLIGHT_MAX_AGE_S)
         return response

@@ -1,143 +1,251 @@
-"""What the server accepts as a request: hypercorn's HTTP/1.1 over h11, made strict."""
+"""What the server accepts as a request: HTTP/1.1 by httptools (llhttp), with the checks that it leaves to its user.
 
-import uuid
-from collections.abc import Awaitable, Callable
+`RequestParser` turns the bytes of one connection into events. It does no I/O:
 
-import h11
-from hypercorn.config import Config
-from hypercorn.events import Event
-from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import Request, Response
-from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
-from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
-from hypercorn.typing import Event as HypercornEvent
+    feed(bytes) ──> RequestHead, body pieces..., END_OF_BODY, RequestHead, ... ──> BadRequest (the last event)
+"""
 
-from nodeagent.front.refusals import error_response
+from dataclasses import dataclass
+from typing import Final
 
-# Limits on headers, as most servers have them.
-HEADERS_MAX_COUNT = 100
-HEADERS_MAX_BYTES = 2**15
+import httptools
+
+# Limits on headers, as most servers have them. They hold for trailers too.
+HEADERS_MAX_COUNT: Final = 100
+HEADERS_MAX_BYTES: Final = 2**15
+
+_LENGTHS: Final = (b"content-length", b"transfer-encoding")
+_BAD_REQUEST, _TOO_LARGE, _NOT_IMPLEMENTED, _BAD_VERSION = 400, 431, 501, 505
 
 
-class HttpProtocol(H11Protocol):
-    """hypercorn's HTTP/1.1, strict about what a request is, and without its switches to other protocols.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestHead:
+    """The head of a request. `target` is in origin form, ASCII; the names of `headers` are lower case.
 
-    An `Upgrade` (WebSocket, h2c) is ignored, as RFC 9110 allows: the request is answered as if it had none.
+    `has_body` is whether a body follows, even an empty one. `keep_alive` is whether the client may send another request
+    after this one. `expects_continue` is whether it waits for a 100 before it sends the body.
     """
 
-    connection: "Parser"
-
-    def __init__(
-        self,
-        app: AppWrapper,
-        config: Config,
-        context: WorkerContext,
-        task_group: TaskGroup,
-        *,
-        client: tuple[str, int] | None,
-        server: tuple[str, int] | None,
-        send: Callable[[Event], Awaitable[None]],
-        can_read: HypercornEvent,
-    ) -> None:
-        super().__init__(
-            app, config, context, task_group, ConnectionState({}), ssl=False, client=client, server=server, send=send
-        )
-        self.connection = Parser(h11.SERVER, max_incomplete_event_size=HEADERS_MAX_BYTES)
-        self.can_read = can_read
-
-    def ends_by_closing(self) -> bool:
-        """Whether an answer is incomplete that ends with its connection, so that only a reset shows the truncation."""
-        return self.connection.our_state is h11.SEND_BODY and self.connection.their_http_version == b"1.0"
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        if isinstance(event, Response) and self.context.terminated.is_set():
-            event.headers.append((b"connection", b"close"))
-        await super().stream_send(event)
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        """Stay with HTTP/1.1. The parser rejects what looks like HTTP/2."""
-
-    async def _create_stream(self, request: h11.Request) -> None:
-        self.stream = HTTPStream(
-            self.app,
-            self.config,
-            self.context,
-            self.task_group,
-            self.ssl,
-            self.client,
-            self.server,
-            self.stream_send,
-            STREAM_ID,
-        )
-        await self.stream.handle(
-            Request(
-                stream_id=STREAM_ID,
-                headers=list(request.headers),
-                http_version=request.http_version.decode(),
-                method=request.method.decode("ascii").upper(),
-                raw_path=_origin_form(request.target),
-                state=self.connection_state,
-            )
-        )
-        self.keep_alive_requests += 1
-
-    async def _send_error_response(self, status_code: int) -> None:
-        status, headers, body = error_response(status_code, self.connection.complaint, uuid.uuid4().hex)
-        head = [(name.encode(), value.encode()) for name, value in headers]
-        head += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-        head += self.config.response_headers("h11")
-        await self._send_h11_event(h11.Response(status_code=status, headers=head))
-        if not self.connection.answers_head:
-            await self._send_h11_event(h11.Data(data=body))
-        await self._send_h11_event(h11.EndOfMessage())
+    method: str
+    target: bytes
+    http_version: str
+    headers: list[tuple[bytes, bytes]]
+    has_body: bool
+    keep_alive: bool
+    expects_continue: bool
 
 
-class Parser(h11.Connection):
-    """h11's parser, with the checks that it leaves to its user.
+class EndOfBody:
+    """The request is complete. There is one such event after each head, also if no body was announced."""
 
-    `complaint` says why the last request was rejected; `answers_head` whether its answer has no body.
+
+END_OF_BODY: Final = EndOfBody()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRequest:
+    """What follows on this connection can't be read as a request. `complaint` says why, in a sentence.
+
+    `answers_head` is whether it is the fault of a HEAD request, whose answer has no body.
     """
 
-    complaint = ""
-    answers_head = False
+    status: int
+    complaint: str
+    answers_head: bool
 
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        # Bytes after a client's last request are no reason to reject that request, as h11 would.
-        if self.their_state is h11.MUST_CLOSE and self.trailing_data[0]:
-            return h11.PAUSED
-        if self.their_state is h11.IDLE:
-            self.answers_head = False
+
+RequestEvent = RequestHead | bytes | EndOfBody | BadRequest
+
+
+class RequestParser:
+    """Parses the requests of one connection; strict, since a proxy in front may read a doubtful request differently.
+
+    An `Upgrade` (WebSocket, h2c) is ignored, as RFC 9110 allows; Java's client asks for h2c with each POST. What a
+    client sends after its last request is ignored too. What changes: everything, in `feed`.
+    """
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._events: list[RequestEvent] = []
+        self._rejected: tuple[int, str] | None = None
+        self._ended = False
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._in_head = False
+        self._head: RequestHead | None = None
+        self._resuming = False
+        # Since the head or the last piece of a body: a head that never ends, or trailers.
+        self._unframed_bytes = 0
+
+    @property
+    def in_head(self) -> bool:
+        """Whether a head has begun and is not complete."""
+        return self._in_head
+
+    def feed(self, data: bytes) -> list[RequestEvent]:
+        """The events that these bytes complete, in their order. After a BadRequest there are no more."""
+        if self._ended:
+            return []
+        events: list[RequestEvent] = []
+        self._events = events
+        self._unframed_bytes += len(data)
         try:
-            event = super().next_event()
-            if isinstance(event, h11.Request):
-                self.answers_head = event.method == b"HEAD"
-                _check(event)
-        except h11.RemoteProtocolError as error:
-            self.complaint = f"The request is malformed: {error}."
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            self._reject(error, data)
+        if self._unframed_bytes > HEADERS_MAX_BYTES + len(data) and not self._ended:
+            self._end_with(_TOO_LARGE, f"at most {HEADERS_MAX_BYTES} bytes of headers or trailers are allowed")
+        return events
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                # llhttp leaves what follows to another protocol. For us the body follows, or the next request.
+                data = data[upgrade.args[0] :]
+                self._parser = httptools.HttpRequestParser(self)
+                if self._head is not None:
+                    data = self._head_again(self._head) + data
+                if not data or self._ended:
+                    return
+
+    def _head_again(self, head: RequestHead) -> bytes:
+        """What tells a new parser how long the body of this request is."""
+        self._resuming = True
+        lengths = [name + b": " + value for name, value in head.headers if name in _LENGTHS]
+        connection = b"keep-alive" if head.keep_alive else b"close"
+        return b"\r\n".join([b"POST / HTTP/1.1", *lengths, b"connection: " + connection, b"", b""])
+
+    def _reject(self, error: httptools.HttpParserError, data: bytes) -> None:
+        if self._ended:  # bytes after the last request
+            return
+        if self._rejected is not None:
+            status, complaint = self._rejected
+        elif data.startswith(b"PRI * HTTP/2.0\r\n") or str(error) == "Invalid HTTP version":
+            status, complaint = _BAD_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported"
+        else:
+            status, complaint = _BAD_REQUEST, f"{error}"
+        # llhttp still has the method of the request before, if it could not read this one.
+        named = self._in_head and not isinstance(error, httptools.HttpParserInvalidMethodError)
+        self._end_with(status, complaint, answers_head=named and self._method() == "HEAD")
+
+    def _end_with(self, status: int, complaint: str, *, answers_head: bool = False) -> None:
+        self._ended = True
+        sentence = f"The request is malformed: {complaint}."
+        self._events.append(BadRequest(status=status, complaint=sentence, answers_head=answers_head))
+
+    def _method(self) -> str:
+        method: str = self._parser.get_method().decode("ascii")
+        return method
+
+    # What httptools calls. An exception in a callback stops it.
+
+    def on_message_begin(self) -> None:
+        if self._ended:
+            raise _Stop
+        if self._resuming:
+            return
+        self._target = b""
+        self._headers = []
+        self._in_head = True
+
+    def on_url(self, piece: bytes) -> None:
+        if self._in_head:
+            self._target += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # else it is a trailer, which nobody reads
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        if self._resuming:
+            self._resuming, self._head = False, None
+            return
+        try:
+            head = self._checked_head()
+        except _Rejected as rejected:
+            self._rejected = rejected.status, str(rejected)
             raise
-        return event
+        self._in_head = False
+        self._unframed_bytes = 0
+        self._events.append(head)
+        # Its body was not parsed; see `_parse`.
+        self._head = head if self._parser.should_upgrade() and head.has_body else None
+
+    def on_body(self, piece: bytes) -> None:
+        self._unframed_bytes = 0
+        self._events.append(piece)
+
+    def on_message_complete(self) -> None:
+        self._unframed_bytes = 0
+        if self._head is not None:
+            return
+        self._ended = not self._parser.should_keep_alive() or self._parser.get_http_version() == "1.0"
+        self._events.append(END_OF_BODY)
+
+    def _checked_head(self) -> RequestHead:
+        version, headers = self._parser.get_http_version(), self._headers
+        size = sum([len(name) + len(value) for name, value in headers])
+        if len(headers) > HEADERS_MAX_COUNT or size + len(self._target) > HEADERS_MAX_BYTES:
+            limits = f"at most {HEADERS_MAX_COUNT} headers and {HEADERS_MAX_BYTES} bytes of headers are allowed"
+            raise _Rejected(_TOO_LARGE, limits)
+        if version not in ("1.1", "1.0"):
+            raise _Rejected(_BAD_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
+        values = dict(headers)
+        if version == "1.1" and len([None for name, _value in headers if name == b"host"]) != 1:
+            raise _Rejected(_BAD_REQUEST, "it must have exactly one Host header")
+        encoding = _transfer_encoding(headers, version)
+        return RequestHead(
+            method=self._method(),
+            target=_origin_form(self._target),
+            http_version=version,
+            headers=headers,
+            has_body=encoding or b"content-length" in values,
+            keep_alive=version == "1.1" and self._parser.should_keep_alive(),
+            expects_continue=version == "1.1" and values.get(b"expect", b"").lower() == b"100-continue",
+        )
 
 
-def _check(request: h11.Request) -> None:
-    names = [name for name, _ in request.headers]
-    size = sum(len(name) + len(value) for name, value in request.headers)
-    if len(names) > HEADERS_MAX_COUNT or size + len(request.target) > HEADERS_MAX_BYTES:
-        limits = f"at most {HEADERS_MAX_COUNT} headers and {HEADERS_MAX_BYTES} bytes of headers are allowed"
-        raise h11.RemoteProtocolError(limits, error_status_hint=431)
-    # With two lengths a request can be smuggled past a proxy that uses the other one (RFC 9112, 6.1).
-    if b"content-length" in names and b"transfer-encoding" in names:
-        raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding")
-    if request.http_version not in (b"1.0", b"1.1"):
-        raise h11.RemoteProtocolError("only HTTP/1.1 and HTTP/1.0 are supported", error_status_hint=505)
-    if not request.target.startswith((b"/", b"http://", b"https://")) and request.target != b"*":
-        raise h11.RemoteProtocolError("the target must be a path")
+class _Stop(Exception):
+    """The last request is over."""
+
+
+class _Rejected(Exception):
+    def __init__(self, status: int, complaint: str) -> None:
+        super().__init__(complaint)
+        self.status = status
+
+
+def _transfer_encoding(headers: list[tuple[bytes, bytes]], version: str) -> bool:
+    """Whether the body is chunked. With two lengths a request can be smuggled past a proxy that uses the other one
+    (RFC 9112, 6.1)."""
+    encodings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    if not encodings:
+        return False
+    if any(name == b"content-length" for name, _value in headers):
+        raise _Rejected(_BAD_REQUEST, "it has both Content-Length and Transfer-Encoding")
+    if version == "1.0":
+        raise _Rejected(_BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")
+    if encodings != [b"chunked"]:
+        raise _Rejected(_NOT_IMPLEMENTED, "the only Transfer-Encoding supported is 'chunked'")
+    return True
 
 
 def _origin_form(target: bytes) -> bytes:
-    """Turn `http://host/path?query`, which servers must accept too, into `/path?query`."""
+    """Turn `http://host/path?query`, which servers must accept too, into `/path?query`, and `*` into `/`."""
+    if not target.isascii():
+        raise _Rejected(_BAD_REQUEST, "the target must be ASCII, with other characters percent-encoded")
     if target.startswith(b"/"):
         return target
+    if target == b"*":
+        return b"/"
+    if not target.lower().startswith((b"http://", b"https://")):
+        raise _Rejected(_BAD_REQUEST, "the target must be a path")
     _, _, rest = target.partition(b"://")
+    authority, _question, _query = rest.partition(b"?")
     _, slash, path = rest.partition(b"/")
+    if b"/" not in authority:
+        return b"/" + rest[len(authority) :]
     return b"/" + path if slash else b"/"

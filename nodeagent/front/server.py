@@ -1,6 +1,6 @@
 """The HTTP/1.1 server under the front: its listeners, hypercorn's settings, and the graceful shutdown.
 
-hypercorn parses requests and speaks ASGI; the connections are our own (`front/connection.py`).
+hypercorn speaks ASGI; the connections are our own (`front/connection.py`).
 """
 
 import errno
@@ -15,8 +15,9 @@ from hypercorn.trio.worker_context import WorkerContext
 
 from nodeagent.containment import Containment
 from nodeagent.errors import StartupError
-from nodeagent.front.connection import AbortResponse, ASGIApp, Connection, Shared
-from nodeagent.front.protocol import HEADERS_MAX_BYTES
+from nodeagent.front.connection import Connection, Shared
+from nodeagent.front.exchange import FindHandler
+from nodeagent.front.ordinary import AbortResponse, ASGIApp
 
 __all__ = ["ASGIApp", "AbortResponse", "bind", "serve"]
 
@@ -76,11 +77,16 @@ def _why(error: OSError) -> str:
             return str(error)
 
 
+def _all_ordinary(_method: str, _path: bytes) -> None:
+    """No request takes the fast road."""
+
+
 async def serve(
     app: ASGIApp,
     listeners: list[trio.SocketListener],
     *,
     shutdown: trio.Event,
+    find_handler: FindHandler = _all_ordinary,
     keep_alive_timeout_s: float = 75.0,
     graceful_timeout_s: float = 30.0,
     send_timeout_s: float = 60.0,
@@ -90,6 +96,8 @@ async def serve(
 
     At `shutdown` the listeners and the idle connections close at once, so set it only after load balancers have had
     time to use other nodes. Requests in flight get `graceful_timeout_s`; those that take longer are cut off.
+
+    A request for which `find_handler` has a handler does not get to `app`: the handler gets it as an `Exchange`.
 
     `keep_alive_timeout_s` is how long a connection may be without a complete request head, from its start or from its
     last answer. It must be longer than the idle timeout of load balancers in front, or they send requests on
@@ -101,6 +109,7 @@ async def serve(
     server = _Server(
         Shared(
             app=app,
+            find_handler=find_handler,
             config=_settings(),
             context=context,
             keep_alive_timeout_s=keep_alive_timeout_s,
@@ -140,7 +149,9 @@ class _Server:
         except OSError as error:
             logger.debug("a client left before its connection was set up: %s", error)
             return
-        trio.lowlevel.current_task().name = f"connection {connection.peer}"  # trio names it after a function of its own
+        trio.lowlevel.current_task().name = (
+            f"connection {connection.peer.name}"  # trio names it after a function of its own
+        )
         self._connections.add(connection)
         try:
             await connection.run()
@@ -159,7 +170,6 @@ def _settings() -> Config:
         accesslog=None,
         # hypercorn uses a given logger as it is. Otherwise it would add a handler of its own on stderr.
         errorlog=logging.getLogger("hypercorn.error"),
-        h11_max_incomplete_size=HEADERS_MAX_BYTES,
         include_server_header=False,
     )
 

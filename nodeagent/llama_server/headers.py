@@ -25,10 +25,9 @@ _OF_CHILD = frozenset({b"server", b"date", b"set-cookie", b"cache-control", b"x-
 _CORS = b"access-control-"
 
 
-def forwardable(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
-    """Of a client's request headers, those that are sent to the child."""
-    encoded = ((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers)
-    return [(name, value) for name, value in encoded if name in _FORWARDED]
+def forwardable(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Of a client's request headers (with names in lower case), those that are sent to the child."""
+    return [(name, value) for name, value in headers if name in _FORWARDED]
 
 
 def returnable(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:

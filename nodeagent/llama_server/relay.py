@@ -1,4 +1,4 @@
-"""HTTP/1.1 to one llama-server: httptools on trio streams, with a few idle connections and no lock.
+"""HTTP/1.1 to one llama-server: httptools on trio's sockets, with idle connections and no lock.
 
 Upstream.open ──> UpstreamResponse: the head and the first bytes have arrived
                       ├──next_chunk...──> None: the connection is idle again
@@ -7,8 +7,10 @@ Upstream.open ──> UpstreamResponse: the head and the first bytes have arrive
 
 import json
 import logging
+import os
 import socket
 from collections import deque
+from contextlib import suppress
 from typing import Final, NoReturn
 
 import httptools
@@ -20,12 +22,14 @@ from nodeagent.llama_server.sse import EventCutter
 
 logger = logging.getLogger(__name__)
 
-_READ_BYTES: Final = 256 * 1024
+_READ_BYTES: Final = 64 * 1024
+# Of all heads of a response (100 Continue and the like included), and of its trailers.
 _HEAD_MAX_BYTES: Final = 64 * 1024
 # llama-server closes a connection that was idle for 5 s; older ones are not used.
 _IDLE_MAX_S: Final = 4.0
-_IDLE_MAX_COUNT: Final = 8
 _CONNECT_TIMEOUT_S: Final = 5.0
+# One event is kept until it is complete. The longest has a whole answer in it, and the logits of its tokens.
+_EVENT_MAX_BYTES: Final = 16 * 2**20
 
 
 class Upstream:
@@ -33,7 +37,8 @@ class Upstream:
 
     `closed` is set once that generation is gone. `ends_as_asked` means that it was asked to stop, so no request is to
     blame for its end. `in_flight` counts the requests that were sent and not closed; `bytes_received` is the total of
-    all responses. What changes: these, and `_idle`, the idle connections with the times since when.
+    all responses. What changes: these, and `_idle`, the idle connections with the times since when, the oldest first.
+    There are no more of them than there were requests in flight at once, so no more than the server has slots.
     """
 
     def __init__(self, address: str, api_key: str, *, idle_max_s: float = _IDLE_MAX_S) -> None:
@@ -83,18 +88,25 @@ class Upstream:
         return b"\r\n".join([*lines, b"", body])
 
     def _take_idle(self) -> "_Connection | None":
-        """The connection that was used last, if the server can't have closed it yet."""
-        now = trio.current_time()
+        """The connection that was used last, if the server has neither closed it nor sent anything on it."""
+        self._close_old()
         while self._idle:
-            since, connection = self._idle.pop()
-            if now - since < self._idle_max_s:
+            _since, connection = self._idle.pop()
+            if connection.is_quiet():
                 return connection
             connection.close()
         return None
 
     def _keep(self, connection: "_Connection") -> None:
-        self._idle.append((trio.current_time(), connection))
-        if len(self._idle) > _IDLE_MAX_COUNT or self.closed.is_set():
+        self._close_old()
+        if self.closed.is_set():
+            connection.close()
+        else:
+            self._idle.append((trio.current_time(), connection))
+
+    def _close_old(self) -> None:
+        oldest = trio.current_time() - self._idle_max_s
+        while self._idle and self._idle[0][0] <= oldest:
             self._idle.popleft()[1].close()
 
     async def _connect(self) -> "_Connection":
@@ -124,19 +136,52 @@ class _Stale(Exception):
     """The connection was closed before a byte of the response arrived."""
 
 
+class _Surplus(Exception):
+    """Another message follows the response."""
+
+
 class _Connection:
     """A stream to that address that is closed without waiting."""
 
     def __init__(self, address: str, stream: trio.SocketStream) -> None:
-        self.stream = stream
+        self._stream = stream
+        self._socket = stream.socket
         self._address = address
 
     def __repr__(self) -> str:
-        state = "closed" if self.stream.socket.fileno() < 0 else "open"
+        state = "closed" if self._socket.fileno() < 0 else "open"
         return f"<Connection to {self._address}, {state}>"
 
+    def is_quiet(self) -> bool:
+        """Whether nothing has come on it since its last response: neither its end nor bytes that nobody asked for."""
+        try:
+            os.read(self._socket.fileno(), 1)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    async def receive(self) -> bytes:
+        """What has arrived, b"" at the end of the connection. Raises OSError and trio.ClosedResourceError."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            with suppress(BlockingIOError):
+                return os.read(self._socket.fileno(), _READ_BYTES)
+
+    def send_now(self, data: bytes) -> int:
+        """Send what fits into the socket's buffer; return how many bytes that was. Raises OSError."""
+        try:
+            return os.write(self._socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+
+    async def send_all(self, data: memoryview) -> None:
+        """Send all of it. Raises trio.BrokenResourceError and trio.ClosedResourceError."""
+        await self._stream.send_all(data)
+
     def close(self) -> None:
-        self.stream.socket.close()
+        self._socket.close()
 
 
 class UpstreamResponse:
@@ -157,6 +202,7 @@ class UpstreamResponse:
         self._raw_headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._head_done = False
+        self._unframed_bytes = 0  # since the last piece of the body: trailers
         self._pieces: list[bytes] = []
         self._sent = False
         self._complete = False
@@ -167,6 +213,11 @@ class UpstreamResponse:
     def __repr__(self) -> str:
         state = "open" if self._connection is not None else "complete" if self._complete else "closed"
         return f"<UpstreamResponse {self.status} from {self._upstream.address}, {state}>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the chunks returned so far are the whole body."""
+        return self._complete and not self._first and not self._pieces
 
     @property
     def first_bytes(self) -> bytes:
@@ -195,37 +246,57 @@ class UpstreamResponse:
             connection.close()
 
     async def _begin(self, request: bytes) -> None:
-        """Send the request while receiving: a server that refuses a long body responds before it has read it."""
+        """Send the request, and receive up to the first bytes of the body."""
+        assert self._connection is not None
+        try:
+            sent_bytes = self._connection.send_now(request)
+        except OSError as error:
+            # What is received, a response or the end of the connection, decides.
+            logger.debug("sending to %s failed: %r", self._upstream.address, error)
+            await self._receive_beginning()
+            return
+        if sent_bytes == len(request):
+            self._sent = True
+            await self._receive_beginning()
+        else:
+            await self._begin_long(memoryview(request)[sent_bytes:])
+
+    async def _begin_long(self, rest: memoryview) -> None:
+        """Send while receiving: a server that refuses a long body responds before it has read it."""
         failure: UpstreamLost | _Stale | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send, request, name=f"send to {self._upstream.address}")
+            nursery.start_soon(self._send, rest, name=f"send to {self._upstream.address}")
             try:
-                while not self._head_done:
-                    await self._receive()
-                self._first = await self._chunk() or b""
+                await self._receive_beginning()
             except (UpstreamLost, _Stale) as error:
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
-    async def _send(self, request: bytes) -> None:
+    async def _send(self, rest: memoryview) -> None:
         assert self._connection is not None
         try:
-            await self._connection.stream.send_all(request)
+            await self._connection.send_all(rest)
             self._sent = True
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            # What the receiving side gets, a response or the end of the connection, decides.
             logger.debug("sending to %s failed: %r", self._upstream.address, error)
+
+    async def _receive_beginning(self) -> None:
+        while not self._head_done:
+            await self._receive()
+        self._first = await self._chunk() or b""
 
     async def _chunk(self) -> bytes | None:
         while True:
-            data = b"".join(self._pieces)
-            self._pieces.clear()
+            pieces, self._pieces = self._pieces, []
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             if self._cutter is not None:
                 data = self._cutter.feed(data)
                 if self._complete:
                     data += self._cutter.rest()
+                elif self._cutter.kept_bytes > _EVENT_MAX_BYTES:
+                    raise UpstreamLost(self._upstream.address, f"sent an event of more than {_EVENT_MAX_BYTES} bytes")
             if data:
                 return data
             if self._complete:
@@ -238,19 +309,22 @@ class UpstreamResponse:
         assert self._connection is not None, "the response is closed"
         address = self._upstream.address
         try:
-            data = await self._connection.stream.receive_some(_READ_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._lost(f"the connection broke: {error.__cause__ or error!r}")
+            data = await self._connection.receive()
+        except (OSError, trio.ClosedResourceError) as error:
+            self._lost(f"the connection broke: {error!r}")
         if not data:
             self._lost("closed the connection before the response was complete")
         self._upstream.bytes_received += len(data)
+        self._unframed_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
-            raise UpstreamLost(address, f"sent invalid HTTP: {error}") from error
+        except httptools.HttpParserError as error:
+            if not self._complete:
+                raise UpstreamLost(address, f"sent invalid HTTP: {error}") from error
+            self._keeps_alive = False  # what follows the response belongs to no request
         self._head_bytes += 0 if self._head_done else len(data)
-        if self._head_bytes > _HEAD_MAX_BYTES:
-            raise UpstreamLost(address, f"sent more than {_HEAD_MAX_BYTES} bytes of headers")
+        if max(self._head_bytes, self._unframed_bytes) > _HEAD_MAX_BYTES + _READ_BYTES:
+            raise UpstreamLost(address, f"sent more than {_HEAD_MAX_BYTES} bytes of headers or trailers")
 
     def _lost(self, reason: str) -> NoReturn:
         if self.status == 0 and not self._head_bytes:
@@ -259,8 +333,13 @@ class UpstreamResponse:
 
     # What httptools calls.
 
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise _Surplus
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._raw_headers.append((name.lower(), value))
+        if not self._head_done:  # else it is a trailer
+            self._raw_headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -275,9 +354,11 @@ class UpstreamResponse:
         self._head_done = True
 
     def on_body(self, body: bytes) -> None:
+        self._unframed_bytes = 0
         self._pieces.append(body)
 
     def on_message_complete(self) -> None:
+        self._unframed_bytes = 0
         self._complete = self._head_done
         # Here, and not in `close`: the parser forgets it once the message is complete.
         self._keeps_alive = self._parser.should_keep_alive()

@@ -14,46 +14,23 @@ from fakes.asgi import Held, Receive, Send, Torrent, hello
 from fakes.serving import GET, GET_AND_CLOSE, Peer, assert_serves, quart_app, start_serving
 from nodeagent.front.connection import Connection, Shared
 from nodeagent.front.half_close import HalfClose
-from nodeagent.front.server import ASGIApp, _settings, bind
-
-
-class FaultyStream:
-    """A stream on which reading raises an unexpected error."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.socket = stream.socket
-        self.aclose = stream.aclose
-
-    async def receive_some(self, _max_bytes: int) -> bytes:
-        raise RuntimeError("an unexpected error")
-
-
-class FaultyAtFirst(trio.abc.Listener[Any]):
-    """A listener whose first connection is faulty."""
-
-    def __init__(self, listener: trio.SocketListener) -> None:
-        self.socket = listener.socket
-        self._listener = listener
-        self._accepted = 0
-
-    async def accept(self) -> Any:
-        stream = await self._listener.accept()
-        self._accepted += 1
-        return FaultyStream(stream) if self._accepted == 1 else stream
-
-    async def aclose(self) -> None:
-        await self._listener.aclose()
+from nodeagent.front.protocol import RequestEvent, RequestParser
+from nodeagent.front.server import ASGIApp, _settings
 
 
 async def test_an_unexpected_error_ends_its_own_connection_only_and_is_logged_with_the_peer(
-    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [listener], _ = await bind("127.0.0.1", 0)
-    faulty: Any = FaultyAtFirst(listener)
+    def fail(_parser: RequestParser, _data: bytes) -> list[RequestEvent]:
+        raise RuntimeError("an unexpected error")
+
     with trio.fail_after(5):
-        served = await start_serving(nursery, hello, listeners=[faulty])
+        served = await start_serving(nursery, hello)
         async with await served.connect() as peer:
-            assert await peer.rest() == b""
+            with monkeypatch.context() as patch:
+                patch.setattr(RequestParser, "feed", fail)
+                await peer.send(GET)
+                assert await peer.rest() == b""
             host, port = peer.stream.socket.getsockname()
         await assert_serves(served)
     [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
@@ -298,7 +275,12 @@ async def test_an_answer_reaches_a_client_that_still_sends_its_body(app: ASGIApp
 async def test_a_connection_is_described_by_its_peer_and_whether_it_is_busy(nursery: trio.Nursery) -> None:
     held = Held()
     shared = Shared(
-        app=held, config=_settings(), context=WorkerContext(None), keep_alive_timeout_s=60, send_timeout_s=60
+        app=held,
+        find_handler=lambda _method, _path: None,
+        config=_settings(),
+        context=WorkerContext(None),
+        keep_alive_timeout_s=60,
+        send_timeout_s=60,
     )
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     with trio.fail_after(5):

@@ -11,8 +11,8 @@ from trio.testing import MockClock
 
 from fakes.upstream import EXIT_SHOWS_AFTER_S, Act, Loss, Sent, UpstreamServers
 from nodeagent.errors import BackendCrashed, BackendUnavailable, ModelLoadTimeout, PoisonedRequest
-from nodeagent.front.connection import AbortResponse
 from nodeagent.front.inference import Answer, Inference, InferenceRequest
+from nodeagent.front.ordinary import AbortResponse
 from nodeagent.front.poison import BLOCKED_S
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane, LaneRules

@@ -49,7 +49,7 @@ def test_a_session_and_a_key_of_the_body_are_never_the_same_conversation() -> No
     assert conversation_of("key k", fields()) != conversation_of(None, fields(conversation="key k"))
 
 
-@pytest.mark.parametrize("given", ["multipart/form-data; boundary=x", "text/plain", None])
-def test_the_server_gets_the_type_that_the_body_has(given: str | None) -> None:
-    headers = [("Accept", "*/*")] + ([("Content-Type", given)] if given else [])
+@pytest.mark.parametrize("given", [b"multipart/form-data; boundary=x", b"text/plain", None])
+def test_the_server_gets_the_type_that_the_body_has(given: bytes | None) -> None:
+    headers = [(b"accept", b"*/*")] + ([(b"content-type", given)] if given else [])
     assert headers_of_json(headers) == [(b"content-type", b"application/json"), (b"accept", b"*/*")]
