@@ -151,9 +151,10 @@ class AnswerBody:
         return self
 
     async def __anext__(self) -> bytes:
-        if self.at_end:
+        chunk = b"" if self.at_end else await self.read()
+        if not chunk:
             raise StopAsyncIteration
-        return await self.read()
+        return chunk
 
     async def read(self) -> bytes:
         """The next chunk; b"" if there was none before the end. Raises AbortResponse. Not to be called `at_end`."""

@@ -323,7 +323,7 @@ class UpstreamResponse:
                 raise UpstreamLost(address, f"sent invalid HTTP: {error}") from error
             self._keeps_alive = False  # what follows the response belongs to no request
         self._head_bytes += 0 if self._head_done else len(data)
-        if max(self._head_bytes, self._unframed_bytes) > _HEAD_MAX_BYTES + _READ_BYTES:
+        if max(self._head_bytes, self._unframed_bytes) > _HEAD_MAX_BYTES:
             raise UpstreamLost(address, f"sent more than {_HEAD_MAX_BYTES} bytes of headers or trailers")
 
     def _lost(self, reason: str) -> NoReturn:

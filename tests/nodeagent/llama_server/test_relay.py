@@ -266,14 +266,22 @@ async def test_the_repr_of_an_upstream_names_its_address_its_requests_and_its_id
     finish(nursery)
 
 
-async def test_no_more_than_eight_connections_are_kept_idle(nursery: trio.Nursery) -> None:
-    upstream = await serving(nursery, answering(PLAIN))
+async def test_as_many_connections_are_kept_as_requests_were_in_flight_and_only_while_the_server_keeps_them(
+    nursery: trio.Nursery,
+) -> None:
+    address = (await serving(nursery, answering(PLAIN))).address
+    upstream = Upstream(address, "key", idle_max_s=0.2)
     with trio.fail_after(5):
-        responses = [await ask(upstream) for _ in range(10)]
-        assert upstream.in_flight == 10
-        for response in responses:
-            await body_of(response)
-        assert repr(upstream) == f"<Upstream {upstream.address}: 0 in flight, 8 idle connections>"
+        for _ in range(2):
+            responses = [await ask(upstream) for _ in range(10)]
+            assert upstream.in_flight == 10
+            for response in responses:
+                await body_of(response)
+            assert repr(upstream) == f"<Upstream {address}: 0 in flight, 10 idle connections>"
+        await trio.sleep(0.3)
+        await body_of(await ask(upstream))
+        assert repr(upstream) == f"<Upstream {address}: 0 in flight, 1 idle connections>"
+    upstream.close()
     finish(nursery)
 
 
