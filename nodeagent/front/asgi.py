@@ -228,6 +228,12 @@ class RequestBody:
             more = message.get("more_body", False)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def accept(self, data: bytes) -> None:
+        """All of it has arrived already. Raises BodyTooLarge and ServerBusy."""
+        self._received_bytes = len(data)
+        self.complete = True
+        self._grow(len(data))
+
     async def receive(self) -> Message:
         """The next part, as an ASGI message. Raises as `read` does."""
         if self.complete:

@@ -185,9 +185,10 @@ class Connection:
         self._become(idle=False)
         self._body_ended = False
         shared = self._shared
-        handler = shared.find_handler(head.method, head.target.partition(b"?")[0])
+        path = head.target.partition(b"?")[0]
+        handler = shared.find_handler(head.method, path)
         if handler is not None:
-            self._answering = self._last = Exchange(head, handler, self)
+            self._answering = self._last = Exchange(head, path, handler, self)
             self._start_work()
         else:
             ordinary = OrdinaryRequest(head, self, shared.app, shared.config, shared.context, self._nursery)
@@ -239,7 +240,8 @@ class Connection:
     def on_half_close(self, policy: HalfClose) -> None:
         """Set the policy of the request that is being answered."""
         self._policy = policy
-        self._limit()
+        if self.half_closed.is_set():
+            self._limit()
 
     def answered(self, request: Exchange | OrdinaryRequest) -> None:
         """This request's answer is over, complete or not. Does nothing if the connection has given it up."""
@@ -258,7 +260,7 @@ class Connection:
         """Give up the request that is being answered, if there is one."""
         request, self._answering = self._answering, None
         if isinstance(request, Exchange):
-            request.scope.cancel()
+            self._working.cancel()
         elif request is not None:
             await request.close()
 
@@ -278,14 +280,13 @@ class Connection:
                 await self._work.wait()
 
     async def _serve(self, exchange: Exchange) -> None:
-        with exchange.scope:
-            try:
-                await exchange.handler(exchange)
-            except* AbortResponse as group:
-                logger.debug("%s: answer aborted: %s", self.peer.name, group.exceptions)
-            except* Exception:
-                request = exchange.request
-                logger.exception("%s: %s %r failed", self.peer.name, request.method, request.target)
+        try:
+            await exchange.handler(exchange)
+        except* AbortResponse as group:
+            logger.debug("%s: answer aborted: %s", self.peer.name, group.exceptions)
+        except* Exception:
+            request = exchange.request
+            logger.exception("%s: %s %r failed", self.peer.name, request.method, request.target)
         # An answer that is incomplete by now ends with the connection, without its last chunk.
         self.answered(exchange)
 

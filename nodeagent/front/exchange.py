@@ -35,15 +35,15 @@ class Line(Protocol):
 class Exchange:
     """A request, and the response to it.
 
-    Anyone may cancel `scope` to end it. What changes: the body, in `body` and `end_of_body` (called by the connection)
-    and `receive`; the response in `start` and `write` (called by the handler).
+    What changes: the body, in `body` and `end_of_body` (called by the connection), `whole_body` and `receive`; the
+    response in `start` and `write` (called by the handler).
     """
 
-    def __init__(self, head: RequestHead, handler: "Handler", line: Line) -> None:
+    def __init__(self, head: RequestHead, path: bytes, handler: "Handler", line: Line) -> None:
         self.request = head
+        self.path = path
         self.handler = handler
         self.line = line
-        self.scope = trio.CancelScope()
         self.response = ResponseWriter.to(head)
         self._pieces: list[bytes] = []
         self._body_ended = False
@@ -64,6 +64,13 @@ class Exchange:
             self._more.set()
 
     # What the handler calls.
+
+    def whole_body(self) -> bytes | None:
+        """The body if all of it has arrived, as that of most requests has by the time that they are served."""
+        if not self._body_ended:
+            return None
+        pieces, self._pieces = self._pieces, []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def receive(self) -> dict[str, Any]:
         """What has arrived of the body, as an ASGI message; waits for something new."""

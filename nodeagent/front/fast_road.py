@@ -35,7 +35,7 @@ class FastRoad:
         exchange.line.on_half_close(HalfClose.GRACE)
         request = exchange.request
         headers = dict(request.headers)
-        path = self._paths[request.target.partition(b"?")[0]]
+        path = self._paths[exchange.path]
         identity, marks = self._front.identify(headers)
         origin = headers.get(b"origin")
         page = None if origin is None else origin.decode("latin-1")
@@ -47,9 +47,12 @@ class FastRoad:
                 stack.callback(body.release)
                 body.admit()
                 origins.refuse_foreign(self._node, request.method, path, page)
-                valid = read_request(
-                    self._node, request_id=identity, path=path, headers=request.headers, body=await body.read()
-                )
+                content = exchange.whole_body()
+                if content is None:
+                    content = await body.read()
+                else:
+                    body.accept(content)
+                valid = read_request(self._node, request_id=identity, path=path, headers=request.headers, body=content)
                 await _relay(await self._inference.serve(valid, stack), exchange, marks, stack)
         except* AbortResponse:
             raise
