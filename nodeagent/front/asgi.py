@@ -206,6 +206,7 @@ class RequestBody:
         self._limit_bytes = limit_bytes
         self._received_bytes = 0
         self._taken_bytes = 0
+        self._released = False
         self._began = trio.current_time()
 
     def admit(self) -> None:
@@ -215,8 +216,10 @@ class RequestBody:
         self._grow(self._declared_bytes)
 
     def release(self) -> None:
+        """Give back its part of the budget. What arrives after this is not kept, and does not count."""
         self._budget.give_back(self._taken_bytes)
         self._taken_bytes = 0
+        self._released = True
 
     async def read(self) -> bytes:
         """All of it. Raises BodyTooLarge, BodyTooSlow and ServerBusy."""
@@ -257,7 +260,7 @@ class RequestBody:
     def _grow(self, to_bytes: int) -> None:
         if to_bytes > self._limit_bytes:
             raise BodyTooLarge(self._limit_bytes)
-        if to_bytes > self._taken_bytes:
+        if to_bytes > self._taken_bytes and not self._released:
             self._budget.take(to_bytes - self._taken_bytes)
             self._taken_bytes = to_bytes
 

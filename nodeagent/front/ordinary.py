@@ -108,6 +108,8 @@ class OrdinaryRequest:
         await self._stream.handle(StreamClosed(stream_id=_STREAM_ID))
 
     async def _write(self, event: Event) -> None:
+        # An application may write without ever waiting, also after its client has left.
+        await trio.lowlevel.checkpoint()
         if self._closed:
             return
         match event:
@@ -116,7 +118,6 @@ class OrdinaryRequest:
                 await self._line.write(self.response.head(event.status_code, event.headers, close=close))
             case Body():
                 await self._line.write(self.response.body(event.data))
-                await trio.lowlevel.checkpoint()  # an application may write without ever waiting
             case EndBody():
                 await self._line.write(self.response.end())
             case StreamClosed():

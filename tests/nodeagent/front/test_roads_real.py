@@ -1,0 +1,257 @@
+"""Inference on both roads, by real sockets: the fast one and that of the web framework give the same answers."""
+
+import json
+import re
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from fakes.serving import Peer, Served, start_serving
+from fakes.upstream import Act, Loss, UpstreamServers
+from nodeagent.front.app import create_app
+from nodeagent.front.asgi import Front
+from nodeagent.front.fast_road import FastRoad
+from nodeagent.front.inference import Inference
+from nodeagent.front.seam import ModelCard, Node
+from nodeagent.llama_server.relay import Upstream
+from nodeagent.scheduling.lane import Lane, LaneRules
+from nodeagent.scheduling.scheduler import Scheduler
+from nodeagent.status import NodeState, NodeStatus
+
+MAX_BYTES = 2000
+PAGE = "https://chat.example"
+CHAT = {"model": "a", "messages": [{"role": "user", "content": "hello"}]}
+STREAM = Act(chunks=(b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"), event_stream=True)
+ROADS = ["fast", "ordinary"]
+
+
+class OneModel:
+    """A node with one model on one device, whose servers answer by a script."""
+
+    node_id = "box-a"
+    max_request_bytes = MAX_BYTES
+    admin_token = "token"
+    default_model_id = "a"
+    cors_origins = (PAGE,)
+    allowed_hosts: tuple[str, ...] = ()
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.servers = UpstreamServers(nursery)
+        rules = LaneRules(max_pending=2, queue_timeout_s=100, startup_timeout_s=30)
+        self.lane: Lane[Upstream] = Lane("cpu:0", self.servers, rules)
+        self.scheduler = Scheduler({"cpu:0": self.lane}, {"cpu:0": self.servers})
+        self.servers.fake.on_change = self.lane.nudge
+        self.servers.fake.load_s = 0.0
+
+    def cards(self) -> list[ModelCard]:
+        return [ModelCard("a", ("alias",), 0)]
+
+    def state(self) -> NodeState:
+        return NodeState(NodeStatus.READY, (), can_serve=True)
+
+
+class Road:
+    """The front with that node, whose inference takes one of the two roads."""
+
+    def __init__(self, node: OneModel, served: Served, front: Front) -> None:
+        self.node = node
+        self.served = served
+        self.front = front
+
+    async def ask(self, request: bytes) -> tuple[bytes, dict[str, str], bytes]:
+        """The status line, the headers and the body of what is answered until the connection closes."""
+        head, _, body = (await self.served.ask(request)).partition(b"\r\n\r\n")
+        status, *lines = head.split(b"\r\n")
+        return status, dict(line.decode().lower().split(": ", 1) for line in lines), body
+
+    def assert_nothing_is_held(self) -> None:
+        held = (self.node.scheduler.admitted, self.node.servers.in_flight, self.front.body_bytes_held)
+        assert held == (0, 0, 0)
+
+
+async def start(nursery: trio.Nursery, road: str) -> Road:
+    node = OneModel(nursery)
+    await nursery.start(node.lane.run)
+    inference = Inference(node.scheduler)
+    this = cast(Node, node)
+    front = Front(create_app(this, inference), max_request_bytes=MAX_BYTES, node_id="box-a")
+    options: dict[str, Any] = {}
+    if road == "fast":
+        options["find_handler"] = FastRoad(this, front, inference).find_handler
+    return Road(node, await start_serving(nursery, front, **options), front)
+
+
+def post(
+    body: Any = CHAT, path: str = "/v1/chat/completions", version: str = "1.1", close: bool = True, **headers: str
+) -> bytes:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/{version}", "Host: n", f"Content-Length: {len(content)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    lines += ["Connection: close"] if close else []
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+def comparable(headers: dict[str, str]) -> dict[str, str]:
+    """Without what differs from request to request."""
+    # Before the web framework, the ordinary road does not know whether a page asks.
+    changing = ("vary", "date", "server-timing", "x-node-queue-ms", "x-node-load-ms", "x-request-id")
+    return {name: value for name, value in sorted(headers.items()) if name not in changing}
+
+
+CHUNKED_BODY = json.dumps(CHAT).encode()
+CHUNKED = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: n\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"".join(b"1\r\n%c\r\n" % byte for byte in CHUNKED_BODY)
+    + b"0\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "act", "status"),
+    [
+        (post(), Act(), 200),
+        (post({"prompt": "x"}, "/v1/completions"), Act(status=201), 201),
+        (post(CHAT | {"model": "alias"}, x_request_id="mine"), Act(), 200),
+        (post(CHAT | {"stream": True}), STREAM, 200),
+        (post(CHAT | {"stream": True}, version="1.0"), STREAM, 200),
+        (post(), Act(chunks=(b"one", b"two")), 200),
+        (post(b"\xef\xbb\xbf" + json.dumps(CHAT).encode()), Act(), 200),
+        (post(path="/v1/chat/completions?x=y"), Act(), 200),
+        (CHUNKED, Act(), 200),
+        (post(Origin=PAGE), Act(), 200),
+        (post(Origin="https://evil.example"), Act(), 403),
+        (post(b"{"), Act(), 400),
+        (post({"model": "a"}), Act(), 400),
+        (post(CHAT | {"model": "b"}, Origin=PAGE), Act(), 404),
+        (post(CHAT, x_priority="urgent"), Act(), 400),
+        (post(CHAT | {"x": "y" * MAX_BYTES}), Act(), 413),
+        (post(Content_Encoding="gzip"), Act(), 415),
+        (post(), Act(loss=Loss.STOP), 503),
+        (
+            post(CHAT | {"stream": True}),
+            Act(chunks=(b"data: 1\n\n",), event_stream=True, loss=Loss.STOP, lost_after=1),
+            200,
+        ),
+        (post(), Act(chunks=(b"one",), loss=Loss.STOP, lost_after=1), 200),
+    ],
+)
+async def test_both_roads_give_the_same_answer(request_: bytes, act: Act, status: int, nursery: trio.Nursery) -> None:
+    answers = []
+    sent = []
+    for road in ROADS:
+        with trio.fail_after(5):
+            this = await start(nursery, road)
+            this.node.servers.acts.append(act)
+            line, headers, body = await this.ask(request_)
+            this.assert_nothing_is_held()
+        assert line.startswith(b"HTTP/1.1 %d" % status)
+        assert re.fullmatch("[0-9a-f]{32}|mine", headers["x-request-id"])
+        answers.append((line, comparable(headers), whole(body).replace(headers["x-request-id"].encode(), b"ID")))
+        sent.append([(one.path, one.headers, one.body) for one in this.node.servers.sent])
+    assert answers[0] == answers[1]
+    assert sent[0] == sent[1]
+    nursery.cancel_scope.cancel()
+
+
+def whole(body: bytes) -> bytes:
+    """The body without the frames of its chunks, with a mark where its last chunk is missing."""
+    if not re.match(rb"[0-9a-f]+\r\n", body):
+        return body
+    return re.sub(rb"(?:^|\r\n)[0-9a-f]+\r\n", b"", body) + (b"" if body.endswith(b"\r\n0\r\n\r\n") else b"<truncated>")
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_requests_on_one_connection_are_answered_in_turn(road: str, nursery: trio.Nursery) -> None:
+    with trio.fail_after(5):
+        this = await start(nursery, road)
+        requests = post(close=False) + b"GET /livez HTTP/1.1\r\nHost: n\r\n\r\n" + post(close=False) + post()
+        answers = await this.served.ask(requests)
+        assert len(re.findall(rb"HTTP/1.1 200", answers)) == 4
+        assert [len(end) for end in re.findall(rb"choices|\"ok", answers)] == [7, 3, 7, 7]
+        this.assert_nothing_is_held()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_gives_up_its_request(road: str, stream: bool, nursery: trio.Nursery) -> None:
+    act = Act(chunks=(b"data: 1\n\n",) * 1000, chunk_s=0.05 if stream else 60.0, event_stream=stream)
+    with trio.fail_after(5):
+        this = await start(nursery, road)
+        this.node.servers.acts.append(act)
+        async with await this.served.connect() as peer:
+            await peer.send(post(CHAT | {"stream": stream}, close=False))
+            if stream:
+                await peer.until(b"data: 1")
+            else:
+                await trio.sleep(0.1)
+        await trio.sleep(1.0)
+        this.assert_nothing_is_held()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_client_that_waits_for_a_100_gets_it_unless_its_body_is_refused(
+    road: str, nursery: trio.Nursery
+) -> None:
+    with trio.fail_after(5):
+        this = await start(nursery, road)
+        head, _, body = post(Expect="100-continue").partition(b"\r\n\r\n")
+        async with await this.served.connect() as peer:
+            await peer.send(head + b"\r\n\r\n")
+            assert await peer.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            await peer.send(body)
+            assert (await peer.rest()).startswith(b"HTTP/1.1 200")
+        this.assert_nothing_is_held()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_body_that_breaks_off_is_refused_and_its_request_given_up(road: str, nursery: trio.Nursery) -> None:
+    with trio.fail_after(5):
+        this = await start(nursery, road)
+        async with await this.served.connect() as peer:
+            await peer.send(post(close=False)[:-3])
+            await peer.stream.send_eof()
+            assert (await peer.rest()).startswith(b"HTTP/1.1 400")
+        await trio.testing.wait_all_tasks_blocked()
+        this.assert_nothing_is_held()
+        assert this.node.servers.sent == []
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_bug_is_a_500_and_the_connection_goes_on(
+    road: str, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(*_args: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with trio.fail_after(5):
+        this = await start(nursery, road)
+        async with await this.served.connect() as peer:
+            with monkeypatch.context() as patch:
+                patch.setattr(Inference, "serve", fail)
+                await peer.send(post(close=False))
+                assert (await peer.until(b"}")).startswith(b"HTTP/1.1 500")
+            await rest_of_error(peer)
+            await peer.send(post(close=False))
+            assert (await peer.until(b"choices")).startswith(b"HTTP/1.1 200")
+        await trio.testing.wait_all_tasks_blocked()
+        this.assert_nothing_is_held()
+    assert "a fault of ours" in caplog.text
+    nursery.cancel_scope.cancel()
+
+
+async def rest_of_error(peer: Peer) -> None:
+    await peer.until(b"}")
+
+
+def test_only_posts_to_the_paths_of_inference_take_the_fast_road() -> None:
+    node = cast(Node, SimpleNamespace())
+    road = FastRoad(node, cast(Front, None), cast(Inference, None))
+    assert road.find_handler("POST", b"/v1/completions") is not None
+    for method, path in [("GET", b"/v1/completions"), ("POST", b"/v1//completions"), ("POST", b"/v1/node/drain")]:
+        assert road.find_handler(method, path) is None
