@@ -29,8 +29,9 @@ import trio
 from nodeagent import descriptors, reload, state_dir
 from nodeagent.config import NodeConfig, find_llama_server, read_token
 from nodeagent.devices.backend import Backend
+from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
-from nodeagent.devices.selection import select
+from nodeagent.devices.selection import devices_of, select
 from nodeagent.devices.values import DeviceRef
 from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
 from nodeagent.front.app import create_app
@@ -78,7 +79,10 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
         backend = await trio.to_thread.run_sync(select, config.backend, config.devices)
         try:
             # In threads, here and above: drivers can be slow.
-            devices = await trio.to_thread.run_sync(backend.devices, config.devices)
+            cpus = own_cpus()
+            devices = await trio.to_thread.run_sync(devices_of, backend, config.devices, cpus)
+            if cpus.usable < cpus.host:
+                logger.info("servers may use %s", cpus)
             agent = Agent(config, backend, devices, binary, port)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             await agent.run(listeners, on_ready)

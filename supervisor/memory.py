@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from supervisor.cgroups import number, own_folders, read
+
 # What programs print when an allocation failed: the C++ library, libc, and llama.cpp's backends.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|cannot allocate memory|std::bad_alloc|cudaMalloc failed|failed to allocate"
@@ -32,7 +34,7 @@ class OomWatch:
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._folders = _memory_cgroups(root)
+        self._folders = own_folders("memory", ("memory.events", "memory.oom_control"), root)
         self._count = self._kills()
         self._rose_at: float | None = None
 
@@ -60,60 +62,15 @@ class OomWatch:
         return None if None in counts else sum(filter(None, counts))
 
 
-def _memory_cgroups(root: Path) -> list[Path]:
-    """The folders of our memory cgroup and those above it, the innermost first."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        unified = number == "0" and not controllers
-        if not unified and "memory" not in controllers.split(","):
-            continue
-        mounted = _mounted(root, "cgroup2" if unified else "cgroup")
-        if mounted is not None and (folders := _upwards(root, *mounted, path)):
-            return folders
-    return []
-
-
-def _mounted(root: Path, kind: str) -> tuple[str, str] | None:
-    """The root and the mount point of that file system, as proc_pid_mountinfo(5) has them."""
-    for line in _read(root / "proc/self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, more = left.split(), right.split()
-        if len(fields) < 5 or len(more) < 3 or more[0] != kind:
-            continue
-        if kind == "cgroup2" or "memory" in more[2].split(","):
-            return fields[3], fields[4]
-    return None
-
-
-def _upwards(root: Path, mount_root: str, mount_point: str, path: str) -> list[Path]:
-    """The folders from that cgroup up to the mount, those of them that count kills.
-
-    A container often sees only its own part of the tree: `mount_root` is then the upper part of `path`.
-    """
-    top = root / mount_point.lstrip("/")
-    inside = path.removeprefix(mount_root) if mount_root != "/" else path
-    parts = [part for part in inside.split("/") if part and part != ".."]
-    folders = [top.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
-    return [it for it in folders if (it / "memory.events").is_file() or (it / "memory.oom_control").is_file()]
-
-
 def _kills_in(folder: Path) -> int | None:
     found = re.search(r"^oom_kill (\d+)$", _read_either(folder, "memory.events", "memory.oom_control"), re.MULTILINE)
-    return int(found[1]) if found else None
+    return number(found[1]) if found else None
 
 
 def _limit_of(folder: Path) -> int | None:
-    text = _read_either(folder, "memory.max", "memory.limit_in_bytes").strip()
-    return int(text) if text.isdecimal() and int(text) < _UNLIMITED_BYTES else None
+    limit = number(_read_either(folder, "memory.max", "memory.limit_in_bytes"))
+    return limit if limit is not None and limit < _UNLIMITED_BYTES else None
 
 
 def _read_either(folder: Path, v2: str, v1: str) -> str:
-    return _read(folder / v2) or _read(folder / v1)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # it does not exist, or no file descriptor is free
-        return ""
+    return read(folder / v2) or read(folder / v1)

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The configuration: nothing that runs.
     "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf"},
     # Vendors: no HTTP, no children.
-    "nodeagent.devices": {"nodeagent.containment", *VALUES},
+    "nodeagent.devices": {"nodeagent.containment", "supervisor.cgroups", *VALUES},
     # Policy: no vendor, no process, no HTTP.
     "nodeagent.scheduling": VALUES,
     "nodeagent.status": {"nodeagent.scheduling", *VALUES},

@@ -33,7 +33,8 @@ from nodeagent.config import (
     parse_help,
     unknown_to_binary,
 )
-from nodeagent.devices.selection import select
+from nodeagent.devices.limits import own_cpus
+from nodeagent.devices.selection import devices_of, select
 from nodeagent.errors import ConfigError, StartupError
 from nodeagent.llama_server.binary_help import read_help
 from nodeagent.llama_server.command_line import describe
@@ -150,7 +151,8 @@ def _check_config(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         try:
             backend = stack.enter_context(closing(select(config.backend, config.devices)))
-            devices = backend.devices(config.devices)
+            cpus = own_cpus()
+            devices = devices_of(backend, config.devices, cpus)
         except ConfigError as error:
             problems += error.problems
         except StartupError as error:
@@ -158,6 +160,8 @@ def _check_config(args: argparse.Namespace) -> int:
             problems.append(config.problem(("devices" if config.backend == "auto" else "backend",), str(error)))
         if problems:
             raise ConfigError(located(config, problems))
+        if cpus.usable < cpus.host:
+            print(f"# {cpus}\n")
         print(describe(config, devices, backend, find_llama_server(config)))
     return EXIT_OK
 

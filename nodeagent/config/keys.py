@@ -86,7 +86,9 @@ class DeviceConfig(Keys):
         default=None,
         ge=1,
         le=4096,
-        description="CPU threads of each server on this device; a model's own `threads` takes precedence.",
+        description="CPU threads of each server on this device; a model's own `threads` takes precedence. By default "
+        "one for each of the host's cores, or of the device's `cpus`; where the agent itself may use fewer CPUs "
+        "(affinity, cgroup quota), those divided among the devices, rounded up.",
     )
     cpus: Cpus | None = Field(default=None, description="Numbers of the CPUs that its servers may run on.")
 

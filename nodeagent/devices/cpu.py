@@ -1,7 +1,8 @@
 """The host's CPUs as devices.
 
 By default they are one device, `cpu:0`. Any `cpu:N` may be declared, to run several servers side by side, each with its
-own threads and CPUs. They share the host's memory, and each reports all of it.
+own threads and CPUs. They share the host's memory, or the part of it that this process may use, and each reports all
+of it.
 """
 
 import platform
@@ -13,6 +14,7 @@ from typing import Final
 import psutil
 
 from nodeagent.devices.backend import DeclaredDevice, as_declared
+from nodeagent.devices.limits import memory_limits
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 
 _ID_PREFIX: Final = "cpu:"
@@ -32,7 +34,7 @@ class CpuTimes:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The host's memory in bytes. `available` can be used without swapping; it includes caches that can be dropped."""
+    """Memory in bytes. `available` can be used without swapping; it includes caches that can be dropped."""
 
     total: int
     available: int
@@ -57,6 +59,15 @@ def host_memory() -> Memory:
     return Memory(memory.total, memory.available)
 
 
+def own_memory(host: Callable[[], Memory] = host_memory, root: Path = Path("/")) -> Memory:
+    """The host's memory, or less where a control group limits this process. `root` is where proc and sys are."""
+    memory = host()
+    for limit in memory_limits(root):
+        available = limit.total if limit.available is None else limit.available
+        memory = Memory(min(memory.total, limit.total), min(memory.available, available))
+    return memory
+
+
 class CpuBackend:
     """The host's CPUs; implements `backend.Backend`.
 
@@ -66,7 +77,7 @@ class CpuBackend:
     name: Final = "cpu"
 
     def __init__(
-        self, *, times: Callable[[], list[CpuTimes]] = host_times, memory: Callable[[], Memory] = host_memory
+        self, *, times: Callable[[], list[CpuTimes]] = host_times, memory: Callable[[], Memory] = own_memory
     ) -> None:
         self._times = times
         self._memory = memory

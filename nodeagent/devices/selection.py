@@ -8,6 +8,8 @@ from typing import Final
 from nodeagent.devices.backend import Backend, DeclaredDevice, DriverError
 from nodeagent.devices.cpu import CpuBackend
 from nodeagent.devices.cuda import CudaBackend
+from nodeagent.devices.limits import Cpus, with_threads
+from nodeagent.devices.values import DeviceRef
 from nodeagent.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ def select(
         return backends[name]()
     except DriverError as error:
         raise StartupError(f"backend {name} can't be used: {error}") from error
+
+
+def devices_of(backend: Backend, declared: Sequence[DeclaredDevice], cpus: Cpus) -> list[DeviceRef]:
+    """The backend's devices, each with the threads that this process's CPUs allow. See `Backend.devices`."""
+    return with_threads(backend.devices(declared), cpus)
 
 
 def _cuda_with_devices(backends: Mapping[str, Callable[[], Backend]]) -> Backend | None:

@@ -12,7 +12,7 @@ class DeviceRef:
 
     `device_id` is its name for people and on the wire (`cpu:0`, `gpu:0`); `index` is its number in the vendor's tools;
     `uuid` is the vendor's permanent name, if there is one. `memory_total_bytes` is None if unknown. `threads` and
-    `cpus` come from the configuration.
+    `cpus` come from the configuration; without it `threads` may follow from the process's own limits (`limits.py`).
     """
 
     device_id: str

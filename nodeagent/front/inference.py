@@ -6,8 +6,9 @@
                         retried once
 
 A server that crashes before the first byte costs the request one retry; after that byte nothing can be retried. Each
-crash is recorded against the request's body (`poison.py`). A server that was stopped on purpose is blamed on no
-request, and not retried: that would undo the stop.
+crash is recorded against the request's body (`poison.py`), unless no request can be the cause: the kernel ended the
+server for want of memory, say. A server that was stopped on purpose is blamed on no request, and not retried: that
+would undo the stop.
 
 Nothing here depends on the web framework: a request comes as an `InferenceRequest` and leaves as an `Answer`.
 """
@@ -191,10 +192,12 @@ async def _send(request: InferenceRequest, lease: Lease[Upstream]) -> UpstreamRe
 
 
 async def _record_crash(poison: PoisonGuard, request: InferenceRequest, lease: Lease[Upstream]) -> None:
-    """Wait until the server's exit is known, so that the retry does not get the same dead server."""
+    """Wait until the server's exit is known, so that the retry does not get the same dead server, and blame the body
+    for it if a request can be the cause."""
     with trio.move_on_after(_EXIT_NOTICE_S):
         await lease.endpoint.closed.wait()
-        poison.record_crash(request.body, trio.current_time())
+        if lease.endpoint.blameless_end is None:
+            poison.record_crash(request.body, trio.current_time())
 
 
 def _refuse_if_stopped(lease: Lease[Upstream], lost: UpstreamLost) -> None:
@@ -207,7 +210,7 @@ def _stopped(lease: Lease[Upstream]) -> BackendUnavailable:
 
 
 def _crashed(lease: Lease[Upstream], lost: UpstreamLost) -> BackendCrashed:
-    return BackendCrashed(lease.model_id, lease.device_id, lost.reason)
+    return BackendCrashed(lease.model_id, lease.device_id, lease.endpoint.blameless_end or lost.reason)
 
 
 def _headers(lease: Lease[Upstream], response: UpstreamResponse) -> list[tuple[str, str]]:

@@ -170,7 +170,8 @@ def _model_args(model: ModelConfig) -> list[str]:
 def _thread_args(model: ModelConfig, device: DeviceRef) -> list[str]:
     """The numbers of the model, else of the device, else one thread for each CPU that the server is pinned to.
 
-    By default llama-server starts a thread for each core of the host, even if it may run on a few of them only.
+    By default llama-server starts a thread for each core of the host, even if it may run on a few of them only. Where
+    the agent itself is limited, the device has a number already (`devices/limits.py`).
     """
     threads = model.threads or device.threads or (len(device.cpus) if device.cpus else None)
     if sets_flag(model.server_args, "threads"):

@@ -29,12 +29,15 @@ from nodeagent.llama_server.server_views import (
 from nodeagent.llama_server.stall_watch import Worker
 from nodeagent.scheduling.seam import Obstacle, ServerView
 from supervisor.errors import GivenUp, StartFailed
-from supervisor.lifecycle import Event, Exited, Ready, Stopping
+from supervisor.lifecycle import Cause, Event, Exited, Ready, Stopping
 from supervisor.snapshot import ChildSnapshot, ChildState
 from supervisor.spec import ChildSpec
 from supervisor.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
+
+# These ends follow from the state of the host or of the agent, whatever the server was doing.
+_NO_REQUEST_IS_TO_BLAME = frozenset({Cause.OUT_OF_MEMORY, Cause.OWN_SHORTAGE, Cause.SUSPENDED, Cause.INTERNAL_ERROR})
 
 
 class DeviceServers:
@@ -191,8 +194,10 @@ class DeviceServers:
                 self._upstreams[model_id] = Upstream(address, self._api_key)
             case Stopping() if model_id in self._upstreams:
                 self._upstreams[model_id].ends_as_asked = True
-            case Exited() if model_id in self._upstreams:
-                self._upstreams.pop(model_id).close()
+            case Exited(exit=end) if model_id in self._upstreams:
+                upstream = self._upstreams.pop(model_id)
+                upstream.blameless_end = end.reason if end.cause in _NO_REQUEST_IS_TO_BLAME else None
+                upstream.close()
 
     # Inside.
 

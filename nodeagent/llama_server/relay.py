@@ -36,9 +36,11 @@ class Upstream:
     """One generation of a server, at one address (IP:port).
 
     `closed` is set once that generation is gone. `ends_as_asked` means that it was asked to stop, so no request is to
-    blame for its end. `in_flight` counts the requests that were sent and not closed; `bytes_received` is the total of
-    all responses. What changes: these, and `_idle`, the idle connections with the times since when, the oldest first.
-    There are no more of them than there were requests in flight at once, so no more than the server has slots.
+    blame for its end. Nor is one if `blameless_end` is set: why it ended, where no request can be the cause (out of
+    memory, say); it is known when `closed` is set. `in_flight` counts the requests that were sent and not closed;
+    `bytes_received` is the total of all responses. What changes: these, and `_idle`, the idle connections with the
+    times since when, the oldest first. There are no more of them than there were requests in flight at once, so no more
+    than the server has slots.
     """
 
     def __init__(self, address: str, api_key: str, *, idle_max_s: float = _IDLE_MAX_S) -> None:
@@ -47,6 +49,7 @@ class Upstream:
         self._idle_max_s = idle_max_s
         self.closed = trio.Event()
         self.ends_as_asked = False
+        self.blameless_end: str | None = None
         self.in_flight = 0
         self.bytes_received = 0
         self._ip, _, port = address.rpartition(":")

@@ -16,6 +16,8 @@ from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
 # A killed server's sockets close this long before its exit is known.
 EXIT_SHOWS_AFTER_S = 0.05
 
+OUT_OF_MEMORY = "out of memory (limit 1073741824 bytes): it was killed by SIGKILL"
+
 
 class Loss(Enum):
     """Why a connection breaks."""
@@ -23,6 +25,7 @@ class Loss(Enum):
     CRASH = auto()
     STOP = auto()  # someone asked the server to stop
     SERVER_LIVES = auto()
+    OUT_OF_MEMORY = auto()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +170,7 @@ class UpstreamServers:
         assert self.fake.current is not None
         upstream = self.upstreams[self.fake.current.generation]
         upstream.ends_as_asked = loss is Loss.STOP
+        upstream.blameless_end = OUT_OF_MEMORY if loss is Loss.OUT_OF_MEMORY else None
         self._nursery.start_soon(self._show_exit, upstream, name=f"exit of {upstream.address}")
 
     async def _show_exit(self, upstream: FakeUpstream) -> None:

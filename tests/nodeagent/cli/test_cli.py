@@ -162,7 +162,7 @@ def test_check_config_prints_the_command_of_each_model_on_each_device(tiny_model
     models = f"models: [{{model_id: tiny, path: {tiny_model}, server_args: {{cache_type_k: q8_0}}}}]\n"
     code, out, err = check(tmp_path, models + "devices: [{device_id: 'cpu:0'}, {device_id: 'cpu:1', threads: 3}]\n")
     assert (code, err) == (0, "")
-    first, second = out.split("\n\n")
+    first, second = out.split("\n\n")[-2:]  # before them, the limits of this process if it has any
     assert first.startswith("# tiny on cpu:0 ")
     assert "LLAMA_API_KEY=*** " in first
     assert f" -m {tiny_model} -a tiny --host 127.0.0.1 --port 0 " in first
@@ -170,6 +170,21 @@ def test_check_config_prints_the_command_of_each_model_on_each_device(tiny_model
     assert second.startswith("# tiny on cpu:1 ")
     assert " -t 3 " in second
     assert " --cache-type-k q8_0" in second
+
+
+def test_check_config_says_how_many_cpus_the_servers_may_use_and_gives_them_as_many_threads(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    host, mine = os.cpu_count() or 1, os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        code, out, err = check(tmp_path, f"models: [{{model_id: tiny, path: {tiny_model}}}]\nbackend: cpu\n")
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert (code, err) == (0, "")
+    # On a host with one CPU that is no limit.
+    assert (f"# 1 of {host} CPUs: " in out and "affinity 1\n" in out) is (host > 1)
+    assert (" -t 1 -tb 1 " in out) is (host > 1)
 
 
 def test_check_config_says_all_that_is_wrong_with_the_file_and_with_the_host(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import psutil
 import pynvml
 import pytest
 
+from fakes.cgroup_trees import V2_MOUNT, lay
 from fakes.nvml import FakeGpu, FakeNvml
 from nodeagent.config import DeviceConfig
 from nodeagent.devices.backend import Backend, DriverError
-from nodeagent.devices.cpu import CpuBackend, CpuTimes, Memory, cpu_name, host_times
+from nodeagent.devices.cpu import CpuBackend, CpuTimes, Memory, cpu_name, host_times, own_memory
 from nodeagent.devices.cuda import CudaBackend
 from nodeagent.devices.nvml_driver import NvmlDriver
 from nodeagent.devices.selection import BACKENDS, select
@@ -43,7 +44,7 @@ def test_by_default_the_host_is_one_device() -> None:
     (device,) = backend.devices([])
     assert backend.discover() == [device]
     assert (device.device_id, device.backend, device.index, device.uuid) == ("cpu:0", "cpu", 0, None)
-    assert device.memory_total_bytes == psutil.virtual_memory().total
+    assert device.memory_total_bytes == own_memory().total <= psutil.virtual_memory().total
     assert device.name
     assert (device.threads, device.cpus) == (None, None)
 
@@ -79,6 +80,23 @@ def test_free_memory_is_what_can_be_used_without_swapping() -> None:
         memory_free_bytes=10 * GIB,
         utilization_ratio=None,
     )
+
+
+def test_memory_is_the_hosts_or_less_where_a_control_group_limits_the_process(tmp_path: Path) -> None:
+    def host() -> Memory:
+        return Memory(total=64 * GIB, available=3 * GIB)
+
+    def limited(limit: int, used: int) -> Memory:
+        for name, value in (("memory.max", limit), ("memory.current", used)):
+            lay(tmp_path, f"sys/fs/cgroup/a/{name}", f"{value}\n")
+        return own_memory(host, tmp_path)
+
+    assert own_memory(host, tmp_path) == host()
+    lay(tmp_path, "proc/self/cgroup", "0::/a\n")
+    lay(tmp_path, "proc/self/mountinfo", V2_MOUNT)
+    assert limited(8 * GIB, 7 * GIB) == Memory(8 * GIB, GIB)
+    assert limited(8 * GIB, GIB) == Memory(8 * GIB, 3 * GIB)
+    assert limited(128 * GIB, GIB) == host()
 
 
 def test_the_utilization_is_the_mean_since_the_last_reading_over_all_cpus() -> None:

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from fakes.upstream import EXIT_SHOWS_AFTER_S, Act, Loss, Sent, UpstreamServers
+from fakes.upstream import EXIT_SHOWS_AFTER_S, OUT_OF_MEMORY, Act, Loss, Sent, UpstreamServers
 from nodeagent.errors import BackendCrashed, BackendUnavailable, ModelLoadTimeout, PoisonedRequest
 from nodeagent.front.inference import Answer, Inference, InferenceRequest
 from nodeagent.front.ordinary import AbortResponse
@@ -154,6 +154,26 @@ async def test_a_second_loss_is_an_error_that_names_the_device(node: Node, autoj
     assert (refused.value.model_id, refused.value.device_id) == ("a", "cpu:0")
     assert len(node.servers.sent) == 2
     node.assert_nothing_is_held()
+
+
+async def test_a_server_that_ran_out_of_memory_is_blamed_on_no_request_and_the_reason_is_told(
+    node: Node, autojump_clock: MockClock
+) -> None:
+    node.servers.acts.extend([Act(loss=Loss.OUT_OF_MEMORY)] * 4)
+    for _ in range(2):
+        with pytest.raises(BackendCrashed) as refused:
+            await node.body()
+        assert refused.value.reason == OUT_OF_MEMORY
+        node.assert_nothing_is_held()
+    assert await node.body() == b'{"choices": []}', "four servers ended on this body, and it is sent to the fifth"
+
+
+async def test_a_stream_whose_server_ran_out_of_memory_is_told_so(node: Node, autojump_clock: MockClock) -> None:
+    node.servers.acts.extend([replace(CRASH_IN_STREAM, loss=Loss.OUT_OF_MEMORY)] * 2)
+    for _ in range(2):
+        *_, last = await chunks_until_abort(node)
+        assert OUT_OF_MEMORY in error_in(last)["error"]["message"]
+    assert await node.body() == b'{"choices": []}'
 
 
 async def test_a_server_stopped_on_purpose_is_neither_retried_nor_blamed_on_the_request(

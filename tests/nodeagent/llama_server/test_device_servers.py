@@ -234,6 +234,22 @@ async def test_a_server_that_is_stopped_says_so_to_its_requests_and_one_that_cra
         assert stopped.ends_as_asked
 
 
+@pytest.mark.parametrize(
+    ("limit", "blameless_end"),
+    [(None, None), ("limit 1 bytes", "out of memory (limit 1 bytes): it was killed by SIGKILL")],
+)
+async def test_a_server_that_the_kernel_killed_for_want_of_memory_says_so_to_its_requests(
+    limit: str | None, blameless_end: str | None, autojump_clock: MockClock
+) -> None:
+    async with running_device(Fate(exits_after_s=5.0, code=-9, out_of_memory=limit)) as device:
+        await device.servers.ensure("a")
+        killed = device.upstream()
+        await killed.closed.wait()
+        assert killed.blameless_end == blameless_end
+        restarted = device.view().state is not ServerState.FAILED
+        assert restarted is (limit is None), "with the same arguments it would run out of memory again"
+
+
 async def test_a_server_that_is_stopped_before_it_was_ready_has_no_requests(autojump_clock: MockClock) -> None:
     async with running_device(NEVER_READY) as device:
         with trio.move_on_after(2):
