@@ -96,7 +96,9 @@ class Agent:
     def __init__(self, config: NodeConfig, backend: Backend, devices: list[DeviceRef], binary: Path, port: int) -> None:
         self._config = config
         records = Records(state_dir.children_file(config.state_dir))
-        self._supervisor = Supervisor(on_event=self._on_event, on_line=self._on_line, records=records)
+        self._supervisor = Supervisor(
+            on_event=self._on_event, on_line=self._on_line, records=records, may_restart=self._may_restart
+        )
         self._monitor = DeviceMonitor(backend, devices, settle_max_s=config.memory_settle_timeout_s)
         self._catalogue = Catalogue()
         self._caches = SavedCaches(state_dir.kv_folder(config.state_dir))
@@ -170,6 +172,9 @@ class Agent:
 
     def _on_line(self, child_id: str, generation: int, line: str) -> None:
         self.node.on_child_line(child_id, generation, line)
+
+    def _may_restart(self, child_id: str) -> bool:
+        return self.node.may_restart(child_id)
 
     def _managed(self, ref: DeviceRef, backend: Backend, binary: Path) -> ManagedDevice:
         config = self._config

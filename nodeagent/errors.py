@@ -20,6 +20,7 @@ NodeAgentError
     ├── BackendUnavailable   no device can serve the model now
     ├── BackendCrashed       the server crashed during the request, and after one retry again
     ├── Draining             the node accepts no new requests
+    ├── ShuttingDown         an order that makes no sense for a node that is about to stop
     ├── PoisonedRequest      two servers crashed on the same body
     ├── Unauthorized         the admin token is missing or wrong
     ├── OriginForbidden      a web page sent a request that it may not send
@@ -196,6 +197,14 @@ class Draining(Refusal):
         self.retry_after_s = retry_after_s
         self.by_operator = by_operator
         super().__init__("drained by an operator" if by_operator else "the node is shutting down")
+
+
+class ShuttingDown(Refusal):
+    """An operator's order came when the agent had been asked to end. `order` completes "it can't ..."."""
+
+    def __init__(self, order: str) -> None:
+        self.order = order
+        super().__init__(f"the node is shutting down, so it can't {order}")
 
 
 class PoisonedRequest(Refusal):

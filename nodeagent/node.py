@@ -20,7 +20,7 @@ from nodeagent.containment import Containment
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import Heartbeat, Register
-from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, ReloadRefused
+from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, ReloadRefused, ShuttingDown
 from nodeagent.events import EventLog, Ring
 from nodeagent.front.seam import ModelCard, Reloaded
 from nodeagent.llama_server.catalogue import Catalogue
@@ -65,8 +65,8 @@ class Node:
     """Implements `front.seam.Node` and `dispatcher.client.NodeSource`.
 
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
-    models that are to be ready before the node says so) in `preload` and `on_child_event`; `dispatcher` once, by
-    `agent`.
+    models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
+    which a drained node still accepts requests) in `drain`; `dispatcher` once, by `agent`.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Node:
         self._last_state: NodeState | None = None
         self._preloading: set[str] = set()
         self._preload_until = -math.inf
+        self._drain_grace = trio.CancelScope()
         self._reloading = trio.Lock()
         self._containment = Containment("working in the background")
         self._background: trio.Nursery
@@ -149,6 +150,7 @@ class Node:
         return self._device(device_id).lines
 
     async def load(self, model_id: str, device_id: str | None) -> str:
+        self._refuse_if_ending("load a model")
         for name, device in self.devices.items():
             if device_id in (None, name) and device.servers.reset_failure(model_id):
                 logger.info("%s: retrying %s, which had failed, at an operator's request", name, model_id)
@@ -160,6 +162,7 @@ class Node:
             ticket.close()
 
     def load_soon(self, model_id: str, device_id: str | None) -> None:
+        self._refuse_if_ending("load a model")
         self._background.start_soon(self._load_in_background, model_id, device_id, name=f"load {model_id}")
 
     async def unload(self, model_id: str, *, force: bool) -> list[str]:
@@ -177,13 +180,16 @@ class Node:
 
     def drain(self) -> None:
         if self._phase is Phase.SERVING:
-            logger.info("draining at an operator's request")
-            self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s, by_operator=True))
+            grace_s, self._drain_grace = self._config.drain_grace_s, trio.CancelScope()
+            logger.info("draining at an operator's request, accepting requests for %g s more", grace_s)
             self.enter(Phase.DRAINED)
+            self._background.start_soon(self._refuse_after_grace, grace_s, self._drain_grace, name="drain")
 
     def undrain(self) -> None:
+        self._refuse_if_ending("accept requests again")
         if self._phase is Phase.DRAINED:
             logger.info("accepting requests again at an operator's request")
+            self._drain_grace.cancel()
             self.scheduler.accept_new()
             self.enter(Phase.SERVING)
 
@@ -248,10 +254,12 @@ class Node:
     def enter(self, phase: Phase) -> None:
         """Begin another phase, and publish the status that follows from it."""
         self._phase = phase
+        self.scheduler.hold_preloads(held=self._is_draining)
         self._publish_state()
 
     def begin_shutdown(self) -> None:
         """Report that the node is shutting down, while requests are still accepted; an operator can't undo it."""
+        self._drain_grace.cancel()
         self.enter(Phase.SHUTTING_DOWN)
 
     def refuse_requests(self) -> None:
@@ -263,6 +271,15 @@ class Node:
         self._background.start_soon(self._reload_in_background, name="reload the configuration")
 
     # What the supervisor calls.
+
+    def may_restart(self, child_id: str) -> bool:
+        """Whether a server that has ended may be started again: while the node drains, only for a request that waits
+        for its model."""
+        server = ServerId.parse(child_id)
+        if not self._is_draining or server.model_id in self.devices[server.device_id].lane.wanted:
+            return True
+        logger.info("%s is not restarted: the node drains, and no request waits for it", child_id)
+        return False
 
     def on_child_event(self, event: Event) -> None:
         """Handle one transition of a server: its device first, then the event log, the dispatcher last."""
@@ -295,6 +312,21 @@ class Node:
         if self.dispatcher is not None:
             self.dispatcher.register_again()
         return what
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._phase in (Phase.DRAINED, Phase.SHUTTING_DOWN, Phase.STOPPING)
+
+    def _refuse_if_ending(self, order: str) -> None:
+        if self._phase in (Phase.SHUTTING_DOWN, Phase.STOPPING):
+            raise ShuttingDown(order)
+
+    async def _refuse_after_grace(self, grace_s: float, grace: trio.CancelScope) -> None:
+        """Load balancers need time to notice that the node drains."""
+        with grace:
+            await trio.sleep(grace_s)
+            await trio.lowlevel.checkpoint_if_cancelled()  # an `undrain` at this very moment comes first
+            self.scheduler.refuse_new(Draining(self._config.shutdown_timeout_s, by_operator=True))
 
     async def _reload_in_background(self) -> None:
         with self._containment, suppress(ReloadRefused):  # `reload` has logged it, and nobody waits for the result

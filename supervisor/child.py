@@ -6,6 +6,7 @@
                           │                                                                ▼
                           └──delay over── BACKING_OFF <──restart── (tracker) ──give up──> FAILED ──start──> STARTING
 
+BACKING_OFF ──delay over, but it may not be restarted──> STOPPED
 Every state but FAILED ──stop──> STOPPING ──process group gone──> STOPPED.
 
 An unforeseen error in a child's task (its probe, a callback, its records) fails that generation, and nothing else.
@@ -91,6 +92,7 @@ class Child:
         spawner: Spawner,
         rng: random.Random | None = None,
         *,
+        may_restart: Callable[[str], bool] = lambda _child_id: True,
         reserve: DescriptorReserve | None = None,
         other_pids: Callable[[], Collection[int]] = tuple,
     ) -> None:
@@ -98,6 +100,7 @@ class Child:
         self.tracker = RestartTracker(spec.restart, rng)
         self.process: ChildProcess | None = None
         self._spawner = spawner
+        self._may_restart = may_restart
         self._reserve = reserve or DescriptorReserve(0)
         self._probe = ProbeWithReserve(spec.probe, self._reserve)
         self._other_pids = other_pids
@@ -183,6 +186,8 @@ class Child:
                     self._fail_attempt(exit)
                     self._report(Restarting, delay_s=delay_s, cause=exit.cause, reason=reason)
                     await trio.sleep(delay_s)
+                    if not self._may_restart(self.spec.child_id):
+                        return
                 case GiveUp(reason, retry_at):
                     self._set_state(ChildState.FAILED, cause=exit.cause, reason=reason, retry_at=retry_at)
                     self._fail_attempt(exit)

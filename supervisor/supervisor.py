@@ -43,8 +43,9 @@ class Supervisor:
 
     `on_event` is called with each transition, after the snapshot shows it; `on_line` with each line that a child prints
     (child id, generation, line). Both run in the event loop and must not block. `records` keeps the running children on
-    disk, for `supervisor.records.sweep` in the next run. `spawner` starts the processes, and `rng` gives the back-off
-    its jitter.
+    disk, for `supervisor.records.sweep` in the next run. `may_restart` is asked, with the child's id, right before a
+    child that has ended is spawned again: if it says no, the child is stopped instead. `spawner` starts the processes,
+    and `rng` gives the back-off its jitter.
 
     While `run` runs, it holds a few file descriptors in reserve, so that a child can be spawned and probed although
     everything else in this process has used up the rest (`supervisor.reserve`).
@@ -59,12 +60,14 @@ class Supervisor:
         on_event: Callable[[Event], None] = lambda _event: None,
         on_line: Callable[[str, int, str], None] = lambda _child_id, _generation, _line: None,
         records: Records | None = None,
+        may_restart: Callable[[str], bool] = lambda _child_id: True,
         spawner: Spawner = spawn,
         rng: random.Random | None = None,
     ) -> None:
         self._on_event = on_event
         self._on_line = on_line
         self._records = records
+        self._may_restart = may_restart
         self._spawner = spawner
         self._rng = rng
         self._children: dict[str, Child] = {}
@@ -170,6 +173,7 @@ class Supervisor:
             self._on_line,
             self._spawner,
             self._rng,
+            may_restart=self._may_restart,
             reserve=self._reserve,
             other_pids=others,
         )

@@ -50,7 +50,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         one = _model_command(commands, name, f"{does}, after the requests in flight", change_model)
         one.add_argument("--force", action="store_true", help="end the requests in flight")
     for name, does in (
-        ("drain", "accept no new requests, finish those in flight"),
+        ("drain", "leave the load balancers' rotation, then accept no new requests (after drain_grace_s)"),
         ("undrain", "accept requests again"),
     ):
         _command(commands, name, does, change_service)

@@ -340,7 +340,10 @@ class NodeConfig(Keys):
         default=300.0, ge=0, le=_DAY_S, description="How long /readyz waits for the models with `preload`, in seconds."
     )
     drain_grace_s: float = Field(
-        default=5.0, ge=0, le=_HOUR_S, description="How long requests are still accepted after SIGTERM, in seconds."
+        default=5.0,
+        ge=0,
+        le=_HOUR_S,
+        description="How long requests are still accepted after SIGTERM or `drain`, in seconds.",
     )
     shutdown_timeout_s: float = Field(
         default=30.0, ge=0, le=_DAY_S, description="How long requests in flight may take after that, in seconds."

@@ -30,6 +30,7 @@ from nodeagent.errors import (
     Refusal,
     ReloadRefused,
     ServerBusy,
+    ShuttingDown,
     Unauthorized,
     UnsupportedEncoding,
 )
@@ -226,8 +227,16 @@ REFUSALS: dict[type[Refusal], Row] = {
             if it.by_operator
             else "This node is shutting down and accepts no new requests. Use another node, or retry later."
         ),
-        when="an operator drained the node, or it is shutting down",
+        when="an operator drained the node, or it is shutting down, and `drain_grace_s` is over",
         client="use another node, or retry after the wait",
+    ),
+    ShuttingDown: Row(
+        status=409,
+        type="invalid_request_error",
+        code="shutting_down",
+        message=lambda it: f"This node is shutting down, so it can't {it.order}.",
+        when="an operator's `undrain` or `load` after the agent was asked to end",
+        client="start the agent again",
     ),
 }
 

@@ -70,19 +70,20 @@ class Node(Protocol):
         """The last lines that the servers of a device printed. Raises NoSuchDevice."""
 
     async def load(self, model_id: str, device_id: str | None) -> str:
-        """Load the model; return the device on which it is ready. Raises what a request raises, and NoSuchDevice."""
+        """Load the model; return the device on which it is ready. Raises what a request raises, NoSuchDevice, and
+        ShuttingDown."""
 
     def load_soon(self, model_id: str, device_id: str | None) -> None:
-        """Begin a load without waiting for it. Its outcome is an event."""
+        """Begin a load without waiting for it. Its outcome is an event. Raises ShuttingDown."""
 
     async def unload(self, model_id: str, *, force: bool) -> list[str]:
         """Stop the model's servers after their requests, at once with `force`; return the devices that had one."""
 
     def drain(self) -> None:
-        """Accept no new requests until `undrain`."""
+        """Say at once that the node drains, and accept no new requests from `drain_grace_s` later until `undrain`."""
 
     def undrain(self) -> None:
-        """Accept requests again. Does nothing if the node is shutting down."""
+        """Accept requests again. Raises ShuttingDown if the agent was asked to end."""
 
     async def reload(self) -> Reloaded:
         """Apply the configuration file as it is now. Raises ReloadRefused if it is bad."""

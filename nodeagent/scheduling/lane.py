@@ -48,8 +48,8 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
-    task, always synchronously. `rules` may be replaced at any time. `on_idle` is called whenever the lane has nothing
-    to do, and returns when to call it again.
+    task, always synchronously; `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is
+    called whenever the lane has nothing to do, and returns when to call it again.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -62,6 +62,7 @@ class Lane(Generic[E]):
         self._numbers = itertools.count()
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
         self._in_flight: list[Ticket[E]] = []
+        self._preload_held = False
         self._loads = Loads(
             device_id,
             servers,
@@ -165,6 +166,11 @@ class Lane(Generic[E]):
     def preload(self, model_id: str) -> None:
         """Load this model when the lane starts, or as soon as no request wants another."""
         self._loads.preload = model_id
+        self.nudge()
+
+    def hold_preload(self, *, held: bool) -> None:
+        """Don't begin the preload while `held`."""
+        self._preload_held = held
         self.nudge()
 
     def nudge(self) -> None:
@@ -278,7 +284,7 @@ class Lane(Generic[E]):
     def _use_spare_time(self, nursery: trio.Nursery, views: Sequence[ServerView[E]]) -> float:
         """No request can be granted and none needs a load: preload, unload what is idle, help other lanes."""
         busy = {*self.wanted, *(ticket.model_id for ticket in self._in_flight)}
-        if not busy:
+        if not busy and not self._preload_held:
             self._loads.begin_preload(nursery)
         unload_at = self._loads.unload_idle(nursery, views, busy, self.rules.abandoned_load_grace_s)
         return min(unload_at, self.on_idle() if self.is_idle else math.inf)

@@ -115,6 +115,11 @@ class Scheduler(Generic[E]):
                     left_over.append(model_id)
         return left_over
 
+    def hold_preloads(self, *, held: bool) -> None:
+        """Begin no preload while `held`; those that were asked for begin afterwards."""
+        for lane in self.lanes.values():
+            lane.hold_preload(held=held)
+
     def refuse_new(self, reason: Draining) -> None:
         """From now on `admit` raises `reason`; requests already admitted are served."""
         self._closed_for = reason

@@ -95,7 +95,9 @@ class NodeWithFakes:
         }
         self.config = self.write_config(**keys)
         self.spawner = FakeSpawner(fates)
-        self.supervisor = Supervisor(on_event=self._on_event, on_line=self._on_line, spawner=self.spawner)
+        self.supervisor = Supervisor(
+            on_event=self._on_event, on_line=self._on_line, may_restart=self._may_restart, spawner=self.spawner
+        )
         self.catalogue = FakeCatalogue()
         self._liveness = liveness
         self._probe = PortProbe()
@@ -156,6 +158,9 @@ class NodeWithFakes:
 
     def _on_event(self, event: Event) -> None:
         self.node.on_child_event(event)
+
+    def _may_restart(self, child_id: str) -> bool:
+        return self.node.may_restart(child_id)
 
     def _on_line(self, child_id: str, generation: int, line: str) -> None:
         self.node.on_child_line(child_id, generation, line)

@@ -10,11 +10,11 @@ from trio.testing import MockClock
 from fakes.child_process import Fate
 from fakes.node_with_fakes import FakeDispatcherClient, NodeWithFakes, loaded, request_in_flight
 from nodeagent.dispatcher.wire import Inventory
-from nodeagent.errors import BackendUnavailable, Draining, NoSuchDevice
+from nodeagent.errors import BackendUnavailable, NoSuchDevice
 from nodeagent.front.seam import ModelCard
 from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.scheduling.seam import ServerState
-from nodeagent.status import NodeReason, NodeStatus, Phase
+from nodeagent.status import NodeReason, NodeStatus
 from supervisor.lifecycle import Cause
 from supervisor.probe import LivenessPolicy
 
@@ -144,59 +144,6 @@ async def test_an_unload_of_a_failed_model_resets_its_failure(
 
 
 # The state of the node, and its events.
-
-
-async def test_a_drain_refuses_new_requests_until_undrain(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
-) -> None:
-    parts = NodeWithFakes(tmp_path)
-    node = await parts.start(nursery)
-    for _ in range(2):  # the second drain changes nothing
-        node.drain()
-    state = node.state()
-    assert (state.status, state.reasons) == (NodeStatus.DRAINING, ("drained by an operator",))
-    assert state.reason_codes == (NodeReason.DRAINED_BY_OPERATOR,)
-    with pytest.raises(Draining) as refusal:
-        node.scheduler.admit("request", "a")
-    assert refusal.value.by_operator
-    for _ in range(2):
-        node.undrain()
-    assert (node.state().status, node.state().reasons) == (NodeStatus.READY, ())
-    node.scheduler.admit("request", "a").close()
-    assert [(event.reason, event.reason_code) for event in node.events.after(0).items] == [
-        ("ready", None),
-        ("draining; drained by an operator", "drained_by_operator"),
-        ("ready", None),
-    ]
-
-
-async def test_an_operator_can_not_undo_a_shutdown(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
-) -> None:
-    node = await NodeWithFakes(tmp_path).start(nursery)
-    node.drain()
-    node.begin_shutdown()
-    node.refuse_requests()
-    for order in (node.undrain, node.drain):
-        order()
-        assert (node.state().status, node.state().reasons) == (NodeStatus.DRAINING, ("shutting down",))
-        assert node.state().reason_codes == (NodeReason.SHUTTING_DOWN,)
-    with pytest.raises(Draining) as refusal:
-        node.scheduler.admit("request", "a")
-    assert not refusal.value.by_operator
-    node.enter(Phase.STOPPING)
-    assert (node.state().status, node.state().reasons) == (NodeStatus.STOPPING, ("shutting down",))
-
-
-async def test_requests_are_still_accepted_when_a_shutdown_begins(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
-) -> None:
-    node = await NodeWithFakes(tmp_path).start(nursery)
-    node.begin_shutdown()
-    ticket = await request_in_flight(node, "a")
-    assert node.admitted == 1
-    ticket.close()
-    assert node.admitted == 0
 
 
 async def test_a_change_of_state_is_one_event_however_many_transitions_follow(
@@ -394,12 +341,3 @@ async def test_an_unforeseen_error_in_the_background_ends_only_what_was_done_the
     assert error.__name__ in caplog.text
     await node.load("a", None)
     assert node.state().status is NodeStatus.READY
-
-
-async def test_a_drain_is_said_although_a_preload_goes_on(
-    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
-) -> None:
-    node = await NodeWithFakes(tmp_path, [SLOW], models=PRELOADED).start(nursery)
-    node.preload()
-    node.drain()
-    assert node.state().status is NodeStatus.DRAINING

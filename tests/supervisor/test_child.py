@@ -48,12 +48,19 @@ class NoJitter(random.Random):
 class Watched:
     """A supervisor of fake processes, and what it reports."""
 
-    def __init__(self, *fates: Fate | Exception, on_event: Callable[[Event], None] = lambda _event: None) -> None:
+    def __init__(
+        self,
+        *fates: Fate | Exception,
+        on_event: Callable[[Event], None] = lambda _event: None,
+        may_restart: Callable[[str], bool] = lambda _child_id: True,
+    ) -> None:
         self.events: list[Event] = []
         self.probe = FateProbe()
         self.spawner = FakeSpawner(fates)
         self._on_event = on_event
-        self.supervisor = Supervisor(on_event=self._record, spawner=self.spawner, rng=NoJitter())
+        self.supervisor = Supervisor(
+            on_event=self._record, may_restart=may_restart, spawner=self.spawner, rng=NoJitter()
+        )
 
     def _record(self, event: Event) -> None:
         self.events.append(event)
@@ -322,6 +329,29 @@ async def test_the_first_restart_is_immediate_and_later_ones_wait_1_s_and_then_t
     assert watched.times(Exited) == [2.0, 4.0, 7.0, 11.0]
     assert watched.times(Started) == [0.0, 2.0, 5.0, 9.0, 15.0]
     assert [event.generation for event in watched.events if isinstance(event, Started)] == [1, 2, 3, 4, 5]
+
+
+async def test_a_child_that_may_not_be_restarted_when_its_back_off_is_over_is_stopped(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    asked: list[tuple[str, float]] = []
+    allowed = True
+
+    def may_restart(child_id: str) -> bool:
+        asked.append((child_id, trio.current_time()))
+        return allowed
+
+    watched = await watch(nursery, *[Fate(exits_after_s=2.0)] * 2, may_restart=may_restart)
+    await watched.start(restart=RestartPolicy(max_restarts=10))
+    await trio.sleep(4.5)  # the immediate restart was allowed, and the next one is due in half a second
+    allowed = False
+    await trio.sleep(100.0)
+    assert asked == [("child", 2.0), ("child", 5.0)]
+    assert watched.times(Started) == [0.0, 2.0]
+    assert watched.times(Stopped) == [5.0]
+    states = [watched.state]
+    await watched.start(restart=RestartPolicy(max_restarts=10))
+    assert [*states, watched.state] == [ChildState.STOPPED, ChildState.READY]
 
 
 async def test_a_start_that_failed_is_repeated_after_a_back_off(

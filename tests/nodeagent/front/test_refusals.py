@@ -22,6 +22,7 @@ from nodeagent.errors import (
     Refusal,
     ReloadRefused,
     ServerBusy,
+    ShuttingDown,
     Unauthorized,
     UnsupportedEncoding,
 )
@@ -71,6 +72,13 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
         "server_error",
         "draining",
         ["An operator has drained this node", "Use another node"],
+    ),
+    (
+        ShuttingDown("accept requests again"),
+        409,
+        "invalid_request_error",
+        "shutting_down",
+        ["This node is shutting down, so it can't accept requests again."],
     ),
 ]
 IDS = [type(case[0]).__name__ for case in CASES]
