@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # The first pause between two probes of a starting child; it doubles each time. A tiny server is ready in 20 ms.
 _FIRST_PAUSE_S = 0.01
+# Probes are at least this far apart, however much the child prints.
+_MIN_PAUSE_S = 0.005
 # How long one probe of a starting child may take; a server that is busy loading can be slow to answer.
 _START_PROBE_TIMEOUT_S = 5.0
 # How many probes in a row must find a child suspended: a single one can fall between a SIGSTOP and its SIGCONT.
@@ -82,7 +84,7 @@ async def wait_ready(
     `timeout_s` after the spawn, or once a stop signal has held the child for `suspended_max_s`.
 
     The first probes come quickly, the later ones `interval_s` apart, and one comes at once when the child prints
-    something: often the last line before it is ready says just that.
+    something: often the last line before it is ready says just that. What it prints is not looked at.
     """
     pause_s = _FIRST_PAUSE_S
     ran_at = trio.current_time()
@@ -93,18 +95,19 @@ async def wait_ready(
                 ran_at = trio.current_time()
             elif trio.current_time() - ran_at >= suspended_max_s:
                 return Failure(Cause.SUSPENDED, f"not ready: {_SUSPENDED}")
-            seen = process.output.count
+            seen, probed_at = process.output.count, trio.current_time()
             found = await _probed(process, probe, _START_PROBE_TIMEOUT_S)
             if isinstance(found, str):
                 return found
             logger.debug("%s is not ready: %s", process, found)
             with trio.move_on_after(pause_s):
                 await process.output.more_than(seen)
+            await trio.sleep_until(probed_at + _MIN_PAUSE_S)
             pause_s = min(pause_s * 2, interval_s)
     late = f"not ready {timeout_s:g} s after its spawn"
     if isinstance(found, ProbeUnavailable):
         return Failure(Cause.OWN_SHORTAGE, f"{late}, and it could not be probed: {found}")
-    return Failure(Cause.START_TIMEOUT, late)
+    return Failure(Cause.START_TIMEOUT, f"{late}: {found}")
 
 
 async def watch_liveness(process: ProcessView, probe: Probe, policy: LivenessPolicy, errors: Containment) -> Failure:

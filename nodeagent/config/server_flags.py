@@ -107,9 +107,6 @@ _OWNED = {
     "help version license cache-list completion-bash list-devices": "the server would print something and exit",
 }
 
-# The least of llama-server's verbosities at which it prints where it listens.
-_VERBOSITY_INFO = 3
-
 # The flags whose value is a file that the server reads when it starts.
 _READS_FILE = frozenset(
     {
@@ -284,8 +281,6 @@ def check_server_args(server_args: Mapping[str, object], model: Mapping[str, obj
         elif not flag.takes_value and _would_follow(value):
             # Most of all `mlock: on`, which is a word here: a server that gets `--mlock on` exits with an error.
             yield name, f"takes no value, found {value!r}; write true to set the flag, false to omit it"
-        elif flag.name == "verbosity" and isinstance(value, int) and value < _VERBOSITY_INFO:
-            yield name, f"must be at least {_VERBOSITY_INFO}, found {value}: the agent reads the address from the log"
         elif flag.key and flag.key != "parallel" and model.get(flag.key) is not None:
             yield name, f"repeats the key `{flag.key}` of this model; remove one"
         seen.setdefault(flag, name)

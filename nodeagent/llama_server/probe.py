@@ -1,28 +1,32 @@
 """Readiness and liveness of one llama-server."""
 
-import re
+import logging
 
 import httpx
 
 from nodeagent.llama_server.control import control_client
+from supervisor.listening import Listener, listeners_of
 from supervisor.probe import NotReady, ProcessView
 
-# What the server prints once it listens, and in this build once its model is loaded: `--port 0` picked the port.
-_LISTENING = re.compile(r"listening on (?:http://)?(127\.0\.0\.1:\d+)")
+logger = logging.getLogger(__name__)
+
 _TIMEOUT_S = 5.0
 
 
 class LlamaServerProbe:
-    """Asks a child for its health at the address that it printed; implements `supervisor.probe.Probe`.
+    """Asks a child for its health at the address where it listens; implements `supervisor.probe.Probe`.
 
-    A child is ready if `/health` returns 200 and `/v1/models` lists the alias that it was given. The port comes from
-    the child's own output, so another program's port is never probed. What changes: `_known`, in `check`.
+    A child is ready if `/health` returns 200 and `/v1/models` lists the alias that it was given. `--port 0` picked its
+    port, and the operating system says which one that is: a child prints what its model file says too, so its output
+    only tells when to look (see `supervisor.probe.wait_ready`). If a child listens at several addresses, the first that
+    is ready counts. What changes: `_known` and `_warned_of` (a generation), in `check`.
     """
 
     def __init__(self, alias: str, api_key: str) -> None:
         self._alias = alias
         self._api_key = api_key
         self._known: tuple[int, str] | None = None
+        self._warned_of: int | None = None
 
     def __eq__(self, other: object) -> bool:
         """Probes that ask the same are equal, so that a reload restarts no child because of a new one."""
@@ -37,11 +41,32 @@ class LlamaServerProbe:
             address = self._known[1]
             await self._check_health(address)
             return address
-        address = _printed_address(process)
-        await self._check_health(address)
-        await self._check_alias(address)
-        self._known = (process.generation, address)
-        return address
+        fault = NotReady("it listens nowhere yet")
+        for address in await self._addresses(process):
+            try:
+                await self._check_health(address)
+                await self._check_alias(address)
+            except NotReady as error:
+                fault = error
+            else:
+                self._known = (process.generation, address)
+                return address
+        raise fault
+
+    async def _addresses(self, process: ProcessView) -> list[str]:
+        """Where the child listens on IPv4's loopback, as it was told to."""
+        try:
+            listeners = await _listeners(process)
+        except PermissionError as error:
+            problem = f"where it listens can't be seen: {error}; it needs the same user as the agent and no more rights"
+            if self._warned_of != process.generation:
+                self._warned_of = process.generation
+                logger.warning("%s: %s", self._alias, problem)
+            raise NotReady(problem) from error
+        addresses = [str(it) for it in listeners if it.ip.version == 4 and it.ip.is_loopback]
+        if listeners and not addresses:
+            raise NotReady(f"it listens at {', '.join(map(str, listeners))}, and not on 127.0.0.1")
+        return addresses
 
     async def _check_health(self, address: str) -> None:
         response = await self._get(address, "/health")
@@ -65,8 +90,6 @@ class LlamaServerProbe:
             raise NotReady(f"{path} failed: {error!r}") from error
 
 
-def _printed_address(process: ProcessView) -> str:
-    for line in process.output.lines():
-        if (found := _LISTENING.search(line)) is not None:
-            return found[1]
-    raise NotReady("it has not printed its address yet")
+async def _listeners(process: ProcessView) -> list[Listener]:
+    """Where the child listens; if it is a wrapper, where the processes of its process group do."""
+    return await listeners_of([process.pid]) or await listeners_of(process.group_pids())

@@ -160,7 +160,7 @@ async def test_a_child_that_is_not_ready_in_time_is_ended_and_its_start_has_fail
     watched = await watch(nursery, NEVER_READY)
     failed = await watched.fails_to_start(start_timeout_s=30.0)
     assert trio.current_time() == 30.0
-    assert failed.exit.reason == "not ready 30 s after its spawn; it was killed by SIGTERM"
+    assert failed.exit.reason == "not ready 30 s after its spawn: not yet; it was killed by SIGTERM"
     assert (failed.exit.cause, failed.exit.code, failed.exit.ready_s) == (Cause.START_TIMEOUT, -15, None)
 
 
@@ -640,7 +640,7 @@ async def test_a_process_that_does_not_even_exit_on_sigkill_is_reported_without_
 ) -> None:
     watched = await watch(nursery, Fate(ready_after_s=None, hangs_in_a_driver=True))
     failed = await watched.fails_to_start(start_timeout_s=2.0)
-    assert failed.exit.reason == "not ready 2 s after its spawn; it did not exit after SIGKILL"
+    assert failed.exit.reason == "not ready 2 s after its spawn: not yet; it did not exit after SIGKILL"
     assert (failed.exit.code, failed.exit.cause) == (None, Cause.START_TIMEOUT)
 
 

@@ -331,7 +331,6 @@ def test_a_wrong_key_of_a_model_is_refused(key: str, value: str, said: str) -> N
         *((name, "true", "asks the server for its slots") for name in ("slots", "no-slots")),
         *((name, "true", "would print something and exit") for name in ("h", "help", "version", "list_devices", "cl")),
         ("log_disable", "true", "reads the server's output"),
-        ("log_verbosity", "2", "must be at least 3, found 2"),
         *((name, "true", "needs a value, found true") for name in ("fa", "ctk", "cache_type_k", "temp", "fit", "np")),
         ("flash-attn", "true", "needs a value, found true (on, off or auto)"),
         *((name, "on", "takes no value, found 'on'; write true") for name in ("mlock", "no_mmap", "kvu", "embeddings")),

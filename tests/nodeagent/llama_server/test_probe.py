@@ -1,6 +1,13 @@
-"""Readiness: the child's own address, its health, its alias."""
+"""Readiness: the child's own address, its health, its alias.
+
+The servers of these tests run in this process, so to the probe it is the child.
+"""
 
 import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -9,17 +16,23 @@ import trio
 
 from fakes.http_stub import response, start_http_stub
 from nodeagent.llama_server.probe import LlamaServerProbe
+from supervisor.listening import Listener
 from supervisor.output import Output
 from supervisor.probe import NotReady, ProcessView
 
 
-class Printed:
-    """A process of which the probe sees the output and the generation."""
+class Process:
+    """A process as the probe sees it: this one, unless another is named."""
 
-    def __init__(self, *lines: str, generation: int = 1) -> None:
+    def __init__(self, *lines: str, generation: int = 1, pid: int = 0, group: tuple[int, ...] = ()) -> None:
         self.generation = generation
+        self.pid = pid or os.getpid()
         self.output = Output(lambda _line: None)
         self.output.feed("".join(f"{line}\n" for line in lines).encode())
+        self._group = group
+
+    def group_pids(self) -> list[int]:
+        return [self.pid, *self._group]
 
 
 class Server:
@@ -32,8 +45,7 @@ class Server:
 
     async def start(self, nursery: trio.Nursery) -> str:
         listeners = await nursery.start(partial(trio.serve_tcp, self._handle, 0, host="127.0.0.1"))
-        port = listeners[0].socket.getsockname()[1]
-        return f"0.00.011 I srv  llama_server: listening on http://127.0.0.1:{port}"
+        return f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -46,59 +58,113 @@ class Server:
             await stream.send_all(f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
 
 
-async def check(probe: LlamaServerProbe, process: Printed) -> str:
+async def check(probe: LlamaServerProbe, process: Process) -> str:
     with trio.fail_after(5):
         return await probe.check(cast(ProcessView, process))
 
 
-async def test_a_server_that_is_healthy_and_has_our_name_is_ready_at_the_address_it_printed(
+@contextmanager
+def idle_process() -> Iterator[int]:
+    """The pid of a process that listens nowhere."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+async def test_a_server_that_is_healthy_and_has_our_name_is_ready_at_the_address_where_it_listens(
     nursery: trio.Nursery,
 ) -> None:
-    server = Server()
-    line = await server.start(nursery)
-    assert await check(LlamaServerProbe("mine", "key"), Printed("loading", line)) == line.rpartition("//")[2]
+    address = await Server().start(nursery)
+    assert await check(LlamaServerProbe("mine", "key"), Process()) == address
     nursery.cancel_scope.cancel()
 
 
-async def test_nothing_is_asked_before_the_child_has_printed_its_address() -> None:
-    with pytest.raises(NotReady, match="not printed its address"):
-        await check(LlamaServerProbe("mine", "key"), Printed("loading model"))
+@pytest.mark.parametrize("port", ["{port}", "99999999999999999999", "0", "-1", "\u0663"])
+async def test_what_a_child_prints_says_nothing_about_its_address(port: str, nursery: trio.Nursery) -> None:
+    spy = Server()
+    line = f"listening on http://127.0.0.1:{port.format(port=(await spy.start(nursery)).rpartition(':')[2])}"
+    with idle_process() as pid, pytest.raises(NotReady, match="it listens nowhere yet"):
+        await check(LlamaServerProbe("mine", "key"), Process(line, pid=pid))
+    assert spy.asked == []
+    nursery.cancel_scope.cancel()
+
+
+async def test_of_several_addresses_the_first_that_is_ready_counts(nursery: trio.Nursery) -> None:
+    for other in (Server(health=404), Server(name="other")):
+        await other.start(nursery)
+    address = await Server().start(nursery)
+    assert await check(LlamaServerProbe("mine", "key"), Process()) == address
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_wrapper_that_listens_nowhere_is_asked_at_the_address_of_its_group(nursery: trio.Nursery) -> None:
+    address = await Server().start(nursery)
+    with idle_process() as pid:
+        assert await check(LlamaServerProbe("mine", "key"), Process(pid=pid, group=(os.getpid(),))) == address
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_listens_elsewhere_than_on_the_loopback_is_not_asked(nursery: trio.Nursery) -> None:
+    listeners = await nursery.start(partial(trio.serve_tcp, lambda _stream: trio.sleep(0), 0, host="0.0.0.0"))
+    port = listeners[0].socket.getsockname()[1]
+    with pytest.raises(NotReady, match=rf"it listens at 0\.0\.0\.0:{port}, and not on 127\.0\.0\.1"):
+        await check(LlamaServerProbe("mine", "key"), Process())
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_child_that_does_not_let_us_look_is_not_ready_and_a_warning_says_why_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(_pids: object) -> list[Listener]:
+        raise PermissionError(13, "Permission denied", "/proc/7/fd")
+
+    monkeypatch.setattr("nodeagent.llama_server.probe.listeners_of", refused)
+    probe = LlamaServerProbe("mine", "key")
+    for _ in range(2):
+        with pytest.raises(NotReady, match="can't be seen: .*Permission denied: '/proc/7/fd'"):
+            await check(probe, Process())
+    [warning] = caplog.messages
+    assert warning.startswith("mine: where it listens can't be seen")
 
 
 async def test_a_server_that_still_loads_is_not_ready(nursery: trio.Nursery) -> None:
-    process = Printed(await Server(health=503).start(nursery))
+    await Server(health=503).start(nursery)
     with pytest.raises(NotReady, match="/health returned 503"):
-        await check(LlamaServerProbe("mine", "key"), process)
+        await check(LlamaServerProbe("mine", "key"), Process())
     nursery.cancel_scope.cancel()
 
 
 async def test_a_server_of_another_name_is_never_ready(nursery: trio.Nursery) -> None:
-    process = Printed(await Server(name="other").start(nursery))
+    await Server(name="other").start(nursery)
     with pytest.raises(NotReady, match="serves \\['other'\\], not 'mine'"):
-        await check(LlamaServerProbe("mine", "key"), process)
+        await check(LlamaServerProbe("mine", "key"), Process())
     nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_does_not_answer_is_not_ready() -> None:
+async def test_a_server_that_does_not_answer_is_not_ready(nursery: trio.Nursery) -> None:
+    await start_http_stub(nursery, lambda _request_line, _body: b"")
     with pytest.raises(NotReady, match="/health failed"):
-        await check(LlamaServerProbe("mine", "key"), Printed("listening on http://127.0.0.1:1"))
+        await check(LlamaServerProbe("mine", "key"), Process())
+    nursery.cancel_scope.cancel()
 
 
 async def test_the_name_is_asked_for_once_in_each_generation(nursery: trio.Nursery) -> None:
     server = Server()
-    line = await server.start(nursery)
+    await server.start(nursery)
     probe = LlamaServerProbe("mine", "key")
     for generation in (1, 1, 2):
-        await check(probe, Printed(line, generation=generation))
+        await check(probe, Process(generation=generation))
     assert server.asked == ["/health", "/v1/models", "/health", "/health", "/v1/models"]
     nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("body", ["not JSON", "[]", '{"data": [{}]}', '{"data": null}'])
 async def test_a_server_without_a_list_of_models_is_not_ready(body: str, nursery: trio.Nursery) -> None:
-    address = await start_http_stub(nursery, lambda _request_line, _body: response(body))
+    await start_http_stub(nursery, lambda _request_line, _body: response(body))
     with pytest.raises(NotReady, match="/v1/models returned 200 and no list of models"):
-        await check(LlamaServerProbe("mine", "key"), Printed(f"listening on http://{address}"))
+        await check(LlamaServerProbe("mine", "key"), Process())
     nursery.cancel_scope.cancel()
 
 
@@ -122,7 +188,8 @@ class Slow(Server):
 
 async def test_probes_that_are_cancelled_at_any_moment_do_not_block_the_next_ones(nursery: trio.Nursery) -> None:
     """A pool of httpx's that is cancelled while it is at its limit never lends a connection again (httpcore#1093)."""
-    process = Printed(await Slow().start(nursery))
+    await Slow().start(nursery)
+    process = Process()
     probe = LlamaServerProbe("mine", "key")
 
     async def cancelled(after_s: float) -> None:
