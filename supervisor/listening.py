@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -102,17 +103,24 @@ async def _look_up(inodes: Collection[int]) -> set[Listener]:
     100,000 connections has tables of many megabytes."""
     missing, found = set(inodes), set()
     for path in _TABLES:
-        if missing and os.path.exists(path):  # there is no tcp6 without IPv6
-            with open(path, "rb", buffering=0) as table:
-                rest = b""
-                while missing and (data := table.read(_READ_BYTES)):
-                    lines, newline, rest = (rest + data).rpartition(b"\n")
-                    for inode, listener in parse_listeners(lines + newline):
-                        if inode in missing:
-                            missing.remove(inode)
-                            found.add(listener)
-                    await trio.lowlevel.checkpoint()
+        for lines in _parts(path):
+            for inode, listener in parse_listeners(lines):
+                if inode in missing:
+                    missing.remove(inode)
+                    found.add(listener)
+            if not missing:
+                return found
+            await trio.lowlevel.checkpoint()
     return found
+
+
+def _parts(path: str) -> Iterator[bytes]:
+    """The whole lines of a table, some at a time; none if there is no such table, as tcp6 without IPv6."""
+    with suppress(FileNotFoundError), open(path, "rb", buffering=0) as table:
+        rest = b""
+        while data := table.read(_READ_BYTES):
+            lines, newline, rest = (rest + data).rpartition(b"\n")
+            yield lines + newline
 
 
 def _listeners_by_psutil(pid: int) -> list[Listener]:

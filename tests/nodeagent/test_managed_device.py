@@ -76,6 +76,7 @@ async def test_its_lane_takes_a_turn_after_each_event_of_a_server(
 ) -> None:
     parts = NodeWithFakes(tmp_path)
     await parts.start(nursery)
+    await wait_all_tasks_blocked()  # the turns of the start are over
     device, policy = device_of(parts), CountingPolicy()
     device.lane.rules = replace(device.lane.rules, policy=policy)
     await wait_all_tasks_blocked()

@@ -49,9 +49,13 @@ async def test_each_process_has_its_own_listeners_the_lowest_port_first() -> Non
 async def test_a_process_that_has_ended_listens_nowhere() -> None:
     with listening("127.0.0.1") as (pid, _ports):
         os.kill(pid, 9)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        _wait_for_zombie(pid)
         assert await found(pid) == []  # a zombie
     assert await found(pid) == []
+
+
+def _wait_for_zombie(pid: int) -> None:
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 async def test_connections_are_no_listeners() -> None:
@@ -67,12 +71,13 @@ async def test_a_process_that_does_not_let_us_look_is_a_permission_error() -> No
             await found(1)
         return
     script = (
-        f"import os, trio; os.setuid(65534); from supervisor.listening import listeners_of\n"
+        f"import os, trio; from supervisor.listening import listeners_of; os.setuid(65534)\n"
         f"try: trio.run(listeners_of, [{os.getpid()}])\n"
         f"except PermissionError as error: print('refused', error.filename)"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert ran.stdout.strip() == f"refused /proc/{os.getpid()}/fd", ran.stderr
+    with trio.fail_after(60):
+        ran = await trio.run_process([sys.executable, "-c", script], capture_stdout=True)
+    assert ran.stdout.decode().strip() == f"refused /proc/{os.getpid()}/fd"
 
 
 async def test_looking_takes_little_time_beside_many_connections() -> None:
