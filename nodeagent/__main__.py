@@ -1,8 +1,30 @@
-"""`python -m nodeagent` is the command `rolemesh-node-agent`."""
+"""The command `rolemesh-node-agent`, which `python -m nodeagent` is too."""
 
+import signal
 import sys
 
-from nodeagent.cli.main import main
+
+def run() -> int:
+    """Run the command line; return its exit code.
+
+    Before and after it, Ctrl-C ends the process without the traceback that Python would show of an import, and signals
+    without a meaning for the agent are ignored.
+    """
+    # A shell starts its background jobs with SIGINT ignored, which stays so.
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    from nodeagent.cli.main import main
+
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -1,7 +1,6 @@
 """Builds the node from its configuration and runs its tasks from start to stop.
 
 lock the state folder, bind the address, find the devices
-├── signals         SIGTERM and SIGINT stop the agent, SIGHUP reloads the configuration
 ├── supervisor      owns the children
 ├── node            background work that requests start
 ├── monitor         reads the devices
@@ -10,12 +9,12 @@ lock the state folder, bind the address, find the devices
 ├── front           hypercorn and the Quart-Trio app
 └── dispatcher      registration and heartbeats
 
-Stopping goes from the outside in: drain, the front, the dispatcher's last heartbeat, the children.
+Stopping goes from the outside in: drain, the front, the dispatcher's last heartbeat, the children. Signals are caught
+around all of it, from the start to the end (`signals`).
 """
 
 import logging
 import secrets
-import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,7 +46,8 @@ from nodeagent.llama_server.probe import LlamaServerProbe
 from nodeagent.llama_server.saved_caches import SavedCaches
 from nodeagent.managed_device import BuildSpecs, ManagedDevice
 from nodeagent.node import Node, NodeIdentity
-from nodeagent.shutdown import exit_after, receive_signals, until_drained
+from nodeagent.shutdown import drain
+from nodeagent.signals import Signals
 from nodeagent.status import Phase
 from supervisor.lifecycle import Event
 from supervisor.records import Records, sweep
@@ -64,11 +64,17 @@ _LAST_BYTES_S = 1.0
 
 
 async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _base_url: None) -> None:
-    """Run the node until SIGTERM or SIGINT has stopped it; `on_ready` gets the base URL once requests are accepted.
+    """Run the node until a signal has stopped it; `on_ready` gets the base URL once requests are accepted.
 
-    Raises ConfigError or StartupError, before any child is started, if the node can't run here. Cancelling stops
-    the children and returns.
+    Raises ConfigError or StartupError, before any child is started, if the node can't run here, and EndedAtOnce after a
+    second signal. Cancelling stops the children and returns.
     """
+    signals = Signals(last_resort_s=config.llama_server_stop_grace_s + _LAST_RESORT_S)
+    with signals.caught(), signals.scope:
+        await _run(config, signals, on_ready)
+
+
+async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], None]) -> None:
     reload.log_warnings(config)
     descriptors.raise_limit()
     binary = find_llama_server(config)
@@ -85,13 +91,13 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
                 logger.info("servers may use %s", cpus)
             agent = Agent(config, backend, devices, binary, port)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
-            await agent.run(listeners, on_ready)
+            await agent.run(listeners, signals, on_ready)
         finally:
             backend.close()
 
 
 class Agent:
-    """The parts of the node, and the nursery in which they run. What changes: `_last_resort`, in `_stop`."""
+    """The parts of the node, and the nursery in which they run."""
 
     def __init__(self, config: NodeConfig, backend: Backend, devices: list[DeviceRef], binary: Path, port: int) -> None:
         self._config = config
@@ -109,16 +115,28 @@ class Agent:
         self.node.dispatcher = self._dispatcher
         self._stop_front = trio.Event()
         self._front_ended = trio.Event()
-        self._last_resort: threading.Timer | None = None
 
-    async def run(self, listeners: list[trio.SocketListener], on_ready: Callable[[str], None]) -> None:
+    async def run(
+        self, listeners: list[trio.SocketListener], signals: Signals, on_ready: Callable[[str], None]
+    ) -> None:
         """Run until a signal asks for the end, then drain, stop the children, and return."""
+        try:
+            await self._run_parts(listeners, signals, on_ready)
+        finally:
+            signals.on_kill = lambda: None
+            self._caches.clear()
+            logger.info("node %s has stopped", self.node.node_id)
+
+    async def _run_parts(
+        self, listeners: list[trio.SocketListener], signals: Signals, on_ready: Callable[[str], None]
+    ) -> None:
         node = self.node
         await self._catalogue.inspect_all(self._config.models)
         async with trio.open_nursery() as nursery:
-            signals = await nursery.start(receive_signals, name="signals")
+            signals.on_kill = partial(nursery.start_soon, self._supervisor.kill_all, name="kill all servers")
             await nursery.start(self._supervisor.run, name="supervisor")
             await nursery.start(node.run, name="node")
+            signals.on_reload = node.reload_soon
             await nursery.start(self._monitor.run, name="monitor")
             for device_id, device in node.devices.items():
                 await nursery.start(device.lane.run, name=f"lane {device_id}")
@@ -130,18 +148,15 @@ class Agent:
                 await nursery.start(self._dispatcher.run, name="dispatcher")
             logger.info("node %s accepts requests at %s", node.node_id, node.identity.base_url)
             on_ready(node.identity.base_url)
-            await until_drained(node, signals)
+            await drain(node, await signals.until_asked())
+            signals.on_reload = lambda: None
+            signals.end_in_time()
             await self._stop()
             nursery.cancel_scope.cancel()  # the supervisor stops the children before its task ends
-        self._caches.clear()
-        if self._last_resort is not None:
-            self._last_resort.cancel()
-        logger.info("node %s has stopped", node.node_id)
 
     async def _stop(self) -> None:
         self.node.enter(Phase.STOPPING)
         self.node.refuse_requests()
-        self._last_resort = exit_after(self.node.config.llama_server_stop_grace_s + _LAST_RESORT_S)
         self._stop_front.set()
         await self._front_ended.wait()
         if self._dispatcher is not None:

@@ -3,6 +3,7 @@
 NodeAgentError
 ├── ConfigError              the configuration can't be used; carries every problem found
 ├── StartupError             the daemon can't start here (address in use, state folder locked)
+├── EndedAtOnce              a second signal ended the daemon
 ├── GgufError                a model file can't be read (gguf/file.py)
 ├── DriverError              a GPU driver does not answer as it should (devices/backend.py)
 ├── CommandFailed            an operator's command failed (cli/operations.py)
@@ -66,6 +67,14 @@ class ConfigError(NodeAgentError):
 
 class StartupError(NodeAgentError):
     """The daemon can't start on this host as configured; the message is one line for a person."""
+
+
+class EndedAtOnce(NodeAgentError):
+    """A second signal ended the daemon before it had stopped in good order."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"ended by signal {signum}")
 
 
 class UpstreamLost(NodeAgentError):

@@ -102,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "supervisor.lifecycle",
     },
     "nodeagent.shutdown": {"nodeagent.config"},
+    "nodeagent.signals": {"nodeagent.errors", "nodeagent.shutdown"},
     # The shell.
     "nodeagent.agent": {"nodeagent", "supervisor"},
     "nodeagent.cli": {"nodeagent"},

@@ -4,7 +4,8 @@
 1   the daemon could not start (also: no --config) or failed, or the agent refused the command or was not there.
 2   argparse could not read the command line: an unknown command or option, or a value that does not fit.
 78  the configuration is wrong (EX_CONFIG of BSD's sysexits.h): a restart by the service manager would not help.
-130 Ctrl-C ended the command (128 + SIGINT).
+130 Ctrl-C ended the command (128 + SIGINT), or a second Ctrl-C the daemon.
+143 a second SIGTERM ended the daemon (128 + SIGTERM).
 141 the reader of the output went away (128 + SIGPIPE), as `head` does.
 """
 
@@ -35,7 +36,7 @@ from nodeagent.config import (
 )
 from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.selection import devices_of, select
-from nodeagent.errors import ConfigError, StartupError
+from nodeagent.errors import ConfigError, EndedAtOnce, StartupError
 from nodeagent.llama_server.binary_help import read_help
 from nodeagent.llama_server.command_line import describe
 
@@ -51,9 +52,9 @@ PROG = "rolemesh-node-agent"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (by default the process's own arguments); return its exit code."""
-    args = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = args.command
     try:
+        args = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = args.command
         code = command(args)
         sys.stdout.flush()
         return code
@@ -186,6 +187,8 @@ def _run_daemon(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda 
         raise ConfigError(located(config, error.problems)) from error
     except StartupError:
         raise
+    except EndedAtOnce as ended:
+        return 128 + ended.signum
     except Exception:
         logger.critical("the agent failed", exc_info=True)
         return EXIT_FAILED

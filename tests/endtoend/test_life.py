@@ -105,23 +105,6 @@ def test_requests_that_outlast_the_shutdown_timeout_are_cut_uncleanly(
         assert_gone(children)
 
 
-def test_a_second_signal_ends_the_waiting(llama_server: Path, slow: list[dict[str, Any]], tmp_path: Path) -> None:
-    config = write_config(tmp_path, llama_server, slow, drain_grace_s=60, shutdown_timeout_s=60)
-    with running_agent(config) as agent, ThreadPoolExecutor(1) as pool:
-        begun = threading.Event()
-        text = pool.submit(stream, agent, ENDLESS, begun)
-        assert begun.wait(30)
-        agent.signal(signal.SIGTERM)
-        agent.wait_for_line(lambda line: "draining" in line["message"])
-        agent.signal(signal.SIGHUP)  # asks for no end
-        agent.wait_for_line(lambda line: "configuration reloaded" in line["message"])
-        assert agent.process.poll() is None
-        agent.signal(signal.SIGTERM)
-        assert agent.wait_exit(15) == 0
-        with pytest.raises(httpx.TransportError):
-            text.result()
-
-
 def test_an_idle_keep_alive_client_does_not_hold_up_the_end(
     llama_server: Path, slow: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -19,9 +19,12 @@ Line = dict[str, Any]
 
 
 class AgentProcess:
-    """A running agent. `lines` are its log so far, each a JSON object; a thread appends to it."""
+    """A running agent, as a daemon: without a terminal. `env` adds to its environment.
 
-    def __init__(self, config: Path) -> None:
+    `lines` are its log so far, each a JSON object; a thread appends to it.
+    """
+
+    def __init__(self, config: Path, **env: str) -> None:
         self.lines: list[Line] = []
         self._fresh: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self.process = subprocess.Popen(
@@ -38,6 +41,8 @@ class AgentProcess:
             ],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            env={**os.environ, **env},
+            start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
