@@ -177,16 +177,24 @@ class ModelLoadTimeout(Refusal):
 
 
 class BackendUnavailable(Refusal):
-    """No device can serve the model now. `reason` says why, with the last lines of the server's output if any.
+    """No device can serve the model now, for this reason.
 
-    `retry_after_s` is when a retry may help, None if unknown.
+    `retry_after_s` is when a retry may help, None if unknown. `last_lines` is what the server printed before it ended,
+    if one did: it may hold paths and parts of prompts, so the log and operators get it, and clients don't.
     """
 
-    def __init__(self, model_id: str, reason: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, model_id: str, reason: str, retry_after_s: float | None = None, last_lines: Sequence[str] = ()
+    ) -> None:
         self.model_id = model_id
         self.reason = reason
         self.retry_after_s = retry_after_s
-        super().__init__(f"{model_id}: {reason}")
+        self.last_lines = last_lines
+        super().__init__(f"{model_id}: {with_last_lines(reason, last_lines)}")
+
+    def for_operators(self) -> "BackendUnavailable":
+        """The same with the last lines in its reason."""
+        return BackendUnavailable(self.model_id, with_last_lines(self.reason, self.last_lines), self.retry_after_s)
 
 
 class BackendCrashed(Refusal):
@@ -252,3 +260,8 @@ class ReloadRefused(Refusal):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("; ".join(problems))
+
+
+def with_last_lines(reason: str, lines: Sequence[str]) -> str:
+    """The reason with what a server printed last, if anything: for the log and for operators."""
+    return f"{reason}; it last printed: {' | '.join(lines)}" if lines else reason

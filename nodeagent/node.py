@@ -143,8 +143,8 @@ class Node:
             return replace(state, status=NodeStatus.STARTING)
         return state
 
-    def inventory_json(self) -> bytes:
-        return inventory(self.snapshot()).model_dump_json().encode()
+    def inventory_json(self, *, for_operators: bool = False) -> bytes:
+        return inventory(self.snapshot(), for_operators=for_operators).model_dump_json().encode()
 
     def log_of(self, device_id: str) -> Ring[str]:
         return self._device(device_id).lines

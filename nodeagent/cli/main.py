@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
     except operations.CommandFailed as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(logs.printable(f"{PROG}: {error}"), file=sys.stderr)  # it may repeat what a server printed
         return EXIT_CONFIG if error.bad_configuration else EXIT_FAILED
     except StartupError as error:
         print(f"{PROG}: {error}", file=sys.stderr)

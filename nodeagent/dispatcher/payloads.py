@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from nodeagent.dispatcher import wire
+from nodeagent.errors import with_last_lines
 from nodeagent.scheduling.seam import ServerState, ServerView
 from nodeagent.status import DeviceStatus, ModelStatus, NodeSnapshot
 
@@ -31,11 +32,12 @@ def heartbeat(node: NodeSnapshot, sequence: int) -> wire.Heartbeat:
     )
 
 
-def inventory(node: NodeSnapshot) -> wire.Inventory:
+def inventory(node: NodeSnapshot, *, for_operators: bool = False) -> wire.Inventory:
+    """With `for_operators` the reasons of servers that ended have the last lines that these printed."""
     sent_at = datetime.now(UTC)
     devices = [
         wire.InventoryDevice(
-            **_device_facts(device) | _device_state(device, node.now, sent_at),
+            **_device_facts(device) | _device_state(device, node.now, sent_at, for_operators=for_operators),
             threads=device.ref.threads,
             cpus=sorted(device.ref.cpus) if device.ref.cpus is not None else None,
         )
@@ -85,7 +87,9 @@ def _device_facts(device: DeviceStatus) -> dict[str, Any]:
     }
 
 
-def _device_state(device: DeviceStatus, now: float, sent_at: datetime) -> dict[str, Any]:
+def _device_state(
+    device: DeviceStatus, now: float, sent_at: datetime, *, for_operators: bool = False
+) -> dict[str, Any]:
     return {
         "device_id": device.ref.device_id,
         "metrics": _metrics(device, now),
@@ -96,7 +100,7 @@ def _device_state(device: DeviceStatus, now: float, sent_at: datetime) -> dict[s
             free=device.lane.free,
             estimated_wait_s=round(device.lane.estimated_wait_s, 3),
         ),
-        "servers": [_server(server, now, sent_at) for server in device.servers],
+        "servers": [_server(server, now, sent_at, for_operators=for_operators) for server in device.servers],
     }
 
 
@@ -113,7 +117,10 @@ def _metrics(device: DeviceStatus, now: float) -> wire.Metrics:
     )
 
 
-def _server(server: ServerView[Any], now: float, sent_at: datetime) -> wire.Server:
+def _server(server: ServerView[Any], now: float, sent_at: datetime, *, for_operators: bool) -> wire.Server:
+    reason = server.reason
+    if reason is not None and for_operators:
+        reason = with_last_lines(reason, server.last_lines)
     return wire.Server(
         model_id=server.model_id,
         state=server.state.value,
@@ -121,7 +128,7 @@ def _server(server: ServerView[Any], now: float, sent_at: datetime) -> wire.Serv
         since=sent_at - timedelta(seconds=now - server.since),
         ready_in_s=None if server.retry_at is None else round(max(0.0, server.retry_at - now), 3),
         slots=server.slots,
-        reason=server.reason,
+        reason=reason,
         reason_code=server.reason_code,
     )
 

@@ -1,7 +1,8 @@
 """The node's own paths: its inventory and queues, and what operators can do.
 
 A path that changes something, or shows more than a client needs (events, logs), requires the admin token. Web pages
-may not use it: a request with an Origin is refused there, whatever its token.
+may not use it: a request with an Origin is refused there, whatever its token. The inventory is for everybody, but what
+servers printed is in it for operators only.
 """
 
 import hmac
@@ -12,7 +13,7 @@ from typing import Any
 import trio
 from quart import Blueprint, Response, request
 
-from nodeagent.errors import InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
+from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
 from nodeagent.events import NodeEvent, Ring
 from nodeagent.front.seam import Node, find_card
 from nodeagent.llama_server.relay import Upstream
@@ -34,7 +35,8 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.get("/v1/node/inventory")
     async def inventory() -> Response:
-        return Response(node.inventory_json(), content_type="application/json")
+        content = node.inventory_json(for_operators=_is_operator(node.admin_token))
+        return Response(content, content_type="application/json")
 
     @routes.get("/v1/node/queue")
     async def queue() -> dict[str, Any]:
@@ -63,7 +65,7 @@ def blueprint(node: Node) -> Blueprint:
         if device_id is not None and device_id not in node.scheduler.lanes:
             raise NoSuchDevice(device_id, list(node.scheduler.lanes))
         if fields.get("wait", True):
-            return {"model_id": model_id, "device_id": await node.load(model_id, device_id), "state": "ready"}, 200
+            return {"model_id": model_id, "device_id": await _load(node, model_id, device_id), "state": "ready"}, 200
         node.load_soon(model_id, device_id)
         return {"model_id": model_id, "device_id": device_id, "state": "starting"}, 202
 
@@ -78,7 +80,7 @@ def blueprint(node: Node) -> Blueprint:
         fields = await _fields({"force": bool})
         model_id = find_card(node, model).model_id
         devices = await node.unload(model_id, force=fields.get("force", False))
-        return {"model_id": model_id, "restarted_on": [await node.load(model_id, device) for device in devices]}
+        return {"model_id": model_id, "restarted_on": [await _load(node, model_id, device) for device in devices]}
 
     @admin.post("/v1/node/drain")
     async def drain() -> dict[str, Any]:
@@ -112,9 +114,22 @@ def _authenticate(token: str) -> None:
     origin = request.headers.get("Origin")
     if origin is not None:
         raise OriginForbidden(origin)
-    given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-    if not hmac.compare_digest(given, f"Bearer {token}".encode()):
+    if not _is_operator(token):
         raise Unauthorized
+
+
+def _is_operator(token: str) -> bool:
+    """Whether the request has the admin token and comes from no web page."""
+    given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+    return "Origin" not in request.headers and hmac.compare_digest(given, f"Bearer {token}".encode())
+
+
+async def _load(node: Node, model_id: str, device_id: str | None) -> str:
+    """See `Node.load`; a failure is told with what the server printed, since operators may see its log too."""
+    try:
+        return await node.load(model_id, device_id)
+    except BackendUnavailable as error:
+        raise error.for_operators() from error
 
 
 async def _fields(kinds: dict[str, type]) -> dict[str, Any]:

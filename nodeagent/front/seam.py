@@ -55,8 +55,9 @@ class Node(Protocol):
     def state(self) -> NodeState:
         """The node's status, with the reasons for it."""
 
-    def inventory_json(self) -> bytes:
-        """The inventory: what registration and heartbeat contain, and what is configured."""
+    def inventory_json(self, *, for_operators: bool = False) -> bytes:
+        """The inventory: what registration and heartbeat contain, and what is configured; for operators with what
+        servers printed before they ended."""
 
     @property
     def admin_token(self) -> str:

@@ -5,7 +5,8 @@ connections to the server that is ready.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import trio
 
@@ -21,10 +22,9 @@ from nodeagent.llama_server.server_id import ServerId
 from nodeagent.llama_server.server_views import (
     LAST_LINES,
     code_of,
-    reason_of,
+    last_lines_of,
     view_of_child,
     view_of_unusable_model,
-    with_last_lines,
 )
 from nodeagent.llama_server.stall_watch import Worker
 from nodeagent.scheduling.seam import Obstacle, ServerView
@@ -126,7 +126,7 @@ class DeviceServers:
             return None
         wait_s = child.retry_at - trio.current_time()
         if (child.state is ChildState.FAILED and wait_s > 0) or wait_s > self._patience_s:
-            return Obstacle(self._reason(child) or "failed", child.retry_at, code_of(child))
+            return Obstacle(child.reason or "failed", child.retry_at, code_of(child))
         return None
 
     def has_room(self, model_id: str) -> bool:
@@ -152,9 +152,10 @@ class DeviceServers:
         try:
             await self._start(model, spec)
         except StartFailed as failure:
-            reason = with_last_lines(failure.exit.reason, failure.exit.last_lines)
             child = self._child(model_id)
-            raise self._unavailable(model_id, reason, child.retry_at if child else None) from failure
+            retry_at = child.retry_at if child else None
+            last_lines = failure.exit.last_lines[-LAST_LINES:]
+            raise self._unavailable(model_id, failure.exit.reason, retry_at, last_lines) from failure
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
 
@@ -261,7 +262,7 @@ class DeviceServers:
             model,
             child,
             self._upstreams.get(model_id),
-            reason=self._reason(child),
+            last_lines=last_lines_of(child, partial(self._supervisor.lines, child.child_id)),
             still_starting=model_id == self._still_starting,
         )
 
@@ -277,12 +278,11 @@ class DeviceServers:
             counts_cpu=self.device.backend == "cpu",
         )
 
-    def _reason(self, child: ChildSnapshot) -> str | None:
-        return reason_of(child, lambda: self._supervisor.lines(child.child_id, LAST_LINES))
-
-    def _unavailable(self, model_id: str, reason: str, retry_at: float | None) -> BackendUnavailable:
+    def _unavailable(
+        self, model_id: str, reason: str, retry_at: float | None, last_lines: Sequence[str] = ()
+    ) -> BackendUnavailable:
         retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
-        return BackendUnavailable(model_id, f"{self.device.device_id}: {reason}", retry_after_s)
+        return BackendUnavailable(model_id, f"{self.device.device_id}: {reason}", retry_after_s, last_lines)
 
 
 def _process(spec: ChildSpec) -> tuple[object, ...]:

@@ -87,7 +87,9 @@ class LlamaServerProbe:
             async with control_client(self._api_key, _TIMEOUT_S) as client:
                 return await client.get(f"http://{address}{path}")
         except httpx.HTTPError as error:
-            raise NotReady(f"{path} failed: {error!r}") from error
+            # The text of a protocol error quotes what the server sent, and a reason is shown to everybody.
+            what = type(error).__name__ if isinstance(error, httpx.RemoteProtocolError) else repr(error)
+            raise NotReady(f"{path} failed: {what}") from error
 
 
 async def _listeners(process: ProcessView) -> list[Listener]:

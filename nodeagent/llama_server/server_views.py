@@ -9,7 +9,7 @@ from nodeagent.scheduling.seam import ServerState, ServerView
 from supervisor.snapshot import ChildSnapshot, ChildState
 
 LAST_LINES = 5
-"""How many of the last lines of a server that exited are shown to clients and in the inventory; the log has all."""
+"""How many of the last lines of a server that ended operators see beside the reason; the log has all."""
 
 _STATES = {
     ChildState.STARTING: ServerState.STARTING,
@@ -40,11 +40,11 @@ def view_of_child(
     child: ChildSnapshot,
     upstream: Upstream | None,
     *,
-    reason: str | None,
+    last_lines: tuple[str, ...] = (),
     still_starting: bool,
 ) -> ServerView[Upstream]:
-    """The server of a child that is not stopped. `model` is None if it is no longer configured; `reason` is that of
-    `reason_of`. With `still_starting` a child that is ready counts as starting."""
+    """The server of a child that is not stopped. `model` is None if it is no longer configured; `last_lines` are
+    those of `last_lines_of`. With `still_starting` a child that is ready counts as starting."""
     state = _STATES[child.state]
     if state is ServerState.READY and still_starting:
         state = ServerState.STARTING
@@ -55,8 +55,9 @@ def view_of_child(
         since=child.since,
         slots=model.parallel if model is not None else 1,
         spawned_at=child.spawned_at,
-        reason=reason,
+        reason=child.reason,
         reason_code=code_of(child),
+        last_lines=last_lines,
         retry_at=child.retry_at,
         endpoint=upstream if state is ServerState.READY else None,
         idle_unload_s=model.idle_unload_s if model is not None else None,
@@ -68,14 +69,7 @@ def code_of(child: ChildSnapshot) -> ReasonCode | None:
     return None if child.cause is None else ReasonCode(child.cause.value)
 
 
-def reason_of(child: ChildSnapshot, last_lines: Callable[[], Sequence[str]]) -> str | None:
-    """The same for people; if the child has exited, with the last lines that it printed."""
-    if child.reason is None or child.state not in (ChildState.BACKING_OFF, ChildState.FAILED):
-        return child.reason
-    return with_last_lines(child.reason, last_lines())
-
-
-def with_last_lines(reason: str, lines: Sequence[str]) -> str:
-    """The reason with the last of these lines, if there are any."""
-    last = " | ".join(lines[-LAST_LINES:])
-    return f"{reason}; it last printed: {last}" if last else reason
+def last_lines_of(child: ChildSnapshot, lines: Callable[[int], Sequence[str]]) -> tuple[str, ...]:
+    """What a child that has ended printed last, nothing for any other; `lines` gives that many of its last lines."""
+    ended = child.state in (ChildState.BACKING_OFF, ChildState.FAILED)
+    return tuple(lines(LAST_LINES)) if ended and child.reason is not None else ()

@@ -24,7 +24,8 @@ class ServerState(Enum):
 class ServerView(Generic[E]):
     """One server of a device. Times are `trio.current_time()`.
 
-    `reason` says why it is in its state, for people; `reason_code` the same for programs. `retry_at` is when a server
+    `reason` says why it is in its state, for people; `reason_code` the same for programs. `last_lines` is what it
+    printed before it ended, for operators only. `retry_at` is when a server
     that is backing off or failed may be started again. `endpoint` is set while ready. `idle_unload_s` is how long it
     may be without a request before it is unloaded; None: no limit.
     """
@@ -37,6 +38,7 @@ class ServerView(Generic[E]):
     spawned_at: float | None = None
     reason: str | None = None
     reason_code: str | None = None
+    last_lines: tuple[str, ...] = ()
     retry_at: float | None = None
     endpoint: E | None = None
     idle_unload_s: float | None = None
