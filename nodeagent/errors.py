@@ -31,6 +31,7 @@ NodeAgentError
 Errors carry fields, not formatted text. `str()` is for logs; the front writes the message that a client reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -25,9 +25,9 @@ class ServerView(Generic[E]):
     """One server of a device. Times are `trio.current_time()`.
 
     `reason` says why it is in its state, for people; `reason_code` the same for programs. `last_lines` is what it
-    printed before it ended, for operators only. `retry_at` is when a server
-    that is backing off or failed may be started again. `endpoint` is set while ready. `idle_unload_s` is how long it
-    may be without a request before it is unloaded; None: no limit.
+    printed before it ended, for operators only. `retry_at` is when a server that is backing off or failed may be
+    started again. `endpoint` is set while ready. `idle_unload_s` is how long it may be without a request before it is
+    unloaded; None: no limit.
     """
 
     model_id: str

@@ -35,8 +35,7 @@ def agent(config: Path) -> Iterator[AgentProcess]:
 
 @pytest.fixture
 def operator(agent: AgentProcess, config: Path) -> Iterator[httpx.Client]:
-    token = (config.parent / "state" / "admin.token").read_text().strip()
-    headers = {"Authorization": f"Bearer {token}"}
+    headers = {"Authorization": f"Bearer {_token(config)}"}
     with httpx.Client(base_url=agent.base_url, headers=headers, timeout=30, trust_env=False) as http:
         yield http
 
@@ -359,3 +358,30 @@ def test_a_reload_of_how_servers_are_kept_restarts_none(agent: AgentProcess, con
     said(config, "reload")
     assert chat(agent, "tiny").status_code == 200
     assert servers(agent)["tiny"]["generation"] == 1
+
+
+def test_what_a_failed_server_printed_is_for_operators_only(failing: Path) -> None:
+    printed = "template.jinja"
+    with running_agent(failing) as agent:
+        answer = chat(agent, "tiny")
+        assert answer.status_code == 503, answer.text
+        public = [answer.text, *(_get(agent, path) for path in ("/readyz", "/v1/node/inventory", "/v1/node/queue"))]
+        assert not [text for text in public if printed in text]
+        assert "exited with code 1" in answer.text
+        assert printed in command(failing, "status").stdout
+        refused = command(failing, "load", "tiny")
+        assert printed in refused.stderr, refused
+        page = httpx.get(
+            f"{agent.base_url}/v1/node/inventory",
+            headers={"Authorization": f"Bearer {_token(failing)}", "Origin": "https://evil.example"},
+            trust_env=False,
+        )
+        assert printed not in page.text
+
+
+def _get(agent: AgentProcess, path: str) -> str:
+    return httpx.get(agent.base_url + path, timeout=30, trust_env=False).text
+
+
+def _token(config: Path) -> str:
+    return (config.parent / "state" / "admin.token").read_text().strip()

@@ -67,7 +67,7 @@ async def test_a_start_that_fails_is_refused_with_the_time_of_the_restart(autoju
         assert device.hooks.calls[-1] == "after_start cpu:0/a"
 
 
-async def test_the_last_lines_of_a_server_that_exited_are_in_the_refusal_and_in_its_view(
+async def test_the_last_lines_of_a_server_that_exited_are_for_operators_only(
     autojump_clock: MockClock,
 ) -> None:
     async with running_device(CRASHES) as device:
@@ -80,10 +80,13 @@ async def test_the_last_lines_of_a_server_that_exited_are_in_the_refusal_and_in_
             nursery.start_soon(ensure)
             await trio.sleep(0.5)
             device.process.output.feed(b"loading\nno memory\n")
-        assert refusals[0].reason == "cpu:0: exited with code 1; it last printed: loading | no memory"
-        reason = device.view().reason
-        assert reason is not None
-        assert reason.endswith("; it last printed: loading | no memory")
+        [refused] = refusals
+        assert refused.reason == "cpu:0: exited with code 1"
+        assert refused.for_operators().reason == "cpu:0: exited with code 1; it last printed: loading | no memory"
+        view = device.view()
+        assert view.reason is not None
+        assert "no memory" not in view.reason
+        assert view.last_lines == ("loading", "no memory")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.server_views import (
     code_of,
-    reason_of,
+    last_lines_of,
     view_of_child,
     view_of_unusable_model,
-    with_last_lines,
 )
 from nodeagent.scheduling.seam import ServerState
 from supervisor.lifecycle import Cause
@@ -25,7 +24,7 @@ CHILD = ChildSnapshot(
 )
 
 
-def no_lines() -> list[str]:
+def no_lines(_count: int) -> list[str]:
     raise AssertionError("the lines of a server that runs are not read")
 
 
@@ -36,14 +35,14 @@ def test_the_codes_are_the_causes_of_the_supervisor_and_three_of_the_agents_own(
 
 def test_a_ready_child_is_a_ready_server_with_its_endpoint() -> None:
     upstream = Upstream("127.0.0.1:1", "key")
-    view = view_of_child("m", MODEL, CHILD, upstream, reason=None, still_starting=False)
+    view = view_of_child("m", MODEL, CHILD, upstream, still_starting=False)
     assert (view.model_id, view.state, view.endpoint) == ("m", ServerState.READY, upstream)
     assert (view.generation, view.since, view.spawned_at, view.slots) == (7, 5.0, 4.0, 3)
     assert (view.idle_unload_s, view.reason, view.reason_code, view.retry_at) == (60, None, None, None)
 
 
 def test_a_ready_child_that_still_starts_is_a_starting_server_without_an_endpoint() -> None:
-    view = view_of_child("m", MODEL, CHILD, Upstream("127.0.0.1:1", "key"), reason=None, still_starting=True)
+    view = view_of_child("m", MODEL, CHILD, Upstream("127.0.0.1:1", "key"), still_starting=True)
     assert (view.state, view.endpoint) == (ServerState.STARTING, None)
 
 
@@ -51,35 +50,39 @@ def test_a_ready_child_that_still_starts_is_a_starting_server_without_an_endpoin
 @pytest.mark.parametrize("still_starting", [False, True])
 def test_each_state_of_a_child_is_the_servers_state_of_that_name(state: ChildState, still_starting: bool) -> None:
     child = replace(CHILD, state=state)
-    view = view_of_child("m", MODEL, child, None, reason=None, still_starting=still_starting)
+    view = view_of_child("m", MODEL, child, None, still_starting=still_starting)
     expected = "starting" if state is ChildState.READY and still_starting else state.value
     assert view.state.value == expected
 
 
 def test_a_server_whose_model_is_no_longer_configured_has_one_slot_and_no_idle_limit() -> None:
-    view = view_of_child("m", None, CHILD, None, reason=None, still_starting=False)
+    view = view_of_child("m", None, CHILD, None, still_starting=False)
     assert (view.slots, view.idle_unload_s) == (1, None)
 
 
 @pytest.mark.parametrize("cause", Cause)
 def test_every_cause_has_a_code(cause: Cause) -> None:
     child = replace(CHILD, state=ChildState.FAILED, cause=cause, reason="why", retry_at=9.0)
-    view = view_of_child("m", MODEL, child, None, reason="why", still_starting=False)
+    view = view_of_child("m", MODEL, child, None, still_starting=False)
     assert (view.reason, view.reason_code, view.retry_at) == ("why", cause.value, 9.0)
     assert code_of(child) == cause.value
 
 
-def test_the_last_lines_belong_to_the_reason_of_a_child_that_has_exited() -> None:
+def test_the_last_lines_are_those_of_a_child_that_has_ended() -> None:
+    lines = ["loading", "no memory", "abort"]
     exited = replace(CHILD, state=ChildState.BACKING_OFF, cause=Cause.EXITED, reason="restart in 1 s")
-    assert reason_of(exited, lambda: ["no memory", "abort"]) == "restart in 1 s; it last printed: no memory | abort"
-    assert reason_of(replace(exited, state=ChildState.FAILED), list) == "restart in 1 s"
+    assert last_lines_of(exited, lambda count: lines[-count:]) == tuple(lines)
+    failed = replace(exited, state=ChildState.FAILED)
+    assert last_lines_of(failed, lambda count: list("abcdefg")[-count:]) == tuple("cdefg")
+    assert last_lines_of(failed, lambda _count: []) == ()
     unhealthy = replace(CHILD, state=ChildState.UNHEALTHY, cause=Cause.STALLED, reason="no progress")
-    assert reason_of(unhealthy, no_lines) == "no progress"
-    assert reason_of(CHILD, no_lines) is None
+    assert last_lines_of(unhealthy, no_lines) == last_lines_of(CHILD, no_lines) == ()
 
 
-def test_no_more_than_the_last_five_lines_are_shown() -> None:
-    assert with_last_lines("exited", list("abcdefg")) == "exited; it last printed: c | d | e | f | g"
+def test_the_last_lines_are_apart_from_the_reason() -> None:
+    failed = replace(CHILD, state=ChildState.FAILED, cause=Cause.EXITED, reason="exited with code 1")
+    view = view_of_child("m", MODEL, failed, None, last_lines=("no memory",), still_starting=False)
+    assert (view.reason, view.last_lines) == ("exited with code 1", ("no memory",))
 
 
 def test_a_model_with_an_unusable_file_has_a_failed_server() -> None:
