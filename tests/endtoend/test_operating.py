@@ -361,7 +361,7 @@ def test_a_reload_of_how_servers_are_kept_restarts_none(agent: AgentProcess, con
 
 
 def test_what_a_failed_server_printed_is_for_operators_only(failing: Path) -> None:
-    printed = "template.jinja"
+    printed = "it last printed: "
     with running_agent(failing) as agent:
         answer = chat(agent, "tiny")
         assert answer.status_code == 503, answer.text
