@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from types import FrameType
 
 
 def run() -> int:
@@ -19,11 +20,17 @@ def run() -> int:
     from nodeagent.cli.main import main
 
     if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
     code = main()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
+
+
+def _interrupt(_signum: int, _frame: FrameType | None) -> None:
+    """Interrupt the command once: a second Ctrl-C ends the process, else it would hit the handling of the first."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

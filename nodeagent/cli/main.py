@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -176,6 +177,10 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _run_daemon(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _base_url: None) -> int:
+    # Until the agent catches the signals, Ctrl-C ends the process as SIGTERM does: raised in a callback of the import
+    # system or of the event loop, KeyboardInterrupt would be a traceback, or lost.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Here, not above: hypercorn and quart take 0.3 s to import, and the other commands don't need them.
     import trio
 

@@ -122,6 +122,13 @@ def logging_restored() -> Iterator[None]:
 CONFIG_ERROR = ConfigError([Problem("no such device", "backend")])
 
 
+@pytest.fixture
+def ctrl_c_restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("failure", "code", "said"),
     [
@@ -132,7 +139,7 @@ CONFIG_ERROR = ConfigError([Problem("no such device", "backend")])
     ],
     ids=["stopped by a signal", "configuration", "start", "bug"],
 )
-@pytest.mark.usefixtures("logging_restored")
+@pytest.mark.usefixtures("logging_restored", "ctrl_c_restored")
 def test_the_way_in_which_the_daemon_ends_decides_its_exit_code(
     failure: Exception | None,
     code: int,
