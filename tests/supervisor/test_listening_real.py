@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import trio
 
-from supervisor.listening import listeners_of
+from supervisor.listening import _listeners_by_psutil, listeners_of
 
 LISTEN = """
 import socket, sys, time
@@ -89,3 +91,13 @@ async def test_looking_takes_little_time_beside_many_connections() -> None:
         for _ in range(20):
             assert await found(os.getpid()) == [f"127.0.0.1:{server.getsockname()[1]}"]
         assert (time.perf_counter() - began) / 20 < 0.05
+
+
+def test_psutil_sees_the_same_where_there_is_no_proc() -> None:
+    with listening("127.0.0.1") as (pid, [port]):
+        assert [str(listener) for listener in _listeners_by_psutil(pid)] == [f"127.0.0.1:{port}"]
+    assert _listeners_by_psutil(pid) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "Process", Mock(side_effect=psutil.AccessDenied(pid)))
+        with pytest.raises(PermissionError, match=f"the sockets of process {pid} can't be seen"):
+            _listeners_by_psutil(pid)

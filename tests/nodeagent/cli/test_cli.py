@@ -15,7 +15,7 @@ import pytest
 from nodeagent import agent
 from nodeagent.cli.main import main
 from nodeagent.config import NodeConfig
-from nodeagent.errors import ConfigError, Problem, StartupError
+from nodeagent.errors import ConfigError, EndedAtOnce, Problem, StartupError
 
 pytestmark = pytest.mark.real
 
@@ -136,8 +136,9 @@ def ctrl_c_restored() -> Iterator[None]:
         (CONFIG_ERROR, 78, "backend: no such device"),
         (StartupError("the port is taken"), 1, "the port is taken"),
         (RuntimeError("a bug"), 1, "the agent failed"),
+        (EndedAtOnce(signal.SIGTERM), 143, ""),
     ],
-    ids=["stopped by a signal", "configuration", "start", "bug"],
+    ids=["stopped by a signal", "configuration", "start", "bug", "second signal"],
 )
 @pytest.mark.usefixtures("logging_restored", "ctrl_c_restored")
 def test_the_way_in_which_the_daemon_ends_decides_its_exit_code(
