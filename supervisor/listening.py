@@ -102,17 +102,28 @@ async def _look_up(inodes: Collection[int]) -> set[Listener]:
     100,000 connections has tables of many megabytes."""
     missing, found = set(inodes), set()
     for path in _TABLES:
-        if missing and os.path.exists(path):  # there is no tcp6 without IPv6
-            with open(path, "rb", buffering=0) as table:
-                rest = b""
-                while missing and (data := table.read(_READ_BYTES)):
-                    lines, newline, rest = (rest + data).rpartition(b"\n")
-                    for inode, listener in parse_listeners(lines + newline):
-                        if inode in missing:
-                            missing.remove(inode)
-                            found.add(listener)
-                    await trio.lowlevel.checkpoint()
+        for lines in _pieces(path) if missing else ():
+            for inode, listener in parse_listeners(lines):
+                if inode in missing:
+                    missing.remove(inode)
+                    found.add(listener)
+            if not missing:
+                break
+            await trio.lowlevel.checkpoint()
     return found
+
+
+def _pieces(path: str) -> Iterator[bytes]:
+    """Whole lines of the file, as many as one read gives; none if it does not exist, as tcp6 without IPv6."""
+    try:
+        table = open(path, "rb", buffering=0)  # noqa: SIM115  (closed below)
+    except FileNotFoundError:
+        return
+    with table:
+        rest = b""
+        while data := table.read(_READ_BYTES):
+            lines, newline, rest = (rest + data).rpartition(b"\n")
+            yield lines + newline
 
 
 def _listeners_by_psutil(pid: int) -> list[Listener]:

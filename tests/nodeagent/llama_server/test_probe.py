@@ -107,7 +107,7 @@ async def test_a_wrapper_that_listens_nowhere_is_asked_at_the_address_of_its_gro
 
 
 async def test_a_server_that_listens_elsewhere_than_on_the_loopback_is_not_asked(nursery: trio.Nursery) -> None:
-    listeners = await nursery.start(partial(trio.serve_tcp, lambda _stream: trio.sleep(0), 0, host="0.0.0.0"))
+    listeners = await nursery.start(partial(trio.serve_tcp, Server()._handle, 0, host="0.0.0.0"))
     port = listeners[0].socket.getsockname()[1]
     with pytest.raises(NotReady, match=rf"it listens at 0\.0\.0\.0:{port}, and not on 127\.0\.0\.1"):
         await check(LlamaServerProbe("mine", "key"), Process())
@@ -123,7 +123,7 @@ async def test_a_child_that_does_not_let_us_look_is_not_ready_and_a_warning_says
     monkeypatch.setattr("nodeagent.llama_server.probe.listeners_of", refused)
     probe = LlamaServerProbe("mine", "key")
     for _ in range(2):
-        with pytest.raises(NotReady, match="can't be seen: .*Permission denied: '/proc/7/fd'"):
+        with pytest.raises(NotReady, match=r"can't be seen: .*Permission denied: '/proc/7/fd'"):
             await check(probe, Process())
     [warning] = caplog.messages
     assert warning.startswith("mine: where it listens can't be seen")
