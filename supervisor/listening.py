@@ -99,7 +99,8 @@ def _target(link: "os.DirEntry[str]") -> str:
 
 async def _look_up(inodes: Collection[int]) -> set[Listener]:
     """The listeners among these sockets. Reads no more than it must, and lets other tasks run in between: a host with
-    100,000 connections has tables of many megabytes."""
+    100,000 connections has tables of many megabytes. (Measured beside 800 connections: 0.3 ms where each socket of the
+    process listens; 3.3 ms where one doesn't, since the kernel then walks all its connections.)"""
     missing, found = set(inodes), set()
     for path in _TABLES:
         for lines in _pieces(path) if missing else ():

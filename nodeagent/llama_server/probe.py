@@ -3,6 +3,7 @@
 import logging
 
 import httpx
+import trio
 
 from nodeagent.llama_server.control import control_client
 from supervisor.listening import Listener, listeners_of
@@ -11,6 +12,10 @@ from supervisor.probe import NotReady, ProcessView
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0
+# A server that listens and is not ready yet is asked at that address; where else it listens is looked up this rarely.
+# A look takes 0.1 ms, but up to 5 ms where the child has sockets that don't listen: the kernel then walks its table of
+# connections.
+_LOOK_AGAIN_S = 1.0
 
 
 class LlamaServerProbe:
@@ -19,13 +24,15 @@ class LlamaServerProbe:
     A child is ready if `/health` returns 200 and `/v1/models` lists the alias that it was given. `--port 0` picked its
     port, and the operating system says which one that is: a child prints what its model file says too, so its output
     only tells when to look (see `supervisor.probe.wait_ready`). If a child listens at several addresses, the first that
-    is ready counts. What changes: `_known` and `_warned_of` (a generation), in `check`.
+    is ready counts. What changes, in `check`: `_known`, the address that was ready, and `_found`, the addresses and
+    when they were looked up, each with its generation; `_warned_of`, a generation.
     """
 
     def __init__(self, alias: str, api_key: str) -> None:
         self._alias = alias
         self._api_key = api_key
         self._known: tuple[int, str] | None = None
+        self._found: tuple[int, float, list[str]] = (0, 0.0, [])
         self._warned_of: int | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -55,6 +62,13 @@ class LlamaServerProbe:
 
     async def _addresses(self, process: ProcessView) -> list[str]:
         """Where the child listens on IPv4's loopback, as it was told to."""
+        generation, looked_at, addresses = self._found
+        if generation != process.generation or not addresses or trio.current_time() >= looked_at + _LOOK_AGAIN_S:
+            addresses = await self._look(process)
+            self._found = (process.generation, trio.current_time(), addresses)
+        return addresses
+
+    async def _look(self, process: ProcessView) -> list[str]:
         try:
             listeners = await _listeners(process)
         except PermissionError as error:
