@@ -5,7 +5,7 @@ connections to the server that is ready.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -13,18 +13,18 @@ from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
 from nodeagent.errors import BackendUnavailable
 from nodeagent.llama_server.catalogue import bytes_on_device, misfit
+from nodeagent.llama_server.last_words import LINES_READ
 from nodeagent.llama_server.page_cache import read_ahead
 from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.seams import DeviceReadings, ModelFiles, ServerHooks
 from nodeagent.llama_server.server_id import ServerId
 from nodeagent.llama_server.server_views import (
-    LAST_LINES,
     code_of,
     reason_of,
     view_of_child,
     view_of_unusable_model,
-    with_last_lines,
+    with_last_words,
 )
 from nodeagent.llama_server.stall_watch import Worker
 from nodeagent.scheduling.seam import Obstacle, ServerView
@@ -149,8 +149,10 @@ class DeviceServers:
         try:
             await self._start(model, spec)
         except StartFailed as failure:
-            reason = with_last_lines(failure.exit.reason, failure.exit.last_lines)
             child = self._child(model_id)
+            is_same = child is not None and child.generation == failure.generation
+            lines = self._lines(failure.child_id) if is_same else failure.exit.last_lines
+            reason = with_last_words(failure.exit.reason, lines, spec.argv)
             raise self._unavailable(model_id, reason, child.retry_at if child else None) from failure
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
@@ -273,7 +275,12 @@ class DeviceServers:
         )
 
     def _reason(self, child: ChildSnapshot) -> str | None:
-        return reason_of(child, lambda: self._supervisor.lines(child.child_id, LAST_LINES))
+        spec = self._started.get(ServerId.parse(child.child_id).model_id)
+        return reason_of(child, lambda: self._lines(child.child_id), spec.argv if spec is not None else ())
+
+    def _lines(self, child_id: str) -> Sequence[str]:
+        """The last lines that the child's latest process printed."""
+        return self._supervisor.lines(child_id, LINES_READ)
 
     def _unavailable(self, model_id: str, reason: str, retry_at: float | None) -> BackendUnavailable:
         retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from nodeagent.config import ModelConfig
+from nodeagent.llama_server.last_words import last_words
 from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.seam import ServerState, ServerView
 from supervisor.snapshot import ChildSnapshot, ChildState
-
-LAST_LINES = 5
-"""How many of the last lines of a server that exited are shown to clients and in the inventory; the log has all."""
 
 _STATES = {
     ChildState.STARTING: ServerState.STARTING,
@@ -68,14 +66,14 @@ def code_of(child: ChildSnapshot) -> ReasonCode | None:
     return None if child.cause is None else ReasonCode(child.cause.value)
 
 
-def reason_of(child: ChildSnapshot, last_lines: Callable[[], Sequence[str]]) -> str | None:
-    """The same for people; if the child has exited, with the last lines that it printed."""
+def reason_of(child: ChildSnapshot, last_lines: Callable[[], Sequence[str]], argv: Sequence[str] = ()) -> str | None:
+    """The same for people; if the child has exited, with what it said last. `argv` is its command line."""
     if child.reason is None or child.state not in (ChildState.BACKING_OFF, ChildState.FAILED):
         return child.reason
-    return with_last_lines(child.reason, last_lines())
+    return with_last_words(child.reason, last_lines(), argv)
 
 
-def with_last_lines(reason: str, lines: Sequence[str]) -> str:
-    """The reason with the last of these lines, if there are any."""
-    last = " | ".join(lines[-LAST_LINES:])
-    return f"{reason}; it last printed: {last}" if last else reason
+def with_last_words(reason: str, lines: Sequence[str], argv: Sequence[str] = ()) -> str:
+    """The reason with what tells most of these lines, if there are any; the log has all."""
+    said = " | ".join(last_words(lines, argv))
+    return f"{reason}; it last printed: {said}" if said else reason

@@ -13,7 +13,7 @@ from nodeagent.llama_server.server_views import (
     reason_of,
     view_of_child,
     view_of_unusable_model,
-    with_last_lines,
+    with_last_words,
 )
 from nodeagent.scheduling.seam import ServerState
 from supervisor.lifecycle import Cause
@@ -71,7 +71,7 @@ def test_every_cause_has_a_code(cause: Cause) -> None:
 
 def test_the_last_lines_belong_to_the_reason_of_a_child_that_has_exited() -> None:
     exited = replace(CHILD, state=ChildState.BACKING_OFF, cause=Cause.EXITED, reason="restart in 1 s")
-    assert reason_of(exited, lambda: ["no memory", "abort"]) == "restart in 1 s; it last printed: no memory | abort"
+    assert reason_of(exited, lambda: ["loading", "bye"]) == "restart in 1 s; it last printed: loading | bye"
     assert reason_of(replace(exited, state=ChildState.FAILED), list) == "restart in 1 s"
     unhealthy = replace(CHILD, state=ChildState.UNHEALTHY, cause=Cause.STALLED, reason="no progress")
     assert reason_of(unhealthy, no_lines) == "no progress"
@@ -79,7 +79,7 @@ def test_the_last_lines_belong_to_the_reason_of_a_child_that_has_exited() -> Non
 
 
 def test_no_more_than_the_last_five_lines_are_shown() -> None:
-    assert with_last_lines("exited", list("abcdefg")) == "exited; it last printed: c | d | e | f | g"
+    assert with_last_words("exited", list("abcdefg")) == "exited; it last printed: c | d | e | f | g"
 
 
 def test_a_model_with_an_unusable_file_has_a_failed_server() -> None:
