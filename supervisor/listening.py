@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -100,23 +99,28 @@ def _target(link: "os.DirEntry[str]") -> str:
 
 async def _look_up(inodes: Collection[int]) -> set[Listener]:
     """The listeners among these sockets. Reads no more than it must, and lets other tasks run in between: a host with
-    100,000 connections has tables of many megabytes."""
+    100,000 connections has tables of many megabytes. (Measured beside 800 connections: 0.3 ms where each socket of the
+    process listens; 3.3 ms where one doesn't, since the kernel then walks all its connections.)"""
     missing, found = set(inodes), set()
     for path in _TABLES:
-        for lines in _parts(path):
+        for lines in _pieces(path) if missing else ():
             for inode, listener in parse_listeners(lines):
                 if inode in missing:
                     missing.remove(inode)
                     found.add(listener)
             if not missing:
-                return found
+                break
             await trio.lowlevel.checkpoint()
     return found
 
 
-def _parts(path: str) -> Iterator[bytes]:
-    """The whole lines of a table, some at a time; none if there is no such table, as tcp6 without IPv6."""
-    with suppress(FileNotFoundError), open(path, "rb", buffering=0) as table:
+def _pieces(path: str) -> Iterator[bytes]:
+    """Whole lines of the file, as many as one read gives; none if it does not exist, as tcp6 without IPv6."""
+    try:
+        table = open(path, "rb", buffering=0)  # noqa: SIM115  (closed below)
+    except FileNotFoundError:
+        return
+    with table:
         rest = b""
         while data := table.read(_READ_BYTES):
             lines, newline, rest = (rest + data).rpartition(b"\n")

@@ -14,13 +14,13 @@ from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
 from nodeagent.errors import BackendUnavailable
 from nodeagent.llama_server.catalogue import bytes_on_device, misfit
+from nodeagent.llama_server.last_words import LINES_READ, last_words
 from nodeagent.llama_server.page_cache import read_ahead
 from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.seams import DeviceReadings, ModelFiles, ServerHooks
 from nodeagent.llama_server.server_id import ServerId
 from nodeagent.llama_server.server_views import (
-    LAST_LINES,
     code_of,
     last_lines_of,
     view_of_child,
@@ -154,8 +154,10 @@ class DeviceServers:
         except StartFailed as failure:
             child = self._child(model_id)
             retry_at = child.retry_at if child else None
-            last_lines = failure.exit.last_lines[-LAST_LINES:]
-            raise self._unavailable(model_id, failure.exit.reason, retry_at, last_lines) from failure
+            is_same = child is not None and child.generation == failure.generation
+            lines = self._lines(failure.child_id) if is_same else failure.exit.last_lines
+            said = last_words(lines, spec.argv)
+            raise self._unavailable(model_id, failure.exit.reason, retry_at, said) from failure
         except GivenUp as failure:
             raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
 
@@ -262,7 +264,7 @@ class DeviceServers:
             model,
             child,
             self._upstreams.get(model_id),
-            last_lines=last_lines_of(child, partial(self._supervisor.lines, child.child_id)),
+            last_lines=last_lines_of(child, partial(self._lines, child.child_id), self._argv(model_id)),
             still_starting=model_id == self._still_starting,
         )
 
@@ -277,6 +279,14 @@ class DeviceServers:
             stall_timeout_s=own_timeout_s or stall_timeout_s,
             counts_cpu=self.device.backend == "cpu",
         )
+
+    def _argv(self, model_id: str) -> Sequence[str]:
+        spec = self._started.get(model_id)
+        return spec.argv if spec is not None else ()
+
+    def _lines(self, child_id: str) -> Sequence[str]:
+        """The last lines that the child's latest process printed."""
+        return self._supervisor.lines(child_id, LINES_READ)
 
     def _unavailable(
         self, model_id: str, reason: str, retry_at: float | None, last_lines: Sequence[str] = ()

@@ -4,12 +4,14 @@ and restored when its model is loaded again.
 A file is restored only to the same model (its file unchanged) under the same command line, in the same run of the
 agent, and only if it is complete: llama-server checks none of that. The files contain conversations, so only the
 agent's own user may read them. They are deleted once they were used, when the model's configuration changes, and when
-the agent starts and ends.
+the agent starts and ends. Other files in the folder are never touched.
 """
 
+import errno
 import hashlib
 import logging
-import shutil
+import os
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,10 @@ from nodeagent.llama_server.slots import restore_slot, save_slot
 from supervisor.spec import ChildSpec
 
 logger = logging.getLogger(__name__)
+
+# As `_file_name` makes them: only these are ours to delete.
+_FILE_NAME = re.compile(r"[0-9a-f]{16}-[0-9]{1,4}\.kv")
+_NO_FOLDER = "it is a symbolic link or a file, where the agent needs a folder of its own (keep_kv): remove it"
 
 SaveSlot = Callable[[Upstream, int, str], Awaitable[tuple[int, int]]]
 RestoreSlot = Callable[[Upstream, int, str], Awaitable[int]]
@@ -38,7 +44,7 @@ class _Saved:
 class SavedCaches:
     """The saved caches, by child id; implements `seams.ServerHooks`.
 
-    The folder belongs to this agent alone, and is emptied at the start. `save_slot` and `restore_slot` behave as those
+    Caches of an earlier run are deleted at the start. `save_slot` and `restore_slot` behave as those
     of `slots`. What changes: `_saved`, in `save`, `discard` and `clear`.
     """
 
@@ -50,9 +56,18 @@ class SavedCaches:
         self.clear()
 
     def clear(self) -> None:
-        """Delete every saved cache, those of an earlier run too."""
+        """Delete every saved cache, those of an earlier run too, and the folder if nothing else is in it.
+
+        What can't be deleted is a warning. A symbolic link is not followed: what it leads to may be anybody's.
+        """
         self._saved.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            _delete_caches(self._folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            reason = _NO_FOLDER if error.errno in (errno.ENOTDIR, errno.ELOOP) else error.strerror
+            logger.warning("the caches in %s can't be deleted: %s", self._folder, reason)
 
     # What DeviceServers calls (seams.ServerHooks).
 
@@ -60,6 +75,8 @@ class SavedCaches:
         """Make the folder, without which the server does not start; return whether there is a cache to restore."""
         if not model.keep_kv:
             return False
+        if self._folder.is_symlink() or (self._folder.exists() and not self._folder.is_dir()):
+            raise NotADirectoryError(errno.ENOTDIR, _NO_FOLDER, str(self._folder))
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return spec.child_id in self._saved
 
@@ -117,6 +134,21 @@ class SavedCaches:
         saved = self._saved.pop(child_id, None)
         for path, _size in saved.files.values() if saved is not None else ():
             _delete(path)
+
+
+def _delete_caches(folder: Path) -> None:
+    """Delete the files in the folder that have a name of ours. Raises OSError, for a symbolic link too."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with os.scandir(opened) as entries:
+            ours = [it.name for it in entries if _FILE_NAME.fullmatch(it.name) and it.is_file(follow_symlinks=False)]
+        for name in ours:
+            os.unlink(name, dir_fd=opened)
+        others = os.listdir(opened)
+    finally:
+        os.close(opened)
+    if not others:
+        folder.rmdir()
 
 
 def _delete(path: Path) -> None:

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from nodeagent.config import ModelConfig
+from nodeagent.llama_server.last_words import last_words
 from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.seam import ServerState, ServerView
 from supervisor.snapshot import ChildSnapshot, ChildState
-
-LAST_LINES = 5
-"""How many of the last lines of a server that ended operators see beside the reason; the log has all."""
 
 _STATES = {
     ChildState.STARTING: ServerState.STARTING,
@@ -69,7 +67,9 @@ def code_of(child: ChildSnapshot) -> ReasonCode | None:
     return None if child.cause is None else ReasonCode(child.cause.value)
 
 
-def last_lines_of(child: ChildSnapshot, lines: Callable[[int], Sequence[str]]) -> tuple[str, ...]:
-    """What a child that has ended printed last, nothing for any other; `lines` gives that many of its last lines."""
+def last_lines_of(
+    child: ChildSnapshot, lines: Callable[[], Sequence[str]], argv: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Of what a child that has ended printed last, what says why; nothing of any other. `argv` is its command line."""
     ended = child.state in (ChildState.BACKING_OFF, ChildState.FAILED)
-    return tuple(lines(LAST_LINES)) if ended and child.reason is not None else ()
+    return tuple(last_words(lines(), argv)) if ended and child.reason is not None else ()

@@ -4,22 +4,27 @@
 `n_saved`, `n_written` (bytes) and `n_restored`. Tried on builds b10068 and b10434.
 """
 
-from typing import Any
-
-import httpx
+import msgspec
 
 from nodeagent.errors import UpstreamLost
-from nodeagent.llama_server.control import control_client
+from nodeagent.llama_server.control import ControlError, ask
 from nodeagent.llama_server.relay import Upstream
 
 # Writing 35 MB (1,500 tokens of a small model) takes 11 ms; this is for a disk that hangs.
 _TIMEOUT_S = 10.0
+_MAX_BYTES = 64 * 1024
+
+
+class _Done(msgspec.Struct):
+    n_saved: int = 0
+    n_written: int = 0
+    n_restored: int = 0
 
 
 async def save_slot(upstream: Upstream, slot: int, filename: str) -> tuple[int, int]:
     """Save the slot's cache; return its tokens and the file's size in bytes. Raises UpstreamLost."""
     result = await _act(upstream, slot, "save", filename)
-    return int(result.get("n_saved", 0)), int(result.get("n_written", 0))
+    return result.n_saved, result.n_written
 
 
 async def restore_slot(upstream: Upstream, slot: int, filename: str) -> int:
@@ -28,17 +33,23 @@ async def restore_slot(upstream: Upstream, slot: int, filename: str) -> int:
     The server aborts on a truncated file, and accepts that of another model with the same shape without an error: give
     it only a complete file that the same model wrote.
     """
-    return int((await _act(upstream, slot, "restore", filename)).get("n_restored", 0))
+    return (await _act(upstream, slot, "restore", filename)).n_restored
 
 
-async def _act(upstream: Upstream, slot: int, action: str, filename: str) -> dict[str, Any]:
+async def _act(upstream: Upstream, slot: int, action: str, filename: str) -> _Done:
+    path = f"/slots/{slot}?action={action}"
     try:
-        async with control_client(upstream.api_key, _TIMEOUT_S) as http:
-            url = f"http://{upstream.address}/slots/{slot}"
-            response = await http.post(url, params={"action": action}, json={"filename": filename})
-        result = response.json() if response.status_code == 200 else None
-    except (httpx.HTTPError, ValueError) as error:
-        raise UpstreamLost(upstream.address, f"{action} of slot {slot}: {error!r}") from error
-    if not isinstance(result, dict):
-        raise UpstreamLost(upstream.address, f"{action} of slot {slot}: {response.status_code} {response.text[:200]}")
-    return result
+        reply = await ask(
+            upstream.address,
+            upstream.api_key,
+            path,
+            timeout_s=_TIMEOUT_S,
+            max_bytes=_MAX_BYTES,
+            method="POST",
+            body={"filename": filename},
+        )
+        if reply.status != 200:
+            raise ControlError(reply.shown())
+        return reply.read_as(_Done)
+    except ControlError as error:
+        raise UpstreamLost(upstream.address, f"{action} of slot {slot}: {error}") from error

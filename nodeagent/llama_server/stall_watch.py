@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import httpx
+import msgspec
 import psutil
 import trio
 
 from nodeagent.containment import Containment
-from nodeagent.llama_server.control import control_client
+from nodeagent.llama_server.control import ControlError, ask
 from nodeagent.llama_server.relay import Upstream
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ OBSERVE_INTERVAL_S = 5.0
 # More than the time-out of one request to a server, which a server that answers byte by byte could draw out for ever.
 OBSERVE_TIMEOUT_S = 4.0
 _SLOTS_TIMEOUT_S = 2.0
+# A slot takes 2 KB, and what the client gave it as a grammar.
+_SLOTS_MAX_BYTES = 4 * 1024 * 1024
 # A server that only answers probes uses less CPU time than this between two observations.
 _CPU_USED_S = 0.05
 # Observations further apart were held up, and the reading of responses with them (the agent or the host was suspended):
@@ -151,22 +153,33 @@ def _nothing_seen(worker: Worker) -> Observation:
     return Observation(at=trio.current_time(), in_flight=upstream.in_flight, bytes_received=upstream.bytes_received)
 
 
+class _NextToken(msgspec.Struct):
+    n_decoded: int = 0
+
+
+class _Slot(msgspec.Struct):
+    """The part of a slot that shows progress."""
+
+    id_task: int = 0
+    n_prompt_tokens_processed: int = 0
+    next_token: list[_NextToken] | None = None
+
+    @property
+    def decoded(self) -> int:
+        return self.next_token[0].n_decoded if self.next_token else 0
+
+
 async def _counts(upstream: Upstream) -> Counts | None:
-    """Task, prompt tokens processed and tokens decoded of each slot; None if the server does not answer in time."""
+    """Task, prompt tokens processed and tokens decoded of each slot; None if the server does not tell them in time."""
     try:
-        async with control_client(upstream.api_key, _SLOTS_TIMEOUT_S) as http:
-            slots = (await http.get(f"http://{upstream.address}/slots")).json()
-        return tuple(
-            (
-                int(slot.get("id_task", 0)),
-                int(slot.get("n_prompt_tokens_processed", 0)),
-                int((slot.get("next_token") or [{}])[0].get("n_decoded", 0)),
-            )
-            for slot in slots
+        reply = await ask(
+            upstream.address, upstream.api_key, "/slots", timeout_s=_SLOTS_TIMEOUT_S, max_bytes=_SLOTS_MAX_BYTES
         )
-    except (httpx.HTTPError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        logger.debug("no slots from %s: %r", upstream.address, error)
+        slots = reply.read_as(list[_Slot])
+    except ControlError as error:
+        logger.debug("no slots from %s: %s", upstream.address, error)
         return None
+    return tuple((slot.id_task, slot.n_prompt_tokens_processed, slot.decoded) for slot in slots)
 
 
 def _cpu_s(pid: int) -> float | None:

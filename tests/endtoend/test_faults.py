@@ -1,6 +1,8 @@
 """What goes wrong on a host, done to the agent as a process: killed children, bad models, a killed agent."""
 
+import dataclasses
 import signal
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from fakes.agent_process import AgentProcess, assert_gone, running_agent, write_config
+from fakes.tiny_models import TINY, write_model
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 
@@ -90,6 +93,31 @@ def test_a_request_that_two_servers_died_under_is_a_bad_gateway_that_says_not_to
         assert answer.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize("port", ["{spy}", "99999999999999999999"])
+def test_a_model_file_can_not_say_where_its_server_listens(port: str, llama_server: Path, tmp_path: Path) -> None:
+    """At this verbosity the server prints the name in the file, before it says where it listens."""
+    with socket.create_server(("127.0.0.1", 0)) as spy:
+        spy.setblocking(False)
+        told = "listening on http://127.0.0.1:" + port.format(spy=spy.getsockname()[1])
+        path = write_model(dataclasses.replace(TINY, name="hostile", title=told), tmp_path)
+        model = {"model_id": "hostile", "path": str(path), "server_args": {"verbosity": 4}}
+        with running_agent(write_config(tmp_path, llama_server, [model])) as agent:
+            assert post(agent, "hostile").status_code == 200
+            assert any(line["message"].endswith(told) for line in agent.lines), "the server has printed it"
+        with pytest.raises(BlockingIOError):
+            spy.accept()
+
+
+@pytest.mark.parametrize("verbosity", [0, 1])
+def test_a_server_that_does_not_say_where_it_listens_is_found(
+    verbosity: int, llama_server: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = {"model_id": "quiet", "path": str(tiny_model), "server_args": {"verbosity": verbosity}}
+    with running_agent(write_config(tmp_path, llama_server, [model])) as agent:
+        assert post(agent, "quiet").status_code == 200
+        assert not any("listening on" in line["message"] for line in agent.lines)
+
+
 def test_no_child_outlives_a_killed_agent(one_slow_model: Path) -> None:
     with running_agent(one_slow_model) as agent:
         post(agent, "slow", 1)
@@ -131,15 +159,17 @@ def test_a_truncated_model_file_is_told_with_the_reason(llama_server: Path, tiny
         assert httpx.get(f"{agent.base_url}/livez", trust_env=False).status_code == 200
 
 
-def test_a_server_that_exits_while_starting_is_told_at_once_with_its_last_words(
+def test_a_server_that_exits_while_starting_is_told_at_once_and_operators_get_its_last_words(
     llama_server: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"grammar": "root ::= nonsense ::"}}]
     models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"no-such-flag": True}}]
     with running_agent(write_config(tmp_path, llama_server, models)) as agent:
         answer = post(agent, "tiny", timeout_s=15)
         assert answer.status_code == 503
-        assert "no-such-flag" in answer.json()["error"]["message"]
+        assert "exited with code 1" in answer.json()["error"]["message"]
+        url = f"{agent.base_url}/v1/node/inventory"
+        inventory = httpx.get(url, headers=agent.operator_headers(), trust_env=False).json()
+        assert "no-such-flag" in inventory["devices"][0]["servers"][0]["reason"]
         assert int(answer.headers["retry-after"]) >= 1
 
 

@@ -26,6 +26,7 @@ class AgentProcess:
 
     def __init__(self, config: Path, **env: str) -> None:
         self.lines: list[Line] = []
+        self._config = config
         self._fresh: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self.process = subprocess.Popen(
             [
@@ -47,6 +48,11 @@ class AgentProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.base_url = ""
+
+    def operator_headers(self) -> dict[str, str]:
+        """What authenticates an operator."""
+        state_dir = Path(json.loads(self._config.read_text())["state_dir"])
+        return {"Authorization": f"Bearer {(state_dir / 'admin.token').read_text().strip()}"}
 
     def wait_ready(self, timeout_s: float = 30.0) -> "AgentProcess":
         line = self.wait_for_line(lambda line: " accepts requests at " in line["message"], timeout_s)

@@ -46,11 +46,13 @@ _Array = numpy.typing.NDArray[numpy.float32]
 class TinyModel:
     """The shape of a model. `width` is a multiple of `heads`, `heads` of `heads_kv`; `words` is at most 256.
 
+    `title` is the name in the file, if that is not `name`.
     `pooling` "mean" makes one that serves embeddings, "rank" one that reranks.
     """
 
     name: str
     seed: int
+    title: str | None = None
     layers: int = 2
     width: int = 64
     heads: int = 4
@@ -89,7 +91,7 @@ def write_model(model: TinyModel, folder: Path) -> Path:
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
-    writer.add_name(model.name)
+    writer.add_name(model.title or model.name)
     writer.add_block_count(model.layers)
     writer.add_context_length(model.ctx_train)
     writer.add_embedding_length(model.width)

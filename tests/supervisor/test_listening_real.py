@@ -35,6 +35,11 @@ def listening(*hosts: str) -> Iterator[tuple[int, list[int]]]:
             process.kill()
 
 
+def kill_without_reaping(pid: int) -> None:
+    os.kill(pid, 9)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
 async def found(*pids: int) -> list[str]:
     with trio.fail_after(5):
         return [str(listener) for listener in await listeners_of(pids)]
@@ -50,14 +55,9 @@ async def test_each_process_has_its_own_listeners_the_lowest_port_first() -> Non
 
 async def test_a_process_that_has_ended_listens_nowhere() -> None:
     with listening("127.0.0.1") as (pid, _ports):
-        os.kill(pid, 9)
-        _wait_for_zombie(pid)
+        kill_without_reaping(pid)
         assert await found(pid) == []  # a zombie
     assert await found(pid) == []
-
-
-def _wait_for_zombie(pid: int) -> None:
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 async def test_connections_are_no_listeners() -> None:
@@ -66,20 +66,23 @@ async def test_connections_are_no_listeners() -> None:
         assert await found(pid) == [f"127.0.0.1:{port}"]
 
 
-async def test_a_process_that_does_not_let_us_look_is_a_permission_error() -> None:
-    """A helper without rights looks at this process, which it does not own."""
-    if os.getuid() != 0:
-        with pytest.raises(PermissionError):
-            await found(1)
-        return
-    script = (
-        f"import os, trio; from supervisor.listening import listeners_of; os.setuid(65534)\n"
-        f"try: trio.run(listeners_of, [{os.getpid()}])\n"
-        f"except PermissionError as error: print('refused', error.filename)"
-    )
-    with trio.fail_after(60):
-        ran = await trio.run_process([sys.executable, "-c", script], capture_stdout=True)
-    assert ran.stdout.decode().strip() == f"refused /proc/{os.getpid()}/fd"
+REFUSED = """
+import os, sys, trio
+from supervisor.listening import _listeners_by_psutil, listeners_of
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    trio.run(listeners_of, [int(sys.argv[1])])
+except PermissionError as error:
+    print("refused", error.filename)
+"""
+
+
+def test_a_process_that_does_not_let_us_look_is_a_permission_error() -> None:
+    """Without rights, a look at a process of root's."""
+    pid = os.getpid() if os.getuid() == 0 else 1
+    ran = subprocess.run([sys.executable, "-c", REFUSED, str(pid)], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.strip() == f"refused /proc/{pid}/fd", ran.stderr
 
 
 async def test_looking_takes_little_time_beside_many_connections() -> None:

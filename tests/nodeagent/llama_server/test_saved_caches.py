@@ -21,6 +21,7 @@ class NeverCalled:
         raise AssertionError("a spec is only a value here")
 
 
+OURS = "0123456789abcdef-0.kv"
 SPEC = ChildSpec(
     child_id="cpu:0/m", group="cpu:0", argv=("llama-server",), env={}, probe=NeverCalled(), start_timeout_s=10
 )
@@ -211,7 +212,7 @@ async def test_files_of_an_earlier_run_are_deleted_and_all_at_the_end(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     (tmp_path / "kv").mkdir()
-    (tmp_path / "kv" / "old.kv").write_bytes(b"old")
+    (tmp_path / "kv" / OURS).write_bytes(b"old")
     server = Server(tmp_path, 500)
     assert not server.folder.exists()
     await server.run_once()
@@ -226,3 +227,47 @@ async def test_servers_of_different_names_have_files_of_their_own(tmp_path: Path
         server.caches.before_start(server.model, SPEC)
         await server.caches.before_stop(server.model, replace(SPEC, child_id=child_id), server.upstream)
     assert server.files() == 3
+
+
+def test_only_files_of_ours_are_deleted_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "kv"
+    precious = [folder / name for name in ("thesis.tex", "notes.kv", f"{OURS}.bak", OURS.upper(), "0123-0.kv")]
+    folder.mkdir()
+    for path in (*precious, folder / OURS):
+        path.write_text("x")
+    (folder / "0123456789abcdef-1.kv").mkdir()
+    (folder / "0123456789abcdef-2.kv").symlink_to(precious[0])
+    SavedCaches(folder)
+    assert not (folder / OURS).exists()
+    assert len(list(folder.iterdir())) == len(precious) + 2
+    assert all(path.read_text() == "x" for path in precious)
+    assert caplog.messages == []
+
+
+def test_a_folder_with_nothing_but_caches_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "kv").mkdir()
+    (tmp_path / "kv" / OURS).write_text("x")
+    SavedCaches(tmp_path / "kv")
+    assert not (tmp_path / "kv").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_what_is_no_folder_is_left_alone_with_a_warning_and_is_an_error_for_keep_kv(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere, in_place = tmp_path / "elsewhere", tmp_path / "kv"
+    if kind == "file":
+        in_place.write_text("x")
+    else:
+        in_place.symlink_to(elsewhere)
+    if kind == "link":
+        elsewhere.mkdir()
+        (elsewhere / OURS).write_text("x")
+    server = Server(tmp_path, 500)
+    [warning] = caplog.messages
+    assert warning.startswith(f"the caches in {in_place} can't be deleted: it is a symbolic link or a file")
+    with pytest.raises(NotADirectoryError, match="where the agent needs a folder of its own") as refused:
+        server.caches.before_start(server.model, SPEC)
+    assert refused.value.filename == str(in_place)
+    assert in_place.is_symlink() or in_place.read_text() == "x"
+    assert elsewhere.exists() == (elsewhere / OURS).exists() == (kind == "link")
