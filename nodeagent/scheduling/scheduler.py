@@ -82,6 +82,8 @@ class Scheduler(Generic[E]):
 
     def place(self, model_id: str, conversation: str | None = None) -> str:
         """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
+        if len(self.lanes) == 1:
+            return self._choose(model_id, [self._only_candidate(model_id)])
         cached_on = self.conversations.device_of(conversation)
         return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in self.lanes])
 
@@ -93,7 +95,8 @@ class Scheduler(Generic[E]):
     def _choose(self, model_id: str, candidates: list[Candidate]) -> str:
         match choose(candidates):
             case Placed(device_id, reason):
-                logger.debug("request for %s placed on %s: %s", model_id, device_id, reason)
+                if len(candidates) > 1:
+                    logger.debug("request for %s placed on %s: %s", model_id, device_id, reason)
                 return device_id
             case AllFull(device_ids):
                 lanes = [self.lanes[device_id] for device_id in device_ids]
@@ -159,6 +162,20 @@ class Scheduler(Generic[E]):
         if starts_in_s is None or not able or not ticket.counted:
             return None
         return Movable(starts_in_s, candidate.start_s + candidate.evicts_s)
+
+    def _only_candidate(self, model_id: str) -> Candidate:
+        """The node's only device. With nothing to choose from, only whether it can serve the model matters, and whether
+        it has a free place: the estimates would cost ten times as much."""
+        [(device_id, lane)] = self.lanes.items()
+        obstacle = self._servers[device_id].obstacle(model_id)
+        return Candidate(
+            device_id=device_id,
+            residency=Residency.EMPTY,
+            admitted=lane.admitted,
+            limit=lane.limit,
+            obstacle=obstacle.reason if obstacle else None,
+            retry_at=obstacle.retry_at if obstacle else None,
+        )
 
     def _candidate(self, device_id: str, model_id: str, cached_on: str | None = None) -> Candidate:
         lane, servers = self.lanes[device_id], self._servers[device_id]
