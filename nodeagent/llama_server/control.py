@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class ControlError(Exception):
-    """The child gave no answer that can be used; the message says why, for people.
+    """The child gave no answer that can be used; the message says why, for people, and quotes nothing of the answer.
 
     If the agent itself lacked something, a cause of this error says so (`supervisor.containment.own_shortage`).
     """
@@ -41,7 +41,7 @@ class Reply:
     body: bytes
 
     def shown(self) -> str:
-        """Its status and the beginning of its body on one line, for people."""
+        """Its status and the beginning of its body on one line, for operators."""
         return printable(f"{self.status} {self.body[:_SHOWN_BYTES].decode(errors='replace')}")
 
     def read_as(self, kind: type[T]) -> T:
@@ -52,7 +52,7 @@ class Reply:
         try:
             return msgspec.json.decode(self.body, type=kind)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-            raise ControlError(f"{self.shown()} (unexpected JSON: {printable(str(error))[:_SHOWN_BYTES]})") from error
+            raise ControlError(f"unexpected JSON: {printable(str(error))}") from error
 
 
 async def ask(

@@ -105,8 +105,7 @@ class LlamaServerProbe:
         try:
             names = [model.id for model in reply.read_as(_Models).data]
         except ControlError as error:
-            logger.debug("%s: %s", self._alias, error)  # it quotes what was received, and reasons are public
-            raise NotReady("/v1/models returned no list of models") from None
+            raise NotReady(f"/v1/models returned {reply.status} and no list of models: {error}") from None
         if self._alias not in names:
             raise NotReady(f"the server at {address} serves {printable(str(names))[:200]}, not {self._alias!r}")
 

@@ -28,6 +28,8 @@ _HEAD_MAX_BYTES: Final = 64 * 1024
 # llama-server closes a connection that was idle for 5 s; older ones are not used.
 _IDLE_MAX_S: Final = 4.0
 _CONNECT_TIMEOUT_S: Final = 5.0
+# The second is no kind of the first: what an answer that switches to another protocol raises.
+_INVALID: Final = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 # One event is kept until it is complete. The longest has a whole answer in it, and the logits of its tokens.
 _EVENT_MAX_BYTES: Final = 16 * 2**20
 
@@ -321,7 +323,7 @@ class UpstreamResponse:
         self._unframed_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except _INVALID as error:
             if not self._complete:
                 raise UpstreamLost(address, f"sent invalid HTTP: {error}") from error
             self._keeps_alive = False  # what follows the response belongs to no request

@@ -48,8 +48,11 @@ async def _act(upstream: Upstream, slot: int, action: str, filename: str) -> _Do
             method="POST",
             body={"filename": filename},
         )
-        if reply.status != 200:
-            raise ControlError(reply.shown())
-        return reply.read_as(_Done)
     except ControlError as error:
         raise UpstreamLost(upstream.address, f"{action} of slot {slot}: {error}") from error
+    try:
+        if reply.status == 200:
+            return reply.read_as(_Done)
+    except ControlError as error:
+        raise UpstreamLost(upstream.address, f"{action} of slot {slot}: {reply.shown()} ({error})") from error
+    raise UpstreamLost(upstream.address, f"{action} of slot {slot}: {reply.shown()}")

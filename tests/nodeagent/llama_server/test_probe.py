@@ -163,7 +163,7 @@ async def test_the_name_is_asked_for_once_in_each_generation(nursery: trio.Nurse
 @pytest.mark.parametrize("body", ["not JSON", "[]", '{"data": [{}]}', '{"data": null}'])
 async def test_a_server_without_a_list_of_models_is_not_ready(body: str, nursery: trio.Nursery) -> None:
     await start_http_stub(nursery, lambda _request_line, _body: response(body))
-    with pytest.raises(NotReady, match=r"/v1/models returned no list of models$"):
+    with pytest.raises(NotReady, match="/v1/models returned 200 and no list of models: unexpected JSON"):
         await check(LlamaServerProbe("mine", "key"), Process())
     nursery.cancel_scope.cancel()
 

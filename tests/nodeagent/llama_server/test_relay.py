@@ -119,8 +119,13 @@ async def test_a_server_that_refuses_the_connection_is_lost() -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * 70_000, b"\x00" * 100],
-    ids=["another protocol", "endless head", "zeros"],
+    [
+        b"SSH-2.0-OpenSSH\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * 70_000,
+        b"\x00" * 100,
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\nabc",
+    ],
+    ids=["another protocol", "endless head", "zeros", "a switch of protocols"],
 )
 async def test_what_is_no_http_response_is_lost(answer: bytes, nursery: trio.Nursery) -> None:
     upstream = await serving(nursery, answering(answer))
