@@ -15,6 +15,8 @@ NodeAgentError
     ├── BodyTooSlow          the client stopped sending its body
     ├── ServerBusy           the node holds as many bytes of request bodies as it may
     ├── ModelNotFound
+    ├── ModelNotLoaded       there is no server of the model to look at
+    ├── WrongTask            the model can't do what the path is for
     ├── QueueFull            every lane that could serve the request is full
     ├── QueueTimeout         the request waited too long for its turn
     ├── ModelLoadTimeout     the model was not ready in time; its start goes on
@@ -25,6 +27,7 @@ NodeAgentError
     ├── PoisonedRequest      two servers crashed on the same body
     ├── Unauthorized         the admin token is missing or wrong
     ├── OriginForbidden      a web page sent a request that it may not send
+    ├── HostForbidden        a browser's request names the node by a name that is not its own
     ├── NoSuchDevice
     └── ReloadRefused        the new configuration is bad; the old one stays
 
@@ -127,10 +130,14 @@ class BodyTooSlow(Refusal):
 
 
 class ServerBusy(Refusal):
-    """With this request the node would hold more than `budget_bytes` of request bodies."""
+    """With this request the node would hold more than `budget_bytes` of request bodies.
 
-    def __init__(self, budget_bytes: int) -> None:
+    `gave_way` is whether its body was arriving, more slowly than the others, and made room for them.
+    """
+
+    def __init__(self, budget_bytes: int, *, gave_way: bool = False) -> None:
         self.budget_bytes = budget_bytes
+        self.gave_way = gave_way
         super().__init__(f"request bodies would exceed {budget_bytes} bytes")
 
 
@@ -141,6 +148,25 @@ class ModelNotFound(Refusal):
         self.model = model
         self.known = known
         super().__init__(f"{model!r} is not one of {known}")
+
+
+class ModelNotLoaded(Refusal):
+    """No server of the model is ready, and what was asked does not load it."""
+
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+        super().__init__(f"{model_id} is not loaded")
+
+
+class WrongTask(Refusal):
+    """The model is for another task (`task`) than the path needs; `able` are the models for that one."""
+
+    def __init__(self, model_id: str, task: str, needed: str, able: list[str]) -> None:
+        self.model_id = model_id
+        self.task = task
+        self.needed = needed
+        self.able = able
+        super().__init__(f"{model_id} is a model for {task}, not for {needed}")
 
 
 class QueueFull(Refusal):
@@ -244,6 +270,14 @@ class OriginForbidden(Refusal):
     def __init__(self, origin: str) -> None:
         self.origin = origin
         super().__init__(origin)
+
+
+class HostForbidden(Refusal):
+    """A browser's request came under a name that is none of this node's."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        super().__init__(host)
 
 
 class NoSuchDevice(Refusal):

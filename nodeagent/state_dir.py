@@ -54,6 +54,11 @@ def children_file(state_dir: Path) -> Path:
     return state_dir / "children.json"
 
 
+def loads_file(state_dir: Path) -> Path:
+    """The file of what loads took."""
+    return state_dir / "loads.json"
+
+
 def kv_folder(state_dir: Path) -> Path:
     """The folder for the KV caches of models that are not loaded now (`keep_kv`)."""
     return state_dir / "kv"

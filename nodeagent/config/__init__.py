@@ -1,8 +1,9 @@
 """The configuration: its keys, reading them from a YAML file, and checking what they name on this host."""
 
-from nodeagent.config.help_flags import parse_help, unknown_to_binary
+from nodeagent.config.help_flags import Dialect, parse_dialect, parse_help, unknown_to_binary
 from nodeagent.config.host_checks import (
     check_config,
+    default_llama_server,
     find_llama_server,
     host_problems,
     located,
@@ -15,9 +16,11 @@ from nodeagent.config.reference import markdown_reference
 
 __all__ = [
     "DeviceConfig",
+    "Dialect",
     "ModelConfig",
     "NodeConfig",
     "check_config",
+    "default_llama_server",
     "find_llama_server",
     "host_problems",
     "json_schema",
@@ -26,6 +29,7 @@ __all__ = [
     "markdown_reference",
     "missing_models",
     "parse_config",
+    "parse_dialect",
     "parse_help",
     "read_token",
     "unknown_to_binary",

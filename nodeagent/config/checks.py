@@ -25,6 +25,8 @@ def check_document(document: Document) -> Iterator[Finding]:
     yield from _model_names(document)
     yield from _default_models(document)
     for index, model in _entries(document, "models"):
+        if model.get("pinned") is True and model.get("idle_unload_s") is not None:
+            yield ("models", index, "idle_unload_s"), "contradicts `pinned: true`; remove one of them"
         for key, message in _server_args(model):
             yield ("models", index, "server_args", *key), message
 
@@ -73,13 +75,8 @@ def _devices(document: Document) -> Iterator[Finding]:
         kind = device_id.partition(":")[0]
         if device_id in first:
             yield here, f"{device_id!r} is declared twice; the first is devices[{first[device_id]}]"
-        elif first and kind != next(iter(first)).partition(":")[0]:
-            yield (
-                here,
-                f"{device_id!r} is of another backend than {next(iter(first))!r}; all devices must be of one backend",
-            )
-        elif kind in ("cpu", "gpu") and backend in ("cpu", "cuda") and (kind == "cpu") != (backend == "cpu"):
-            yield here, f"{device_id!r} is not a device of the backend {backend!r}"
+        elif kind == "gpu" and backend == "cpu":
+            yield here, f"{device_id!r} is not a device of the backend 'cpu'"
         first.setdefault(device_id, index)
 
 

@@ -12,6 +12,7 @@ end before the description.
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from nodeagent.config.keys import NodeConfig
 from nodeagent.config.server_flags import FlagValue, flags_argv
@@ -32,14 +33,36 @@ def parse_help(text: str) -> dict[str, bool]:
     return flags if len(flags) >= _LEAST_FLAGS else {}
 
 
-def unknown_to_binary(config: NodeConfig, flags: Mapping[str, bool]) -> list[Problem]:
-    """A problem for each flag in `server_args` that the binary with these flags would refuse; none if `flags` is
-    empty."""
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What builds of llama-server spell differently; the defaults are those of the newest."""
+
+    has_spec_type: bool = True
+    """A draft model alone drafts nothing: `--spec-type` has to say how."""
+    has_fit_target: bool = True
+    scales_by_colon: bool = True
+    """`--lora-scaled FILE:SCALE`, and not `--lora-scaled FILE SCALE`."""
+
+
+def parse_dialect(text: str) -> Dialect:
+    """The dialect of the binary with this help; the newest if the text is not the help of a llama-server."""
+    flags = parse_help(text)
     if not flags:
+        return Dialect()
+    return Dialect(
+        "--spec-type" in flags, "--fit-target" in flags, re.search(r"^--lora-scaled \S+:", text, re.M) is not None
+    )
+
+
+def unknown_to_binary(config: NodeConfig, flags: Mapping[str, bool]) -> list[Problem]:
+    """A problem for each flag in `server_args` that the node's binary with these flags would refuse; none if `flags` is
+    empty. A model with a binary of its own is not checked, nor is any where a device has one."""
+    if not flags or any(device.llama_server_bin is not None for device in config.devices):
         return []
     return [
         config.problem(("models", index, "server_args", name), message)
         for index, model in enumerate(config.models)
+        if model.llama_server_bin is None
         for name, value in model.server_args.items()
         for message in _faults(name, value, flags)
     ]

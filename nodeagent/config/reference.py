@@ -9,6 +9,7 @@ from nodeagent.config.loading import json_schema
 _SECTIONS = (
     ("", "The node"),
     ("ModelConfig", "`models[]`"),
+    ("LoraConfig", "`models[].loras[]`"),
     ("DeviceConfig", "`devices[]`"),
     ("RestartConfig", "`restart`, of the node or of one model"),
 )

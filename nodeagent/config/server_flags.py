@@ -142,6 +142,10 @@ _STRUCTURED = {
     "tensor-split": "tensor_split",
     "flash-attn": "flash_attn",
     "parallel": "parallel",
+    "mmproj": "mmproj",
+    "spec-draft-model": "draft_model",
+    "lora": "loras",
+    "lora-scaled": "loras",
 }
 
 _FLAG_NAME = re.compile(r"-{0,2}[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -281,7 +285,7 @@ def check_server_args(server_args: Mapping[str, object], model: Mapping[str, obj
         elif not flag.takes_value and _would_follow(value):
             # Most of all `mlock: on`, which is a word here: a server that gets `--mlock on` exits with an error.
             yield name, f"takes no value, found {value!r}; write true to set the flag, false to omit it"
-        elif flag.key and flag.key != "parallel" and model.get(flag.key) is not None:
+        elif flag.key and flag.key != "parallel" and model.get(flag.key) not in (None, [], ()):
             yield name, f"repeats the key `{flag.key}` of this model; remove one"
         seen.setdefault(flag, name)
 

@@ -115,6 +115,14 @@ def _host(value: str) -> str:
     return value
 
 
+def _host_name(value: str) -> str:
+    """In lower case, as browsers send it, and without the dot at its end that makes a name absolute."""
+    name = value.removesuffix(".").lower()
+    if not is_host(name):
+        raise ValueError(f"must be a host name like models.example, without scheme or port, found {shown(value)}")
+    return name
+
+
 def _label(value: str) -> str:
     if not value.strip() or not value.isprintable():
         raise ValueError(f"must be one line of printable text, found {shown(value)}")
@@ -200,6 +208,22 @@ def _flag_value(value: object) -> FlagValue:
     return tuple(texts) if isinstance(value, list | tuple) else texts[0]
 
 
+# What the agent itself sets, and flags of llama-server, which have a place of their own.
+_OWN_VARIABLES = ("LLAMA_",)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _variables(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(f"must hold names of environment variables, found {shown(name)}")
+        if name.startswith(_OWN_VARIABLES):
+            raise ValueError(f"must not set {name}: put flags of llama-server under server_args")
+        if "\0" in text:
+            raise ValueError(f"must not hold a NUL character, found one in {name}")
+    return value
+
+
 _FlagInput = str | int | float | bool | list[str | int | float] | None
 
 AbsolutePath = Annotated[Path, PlainValidator(_absolute, json_schema_input_type=str)]
@@ -210,6 +234,7 @@ BaseUrl = Annotated[str, AfterValidator(_base_url)]
 """An http or https URL that paths can be appended to; held without its last slash."""
 Origin = Annotated[str, AfterValidator(_origin)]
 Host = Annotated[str, AfterValidator(_host)]
+HostName = Annotated[str, AfterValidator(_host_name)]
 Label = Annotated[str, AfterValidator(_label)]
 FlashAttn = Annotated[
     Literal["on", "off", "auto"],
@@ -221,6 +246,7 @@ GpuLayers = Annotated[
 Threads = Annotated[int, PlainValidator(_threads, json_schema_input_type=int)]
 MainGpu = Annotated[int, AfterValidator(_main_gpu)]
 TensorSplit = Annotated[tuple[float, ...], PlainValidator(split_shares, json_schema_input_type=list[float] | str)]
+Variables = Annotated[dict[str, str], AfterValidator(_variables)]
 Cpus = Annotated[frozenset[int], PlainValidator(_cpus, json_schema_input_type=list[int])]
 ServerArg = Annotated[FlagValue, PlainValidator(_flag_value, json_schema_input_type=_FlagInput)]
 

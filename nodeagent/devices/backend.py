@@ -3,9 +3,13 @@
 DriverError(NodeAgentError)    the vendor's driver does not answer; never leaves `nodeagent.devices`
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.errors import ConfigError, NodeAgentError, Problem
@@ -23,6 +27,21 @@ class DriverError(NodeAgentError):
         super().__init__(reason)
 
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """The llama-server that runs on devices, the variables that the configuration gives it there, and how the ids of
+    these devices begin."""
+
+    binary: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    id_prefix: str = "gpu"
+
+
 class DeclaredDevice(Protocol):
     """An entry of `devices` in the configuration."""
 
@@ -32,6 +51,10 @@ class DeclaredDevice(Protocol):
     def threads(self) -> int | None: ...
     @property
     def cpus(self) -> frozenset[int] | None: ...
+    @property
+    def llama_server_bin(self) -> str | None: ...
+    @property
+    def env(self) -> Mapping[str, str]: ...
 
 
 class Backend(Protocol):
@@ -42,7 +65,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """The name in the configuration: `cpu`, `cuda`."""
+        """The name in the configuration: `cpu`, `cuda`, `vulkan`, ..."""
         ...
 
     def discover(self) -> list[DeviceRef]:
@@ -76,8 +99,59 @@ class Backend(Protocol):
         ...
 
 
+def within(timeout_s: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises, or DriverError if a driver hangs in it for that long.
+
+    Its thread is left behind then, which does not keep the process from ending.
+    """
+    results: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            value = call()
+        except Exception as error:
+            failure = error
+
+            def fail() -> T:
+                raise failure
+
+            results.put(fail)
+        else:
+            results.put(lambda: value)
+
+    threading.Thread(target=run, name="driver", daemon=True).start()
+    try:
+        result = results.get(timeout=timeout_s)
+    except queue.Empty:
+        raise DriverError(f"no answer from the driver in {timeout_s:g} s") from None
+    return result()
+
+
+class Faults:
+    """Reads devices of one driver, and says once when one can't be read, and once when it can be again.
+
+    What changes: `_reasons`, why a device could not be read the last time, in `read`.
+    """
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+
+    def read(self, device_id: str, now: float, measure: Callable[[], DeviceMetrics]) -> DeviceMetrics:
+        """What `measure` returns; if it raises DriverError, nothing is known."""
+        try:
+            reading = measure()
+        except DriverError as error:
+            if self._reasons.get(device_id) != error.reason:
+                self._reasons[device_id] = error.reason
+                logger.warning("%s can't be measured: %s", device_id, error.reason)
+            return DeviceMetrics(measured_at=now)
+        if self._reasons.pop(device_id, None) is not None:
+            logger.warning("%s can be measured again", device_id)
+        return reading
+
+
 def as_declared(found: Sequence[DeviceRef], declared: Sequence[DeclaredDevice], backend: str) -> list[DeviceRef]:
-    """The declared ones of these devices, with their threads and CPUs. Raises ConfigError."""
+    """The declared ones of these devices, with what their entries say. Raises ConfigError."""
     by_id = {device.device_id: device for device in found}
     known = ", ".join(by_id) or "no device"
     problems = [
@@ -87,4 +161,13 @@ def as_declared(found: Sequence[DeviceRef], declared: Sequence[DeclaredDevice], 
     ]
     if problems:
         raise ConfigError(problems)
-    return [replace(by_id[entry.device_id], threads=entry.threads, cpus=entry.cpus) for entry in declared]
+    return [
+        replace(
+            by_id[entry.device_id],
+            threads=entry.threads,
+            cpus=entry.cpus,
+            llama_server_bin=entry.llama_server_bin,
+            env=entry.env,
+        )
+        for entry in declared
+    ]

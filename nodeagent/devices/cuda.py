@@ -10,11 +10,13 @@ A child sees only its own GPU, by UUID: unlike the numbers, it does not change w
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
-from nodeagent.devices.backend import DeclaredDevice, DriverError, as_declared
-from nodeagent.devices.nvidia_driver import Driver, Gpu
-from nodeagent.devices.nvml_driver import NvmlDriver
+from nodeagent.devices.backend import DeclaredDevice, DriverError, Faults, as_declared
+from nodeagent.devices.drm import Readings
+from nodeagent.devices.nvidia_driver import Driver, Gpu, measured
+from nodeagent.devices.pinning import pin
 from nodeagent.devices.smi_driver import SmiDriver
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.errors import StartupError
@@ -24,7 +26,14 @@ logger = logging.getLogger(__name__)
 _MASK: Final = "CUDA_VISIBLE_DEVICES"
 
 
-def open_driver(library: Callable[[], Driver] = NvmlDriver, command: Callable[[], Driver] = SmiDriver) -> Driver:
+def _library() -> Driver:
+    # Here: pynvml takes 2 MiB, and a node without a GPU does not need it.
+    from nodeagent.devices.nvml_driver import NvmlDriver
+
+    return NvmlDriver()
+
+
+def open_driver(library: Callable[[], Driver] = _library, command: Callable[[], Driver] = SmiDriver) -> Driver:
     """The library if it can be used, else the command. Raises DriverError with both reasons."""
     try:
         return library()
@@ -39,18 +48,25 @@ def open_driver(library: Callable[[], Driver] = NvmlDriver, command: Callable[[]
 
 
 class CudaBackend:
-    """NVIDIA GPUs; implements `backend.Backend`.
-
-    What changes: `_faults`, why a device could not be read the last time, in `read`.
-    """
+    """NVIDIA GPUs; implements `backend.Backend`."""
 
     name: Final = "cuda"
 
-    def __init__(self, driver: Driver | None = None, environ: Mapping[str, str] = os.environ) -> None:
-        """Opens a driver, NVML or else nvidia-smi, unless one is given. Raises DriverError."""
+    def __init__(
+        self,
+        driver: Driver | None = None,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        id_prefix: str = "gpu",
+        root: Path = Path("/"),
+    ) -> None:
+        """Opens a driver, NVML or else nvidia-smi, unless one is given; `root` is where sys is. Raises DriverError."""
         self._driver = driver if driver is not None else open_driver()
         self._mask = environ.get(_MASK)
-        self._faults: dict[str, str] = {}
+        self._id_prefix = id_prefix
+        self._faults = Faults()
+        self._readings = Readings()
+        self._root = root
 
     def discover(self) -> list[DeviceRef]:
         """The GPUs that the mask does not hide, in its order. Raises StartupError."""
@@ -68,28 +84,24 @@ class CudaBackend:
         return as_declared(found, declared, self.name) if declared else found
 
     def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
-        """See Backend. Logs once when a device can't be read, and once when it can be read again."""
-        try:
-            reading = self._driver.read(device.uuid, device.index, now)
-        except DriverError as error:
-            if self._faults.get(device.device_id) != error.reason:
-                self._faults[device.device_id] = error.reason
-                logger.warning("%s can't be measured: %s", device.device_id, error.reason)
-            return DeviceMetrics(measured_at=now)
-        if self._faults.pop(device.device_id, None) is not None:
-            logger.warning("%s can be measured again", device.device_id)
-        return DeviceMetrics(
-            measured_at=now,
-            memory_total_bytes=reading.memory_total_bytes,
-            memory_used_bytes=reading.memory_used_bytes,
-            memory_free_bytes=reading.memory_free_bytes,
-            utilization_ratio=reading.utilization_ratio,
-            temperature_celsius=reading.temperature_celsius,
-            power_watts=reading.power_watts,
-        )
+        """See Backend. Logs once when a device can't be read, and once when it can be read again.
+
+        A card of a laptop sleeps, and each question to NVIDIA's driver wakes it.
+        """
+
+        def ask() -> DeviceMetrics:
+            return measured(self._driver.read(device.uuid, device.index, now), now)
+
+        def measure() -> DeviceMetrics:
+            if device.pci_id is None:
+                return ask()
+            return self._readings.read(self._root / "sys/bus/pci/devices" / device.pci_id, now, ask)
+
+        return self._faults.read(device.device_id, now, measure)
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", _MASK: device.uuid or str(device.index)}
+        """Other backends that the build may have are kept off their devices too: Vulkan would list the other GPUs."""
+        return dict(pin(self.name, "CUDA0", device.uuid or str(device.index)).env)
 
     def child_args(self, device: DeviceRef) -> list[str]:
         """None: a server uses every GPU that the mask shows. A build without CUDA would exit on `--device CUDA0`."""
@@ -100,12 +112,13 @@ class CudaBackend:
 
     def _device(self, gpu: Gpu) -> DeviceRef:
         return DeviceRef(
-            device_id=f"gpu:{gpu.index}",
+            device_id=f"{self._id_prefix}:{gpu.index}",
             backend=self.name,
             index=gpu.index,
             name=gpu.name,
             uuid=gpu.uuid,
             memory_total_bytes=gpu.memory_total_bytes,
+            pci_id=gpu.pci_id,
         )
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 import trio
 
@@ -17,6 +16,13 @@ INTERVAL_S = 2.0
 ReadDevice = Callable[[DeviceRef, float], Awaitable[DeviceMetrics]]
 """Takes a reading of a device at that time."""
 
+# A driver that takes longer than this hangs: `nvidia-smi`, the slowest that still answers, has 15 s.
+_READ_MAX_S = 20.0
+# So long the other devices wait for one that hung the last time.
+_HANGING_MAX_S = 2.0
+# The node starts to serve after this, measured or not.
+_FIRST_MAX_S = 10.0
+
 # A driver may free the memory of a server only some time after the server has ended. Two readings this far apart that
 # differ by less than this mean that it has.
 _SETTLE_PAUSE_S = 0.1
@@ -26,16 +32,19 @@ _SETTLE_BYTES = 64 * 2**20
 class DeviceMonitor:
     """The last reading of each device; `settle_max_s` is how long `settled` waits at most.
 
-    `read` takes a reading at a time; by default the backend takes it in a thread. What changes: `_latest`, in `run`.
+    `read` takes a reading at a time; by default the backend takes it in a thread. A driver that hangs costs the
+    readings of its devices, and one thread for each of them. What changes: `_latest` and `_hanging`, in `run`,
+    `settled` and `read_now`.
     """
 
     def __init__(
         self, backend: Backend, devices: list[DeviceRef], *, settle_max_s: float, read: ReadDevice | None = None
     ) -> None:
-        self._read_device = read if read is not None else partial(_read_in_thread, backend)
+        self._read_device = read if read is not None else Threads(backend).read
         self._devices = devices
         self._settle_max_s = settle_max_s
         self._latest: dict[str, DeviceMetrics] = {}
+        self._hanging: set[str] = set()
         self._containment = Containment("reading a device")
 
     def latest(self, device_id: str) -> DeviceMetrics | None:
@@ -50,10 +59,10 @@ class DeviceMonitor:
             return
         began = trio.current_time()
         with trio.move_on_after(self._settle_max_s) as limit:
-            before = await self._free_bytes(device)
+            before = (await self.read_now(device_id)).memory_free_bytes
             while before is not None:
                 await trio.sleep(_SETTLE_PAUSE_S)
-                now = await self._free_bytes(device)
+                now = (await self.read_now(device_id)).memory_free_bytes
                 if now is None or abs(now - before) < _SETTLE_BYTES:
                     break
                 before = now
@@ -63,12 +72,16 @@ class DeviceMonitor:
         else:
             logger.debug("%s: free memory settled after %.2f s", device_id, took_s)
 
-    async def _free_bytes(self, device: DeviceRef) -> int | None:
-        return (await self._read(device)).memory_free_bytes
+    async def read_now(self, device_id: str) -> DeviceMetrics:
+        """Take a reading, which is then the last one."""
+        [device] = [device for device in self._devices if device.device_id == device_id]
+        self._latest[device_id] = reading = await self._read(device)
+        return reading
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Read every device at intervals until cancelled; started once each has been read."""
-        await self._read_all()
+        """Read every device at intervals until cancelled; started once each has been read, or after 10 s."""
+        with trio.move_on_after(_FIRST_MAX_S):
+            await self._read_all()
         task_status.started()
         while True:
             await trio.sleep(INTERVAL_S)
@@ -76,15 +89,32 @@ class DeviceMonitor:
 
     async def _read_all(self) -> None:
         for device in self._devices:
-            self._latest[device.device_id] = await self._read(device)
+            await self.read_now(device.device_id)
 
     async def _read(self, device: DeviceRef) -> DeviceMetrics:
         now = trio.current_time()
-        with self._containment:
-            return await self._read_device(device, now)
+        limit_s = _HANGING_MAX_S if device.device_id in self._hanging else _READ_MAX_S
+        with self._containment, trio.move_on_after(limit_s) as limit:
+            reading = await self._read_device(device, now)
+            if device.device_id in self._hanging:
+                self._hanging.remove(device.device_id)
+                logger.warning("%s can be measured again", device.device_id)
+            return reading
+        if limit.cancelled_caught and device.device_id not in self._hanging:
+            self._hanging.add(device.device_id)
+            logger.warning("%s can't be measured: no answer from its driver in %g s", device.device_id, limit_s)
         return DeviceMetrics(measured_at=now)  # the reading failed: for now nothing is known
 
 
-async def _read_in_thread(backend: Backend, device: DeviceRef, now: float) -> DeviceMetrics:
-    """In a thread: a driver that hangs must not block the event loop."""
-    return await trio.to_thread.run_sync(backend.read, device, now, abandon_on_cancel=True)
+class Threads:
+    """Reads devices in threads, one for each device at most: a driver that hangs must not block the event loop, nor
+    take all threads of the process, which other work needs."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._limiters: dict[str, trio.CapacityLimiter] = {}
+
+    async def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
+        """Waits for an earlier reading of the device to end. If this is cancelled, the thread is left behind."""
+        limiter = self._limiters.setdefault(device.device_id, trio.CapacityLimiter(1))
+        return await trio.to_thread.run_sync(self._backend.read, device, now, abandon_on_cancel=True, limiter=limiter)

@@ -6,15 +6,18 @@ Both number the GPUs by their PCI bus ids, as CUDA does with CUDA_DEVICE_ORDER=P
 from dataclasses import dataclass
 from typing import Protocol
 
+from nodeagent.devices.values import DeviceMetrics
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as the driver lists it. `uuid` is None if it has none (some virtual GPUs)."""
+    """One GPU as the driver lists it. `uuid` is None if it has none (some virtual GPUs); `pci_id` is as in sysfs."""
 
     index: int
     uuid: str | None
     name: str
     memory_total_bytes: int | None
+    pci_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,19 @@ class GpuReading:
     utilization_ratio: float | None = None
     temperature_celsius: float | None = None
     power_watts: float | None = None
+
+
+def measured(reading: GpuReading, now: float) -> DeviceMetrics:
+    """The same, as a reading taken at that time."""
+    return DeviceMetrics(
+        measured_at=now,
+        memory_total_bytes=reading.memory_total_bytes,
+        memory_used_bytes=reading.memory_used_bytes,
+        memory_free_bytes=reading.memory_free_bytes,
+        utilization_ratio=reading.utilization_ratio,
+        temperature_celsius=reading.temperature_celsius,
+        power_watts=reading.power_watts,
+    )
 
 
 class Driver(Protocol):

@@ -8,6 +8,7 @@ from typing import Final, Protocol, TypeVar, cast
 import pynvml
 
 from nodeagent.devices.backend import DriverError
+from nodeagent.devices.listing import pci_address
 from nodeagent.devices.nvidia_driver import Gpu, GpuReading
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,11 @@ class NvmlUtilization(Protocol):
     def gpu(self) -> int: ...
 
 
+class NvmlPci(Protocol):
+    @property
+    def busId(self) -> str: ...
+
+
 class Nvml(Protocol):
     """The part of the module `pynvml` (nvidia-ml-py) that is used here. Each function may raise `pynvml.NVMLError`."""
 
@@ -39,6 +45,7 @@ class Nvml(Protocol):
     def nvmlDeviceGetHandleByUUID(self, uuid: str, /) -> object: ...
     def nvmlDeviceGetUUID(self, handle: object, /) -> str: ...
     def nvmlDeviceGetName(self, handle: object, /) -> str: ...
+    def nvmlDeviceGetPciInfo(self, handle: object, /) -> NvmlPci: ...
     def nvmlDeviceGetMemoryInfo(self, handle: object, /) -> NvmlMemory: ...
     def nvmlDeviceGetUtilizationRates(self, handle: object, /) -> NvmlUtilization: ...
     def nvmlDeviceGetTemperature(self, handle: object, sensor: int, /) -> int: ...
@@ -127,11 +134,13 @@ class NvmlDriver:
 
 def _described(nvml: Nvml, handle: object, index: int) -> Gpu:
     memory = _value_or_none(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    pci = _value_or_none(lambda: nvml.nvmlDeviceGetPciInfo(handle))
     return Gpu(
         index=index,
         uuid=_value_or_none(lambda: nvml.nvmlDeviceGetUUID(handle)),
         name=nvml.nvmlDeviceGetName(handle),
         memory_total_bytes=None if memory is None else memory.total,
+        pci_id=None if pci is None else pci_address(pci.busId),
     )
 
 

@@ -1,11 +1,11 @@
 """The NVIDIA driver through the command `nvidia-smi`, for hosts where its library can't be loaded."""
 
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from nodeagent.devices.backend import DriverError
+from nodeagent.devices.commands import run_command
 from nodeagent.devices.nvidia_driver import Gpu, GpuReading
 
 _FIELDS: Final = (
@@ -37,22 +37,7 @@ class SmiResult:
 
 def run_smi(command: Sequence[str]) -> SmiResult:
     """Run the command to its end. Raises DriverError if it can't be run, or hangs."""
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-            text=True,
-            errors="replace",
-        )
-    except FileNotFoundError:
-        raise DriverError(f"{command[0]}: not found", absent=True) from None
-    except OSError as error:
-        raise DriverError(f"{command[0]}: {error.strerror or error}") from error
-    except subprocess.TimeoutExpired:
-        raise DriverError(f"{command[0]}: no answer in {_TIMEOUT_S:g} s") from None
+    done = run_command(command, _TIMEOUT_S)
     return SmiResult(done.returncode, done.stdout or done.stderr)
 
 

@@ -3,16 +3,18 @@
 Nothing here depends on the vendor.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRef:
     """One device that can run a server.
 
-    `device_id` is its name for people and on the wire (`cpu:0`, `gpu:0`); `index` is its number in the vendor's tools;
-    `uuid` is the vendor's permanent name, if there is one. `memory_total_bytes` is None if unknown. `threads` and
-    `cpus` come from the configuration; without it `threads` may follow from the process's own limits (`limits.py`).
+    `device_id` is its name for people and on the wire (`cpu:0`, `gpu:0`); `index` is its number in the vendor's tools
+    (or in the list of llama-server); `uuid` is the vendor's permanent name; `pci_id` is its address, as `0000:01:00.0`;
+    `integrated` says whether it shares the host's memory. What is unknown is None. The rest is of the
+    configuration; without it `threads` may follow from the process's own limits (`limits.py`).
     """
 
     device_id: str
@@ -21,8 +23,14 @@ class DeviceRef:
     name: str
     uuid: str | None = None
     memory_total_bytes: int | None = None
+    pci_id: str | None = None
+    integrated: bool | None = None
     threads: int | None = None
     cpus: frozenset[int] | None = None
+    llama_server_bin: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    memory_reserve_bytes: int = 0
+    """Memory that is kept free for other programs, by the configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

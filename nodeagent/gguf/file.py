@@ -4,7 +4,8 @@ GgufError(NodeAgentError)    the file can't be used as a model: `path`, `reason`
 
 The format is that of "GGUF", docs/gguf.md in the ggml repository; versions 2 and 3 are equal in all that is read here.
 Own code, since the `gguf` package needs numpy and builds every value in the file, also the hundreds of thousands of
-texts of a vocabulary. Here they are skipped: one small model takes 0.04 s instead of 2 s.
+texts of a vocabulary. Here they are skipped: one small model takes 0.04 s instead of 2 s, and a file that has not
+changed since it was read is not read again.
 
 Files are read and never mapped: if a file shrinks under a mapping, the process is killed (SIGBUS).
 """
@@ -15,6 +16,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -23,10 +25,16 @@ from nodeagent.errors import NodeAgentError
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _DEFAULT_ALIGNMENT: Final = 32
+TOKEN_ROWS: Final = "token_embd.weight"
+LAYER_ROWS: Final = "per_layer_token_embd.weight"
+OUTPUT_ROWS: Final = "output.weight"
+NAMED_TENSORS: Final = frozenset({TOKEN_ROWS, LAYER_ROWS, OUTPUT_ROWS})
 _MAX_DIMENSIONS: Final = 4  # GGML_MAX_DIMS
 # Metadata and tensor table together. The largest vocabularies need about 20 MB; reading this limit takes seconds.
 _MAX_HEADER_BYTES: Final = 128 << 20
 _MAX_KEY_BYTES: Final = 1 << 16
+# What is kept of a file is some KB, most of it the chat template.
+_PARTS_KEPT: Final = 256
 
 # Value types by number, without text and arrays.
 _TEXT: Final = 8
@@ -105,21 +113,25 @@ class GgufError(NodeAgentError):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file: its size, and its metadata by key."""
+    """One file: its size, its metadata by key, and the sizes in bytes of those of NAMED_TENSORS that it has."""
 
     size_bytes: int
     values: Mapping[str, Value]
+    tensors: Mapping[str, int]
 
 
 def read_part(path: Path) -> Part:
-    """Read the metadata of the file at `path`. Blocks on the disk; raises GgufError, whatever the file contains."""
+    """The metadata of the file at `path`. Blocks on the disk; raises GgufError, whatever the file contains.
+
+    A file that has not changed is read once: with each switch of models this stands before the load, and a vocabulary
+    takes longer than a small server needs to start.
+    """
     try:
+        status = path.stat()
         # Checked before it is opened: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise GgufError(path, "not a regular file")
-        with path.open("rb") as file:
-            cursor = _Cursor(path, file, os.fstat(file.fileno()).st_size)
-            return Part(cursor.size, _parse(cursor))
+        return _read(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     except FileNotFoundError:
         raise GgufError(path, "no such file") from None
     except PermissionError:
@@ -128,6 +140,14 @@ def read_part(path: Path) -> Part:
         raise GgufError(path, f"can't be read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the path
         raise GgufError(path, f"can't be read: {error}") from error
+
+
+@lru_cache(maxsize=_PARTS_KEPT)
+def _read(path: Path, _version: tuple[int, ...]) -> Part:
+    """Read the file. `_version` differs after any change, since nobody can set back the time of the change (ctime)."""
+    with path.open("rb") as file:
+        cursor = _Cursor(path, file, os.fstat(file.fileno()).st_size)
+        return Part(cursor.size, *_parse(cursor))
 
 
 class _Cursor:
@@ -180,8 +200,8 @@ class _Cursor:
             raise self.error(f"damaged: a header of over {_MAX_HEADER_BYTES >> 20} MiB")
 
 
-def _parse(cursor: _Cursor) -> Mapping[str, Value]:
-    """The metadata. Of the tensors it is only checked that they lie inside the file."""
+def _parse(cursor: _Cursor) -> tuple[Mapping[str, Value], Mapping[str, int]]:
+    """The metadata, and the sizes of some tensors. Of the others it is only checked that they lie inside the file."""
     magic = cursor.take(4) if cursor.size >= 4 else b""
     if magic != _MAGIC:
         raise cursor.error("not a GGUF file" if cursor.size else "empty")
@@ -196,8 +216,7 @@ def _parse(cursor: _Cursor) -> Mapping[str, Value]:
     for _ in range(cursor.count(least_bytes=13)):
         key = cursor.text(_MAX_KEY_BYTES)
         values[key] = _value(cursor, cursor.number(_U32), key)
-    _check_tensors(cursor, tensors, values.get("general.alignment", _DEFAULT_ALIGNMENT))
-    return values
+    return values, _tensors(cursor, tensors, values.get("general.alignment", _DEFAULT_ALIGNMENT))
 
 
 def _value(cursor: _Cursor, kind: int, key: str) -> Value:
@@ -229,10 +248,11 @@ def _array(cursor: _Cursor, key: str) -> Value:
     return tuple(item for (item,) in form.iter_unpack(cursor.take(count * form.size)))
 
 
-def _check_tensors(cursor: _Cursor, tensors: int, alignment: Value) -> None:
+def _tensors(cursor: _Cursor, tensors: int, alignment: Value) -> Mapping[str, int]:
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.error(f"damaged: invalid alignment {alignment}")
     end = 0
+    sizes: dict[str, int] = {}
     for _ in range(tensors):
         name = cursor.text(_MAX_KEY_BYTES)
         dimensions = cursor.number(_U32)
@@ -242,7 +262,11 @@ def _check_tensors(cursor: _Cursor, tensors: int, alignment: Value) -> None:
         for _ in range(dimensions):
             elements *= cursor.number(_U64)
         block_elements, block_bytes = _BLOCKS.get(cursor.number(_U32), (1, 0))
-        end = max(end, cursor.number(_U64) + elements // block_elements * block_bytes)
+        size = elements // block_elements * block_bytes
+        if name in NAMED_TENSORS:
+            sizes[name] = size
+        end = max(end, cursor.number(_U64) + size)
     start = -(-cursor.position // alignment) * alignment
     if tensors and start + end > cursor.size:
         raise cursor.error(f"truncated: the file has {cursor.size} of {start + end} bytes")
+    return sizes

@@ -1,0 +1,107 @@
+"""How a child is kept to one device, for each backend: variables of its environment, and `--device`. Pure.
+
+The variables hide the other devices, so that the child does not even open them (each costs memory there). They name
+devices by the number that the vendor's own software gives them, or by UUID. If the agent was started with such a
+variable, the child's is one entry of it. Then the device that is left has the number 0.
+
+    cuda     CUDA_VISIBLE_DEVICES        "CUDA Environment Variables", NVIDIA's programming guide
+    rocm     ROCR_VISIBLE_DEVICES        then HIP_VISIBLE_DEVICES, else CUDA_VISIBLE_DEVICES, number what is left anew
+    sycl     ONEAPI_DEVICE_SELECTOR      "Environment Variables", Intel's oneAPI DPC++ compiler
+    vulkan   GGML_VK_VISIBLE_DEVICES     llama.cpp's own; in the order of the Vulkan loader; an entry may repeat
+    metal    -                           there is one GPU
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+# Empty, each of them hides all devices of its backends. There is no such value for ONEAPI_DEVICE_SELECTOR.
+HIDDEN: Final[Mapping[str, str]] = MappingProxyType(
+    dict.fromkeys(
+        ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"), ""
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`masks` are applied one after the other, each to what the one before left; the first pins, by `entry`.
+
+    `fixed` are the variables that each child of this backend gets besides.
+    """
+
+    masks: tuple[str, ...] = ()
+    entry: str = "{}"
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+
+RULES: Final[Mapping[str, Rule]] = MappingProxyType(
+    {
+        "cuda": Rule(("CUDA_VISIBLE_DEVICES",), fixed={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+        # What ROCR leaves is numbered from 0, and both of the others are obeyed after it: 0 undoes an inherited mask.
+        "rocm": Rule(
+            ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+            fixed={"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"},
+        ),
+        # Without the first, free memory is reported as the total; without the second, no buffer exceeds 4 GiB.
+        "sycl": Rule(
+            ("ONEAPI_DEVICE_SELECTOR",),
+            "level_zero:{}",
+            {"ZES_ENABLE_SYSMAN": "1", "UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS": "1"},
+        ),
+        "vulkan": Rule(("GGML_VK_VISIBLE_DEVICES",)),
+        "metal": Rule(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    env: Mapping[str, str]
+    args: tuple[str, ...] = ()
+
+
+def entries(backend: str, environ: Mapping[str, str], count: int) -> list[str] | None:
+    """How the vendor's software names each of the `count` devices that the masks in this environment leave, in order.
+
+    None if the masks name others than these: then they can't be told apart by number.
+    """
+    masks = [environ.get(name) for name in RULES[backend].masks]
+    if backend == "rocm" and masks[1] is None:
+        masks[1] = environ.get("CUDA_VISIBLE_DEVICES")
+    names: Sequence[str] | None = None
+    for mask in masks:
+        if mask is not None and (names := _chosen(mask, names)) is None:
+            return None
+    if names is None:
+        return [str(number) for number in range(count)]
+    return list(names) if len(names) == count else None
+
+
+def pin(backend: str, listed_name: str, entry: str | None) -> Pin:
+    """Keep a child to the device that the binary lists by that name, and that the vendor's software calls `entry`.
+
+    Where `entry` is None, only `--device` does it.
+    """
+    rule = RULES[backend]
+    if entry is None or not rule.masks:
+        inherited = {name: rule.fixed[name] for name in rule.fixed if name not in HIDDEN}
+        return Pin(inherited, ("--device", listed_name))
+    only = re.sub(r"\d+$", "0", listed_name)
+    return Pin({**HIDDEN, **rule.fixed, rule.masks[0]: rule.entry.format(entry)}, ("--device", only))
+
+
+def _chosen(mask: str, names: Sequence[str] | None) -> list[str] | None:
+    """The entries of a mask, or the names that they number; None if one of them is neither a number nor a UUID."""
+    chosen = []
+    for entry in re.sub(r"level_zero:", "", mask.replace(";", ",")).split(",") if mask.strip() else []:
+        text = entry.strip()
+        if text.isdecimal() and names is not None and int(text) < len(names):
+            chosen.append(names[int(text)])
+        elif names is None and (text.isdecimal() or re.fullmatch(r"GPU-[0-9a-zA-Z-]+", text)):
+            chosen.append(text)
+        else:
+            return None
+    return chosen
