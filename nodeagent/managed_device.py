@@ -31,7 +31,7 @@ class ManagedDevice:
     def __init__(self, ref: DeviceRef, servers: DeviceServers, build_specs: BuildSpecs, config: NodeConfig) -> None:
         self.ref = ref
         self.servers = servers
-        self.lane: Lane[Upstream] = Lane(ref.device_id, servers, lane_rules(config))
+        self.lane: Lane[Upstream] = Lane(ref.device_id, servers, lane_rules(config, ref.device_id))
         self.lines: Ring[str] = Ring(_LINES_KEPT)
         self._build_specs = build_specs
 
@@ -43,11 +43,17 @@ class ManagedDevice:
         self.servers.handle(event)
         self.lane.nudge()
 
+    def recall_loads(self) -> None:
+        """Take over how long loads took in earlier runs of the agent. Call it before the lane runs."""
+        for model_id, load_s in self.servers.measured_loads_s().items():
+            self.lane.times.loaded(model_id, load_s)
+
     def reconfigure(self, config: NodeConfig) -> list[str]:
         """Apply another configuration; return the models whose running server it does not allow any more."""
-        self.lane.rules = lane_rules(config)
+        self.lane.rules = rules = lane_rules(config, self.ref.device_id)
         models = {model.model_id: model for model in config.models}
-        return self.servers.replace(models, self._build_specs(config), config.llama_server_startup_timeout_s)
+        patience_s = config.llama_server_startup_timeout_s
+        return self.servers.replace(models, self._build_specs(config), patience_s, rules.max_models)
 
     def status(self, monitor: DeviceMonitor) -> DeviceStatus:
         """The device at this moment."""
@@ -55,13 +61,18 @@ class ManagedDevice:
         return DeviceStatus(self.ref, metrics, self.lane.view(), tuple(self.servers.views()))
 
 
-def lane_rules(config: NodeConfig) -> LaneRules:
-    """The configuration's rules for every lane."""
+def lane_rules(config: NodeConfig, device_id: str) -> LaneRules:
+    """The configuration's rules for the lane of that device."""
+    own = next((device for device in config.devices if device.device_id == device_id), None)
+    max_models = own.max_models if own is not None else None
+    concurrent = own.concurrent_models if own is not None else None
     swap_aware = SwapAware(config.swap_fairness_s, config.min_residency_s)
     return LaneRules(
         max_pending=config.max_pending_requests_per_device,
         queue_timeout_s=config.queue_timeout_s,
         startup_timeout_s=config.llama_server_startup_timeout_s,
         abandoned_load_grace_s=config.abandoned_load_grace_s,
+        max_models=config.max_models_per_device if max_models is None else max_models,
+        concurrent_models=config.concurrent_models if concurrent is None else concurrent,
         policy=FirstCome() if config.scheduling == "fifo" else swap_aware,
     )

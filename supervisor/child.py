@@ -19,8 +19,9 @@ from contextlib import AbstractContextManager
 
 import trio
 
+from supervisor.attempt import StartAttempt
 from supervisor.containment import Containment, described, own_shortage
-from supervisor.errors import StartFailed, SupervisorError
+from supervisor.errors import StartFailed
 from supervisor.lifecycle import (
     Cause,
     Event,
@@ -35,7 +36,7 @@ from supervisor.lifecycle import (
     Stopping,
     Unhealthy,
 )
-from supervisor.memory import says_out_of_memory
+from supervisor.memory import says_out_of_device_memory, says_out_of_memory
 from supervisor.output import printable
 from supervisor.probe import SUSPENDED_PROBES, wait_ready, watch_liveness
 from supervisor.reserve import DescriptorReserve, ProbeWithReserve
@@ -45,35 +46,10 @@ from supervisor.spawner import ChildProcess, Spawner
 from supervisor.spec import ChildSpec
 
 _LAST_LINES = 20
+# A program that aborts may print a backtrace of tens of lines after its reason.
+_LINES_OF_AN_ABORT = 100
 _STOPPED = Exit(code=None, cause=Cause.STOPPED, reason="was stopped")
 _STOPPED_ON_REQUEST = Failure(Cause.STOPPED, "stopped")
-
-
-class StartAttempt:
-    """One attempt to become ready, and its outcome for the callers that wait for it."""
-
-    def __init__(self) -> None:
-        self._over = trio.Event()
-        self._ready: Ready | None = None
-        self._error: SupervisorError | None = None
-
-    def succeed(self, ready: Ready) -> None:
-        self._ready = ready
-        self._over.set()
-
-    def fail(self, error: SupervisorError) -> None:
-        """Record the failure, unless the attempt succeeded before."""
-        if not self._over.is_set():
-            self._error = error
-            self._over.set()
-
-    async def outcome(self) -> Ready:
-        """Wait for the outcome; return the Ready event or raise the error."""
-        await self._over.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._ready is not None
-        return self._ready
 
 
 class Child:
@@ -376,7 +352,10 @@ def _own_end(process: ChildProcess, code: int | None, how: str) -> tuple[Cause, 
     limit = process.out_of_memory() if code == -signal.SIGKILL else None
     if limit is not None:
         return Cause.OUT_OF_MEMORY, f"out of memory ({limit}): it {how}"
-    if code != 0 and says_out_of_memory(process.output.lines(_LAST_LINES)):
+    lines = process.output.lines(_LINES_OF_AN_ABORT) if code != 0 else []
+    if says_out_of_device_memory(lines):
+        return Cause.OUT_OF_DEVICE_MEMORY, f"out of device memory: it {how}"
+    if says_out_of_memory(lines):
         return Cause.OUT_OF_MEMORY, f"out of memory: it {how}"
     return (Cause.KILLED_BY_SIGNAL if code is not None and code < 0 else Cause.EXITED), how
 

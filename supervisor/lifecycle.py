@@ -25,6 +25,8 @@ class Cause(StrEnum):
     """It was asked to stop."""
     OUT_OF_MEMORY = "out_of_memory"
     """The kernel killed it for want of memory, or it said so itself and exited."""
+    OUT_OF_DEVICE_MEMORY = "out_of_device_memory"
+    """It said that the memory of a device (a GPU) ran out, and exited."""
     OWN_SHORTAGE = "own_shortage"
     """The supervisor itself was out of file descriptors, processes or memory: no fault of the child."""
     INTERNAL_ERROR = "internal_error"

@@ -16,6 +16,15 @@ _OUT_OF_MEMORY = re.compile(
     r"|unable to allocate\b.*\bbuffer",
     re.IGNORECASE,
 )
+# The same of a device's memory, by the backends' names: CUDA, HIP and MUSA, Vulkan, SYCL, Metal. Buffers of the host
+# are called CPU or, where a device reads them, CUDA_Host.
+_OUT_OF_DEVICE_MEMORY = re.compile(
+    r"(?:cuda|hip|musa)Malloc\w* failed|(?:CUDA|ROCm|HIP|MUSA) error: out of memory|OutOfDeviceMemory"
+    r"|device memory allocation\b.*\bfailed|can't allocate \d+ bytes of memory on device"
+    r"|ggml_metal\w*: .*failed to allocate"
+    r"|(?:failed|unable) to allocate (?!CPU)(?!\w+_Host)(?-i:[A-Z])\w* (?:pipeline parallel )?buffer",
+    re.IGNORECASE,
+)
 # The counter rises before the process gets its SIGKILL; to free many GB takes the kernel seconds.
 _KILL_TAKES_S = 10.0
 # cgroup v1 says "no limit" by the largest multiple of the page size.
@@ -25,6 +34,11 @@ _UNLIMITED_BYTES = 2**60
 def says_out_of_memory(lines: Sequence[str]) -> bool:
     """Whether one of these lines of output says that memory ran out."""
     return any(_OUT_OF_MEMORY.search(line) for line in lines)
+
+
+def says_out_of_device_memory(lines: Sequence[str]) -> bool:
+    """Whether one of these lines says that it was the memory of a device."""
+    return any(_OUT_OF_DEVICE_MEMORY.search(line) for line in lines)
 
 
 class OomWatch:

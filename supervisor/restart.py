@@ -36,7 +36,7 @@ class RestartPolicy:
     backoff_max_s: float = 60.0
     reset_after_s: float = 300.0
     cooldown_s: float = 60.0
-    no_restart: frozenset[Cause] = frozenset({Cause.OUT_OF_MEMORY})
+    no_restart: frozenset[Cause] = frozenset({Cause.OUT_OF_MEMORY, Cause.OUT_OF_DEVICE_MEMORY})
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import itertools
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -35,6 +35,8 @@ __all__ = ["ChildSnapshot", "ChildState", "GivenUp", "StartFailed", "Supervisor"
 
 logger = logging.getLogger(__name__)
 
+# The end of the output that is searched for the line that says why a child ended.
+_LINES_SEARCHED = 100
 _ALL_KILLED = Exit(code=None, cause=Cause.STOPPED, reason="the supervisor has killed all children")
 
 
@@ -44,8 +46,9 @@ class Supervisor:
     `on_event` is called with each transition, after the snapshot shows it; `on_line` with each line that a child prints
     (child id, generation, line). Both run in the event loop and must not block. `records` keeps the running children on
     disk, for `supervisor.records.sweep` in the next run. `may_restart` is asked, with the child's id, right before a
-    child that has ended is spawned again: if it says no, the child is stopped instead. `spawner` starts the processes,
-    and `rng` gives the back-off its jitter.
+    child that has ended is spawned again: if it says no, the child is stopped instead. `last_words` picks from the last
+    lines of a child that ended by itself the one that the log shows (None if none says anything); by default that is
+    the last line. `spawner` starts the processes, and `rng` gives the back-off its jitter.
 
     While `run` runs, it holds a few file descriptors in reserve, so that a child can be spawned and probed although
     everything else in this process has used up the rest (`supervisor.reserve`).
@@ -61,6 +64,7 @@ class Supervisor:
         on_line: Callable[[str, int, str], None] = lambda _child_id, _generation, _line: None,
         records: Records | None = None,
         may_restart: Callable[[str], bool] = lambda _child_id: True,
+        last_words: Callable[[Sequence[str]], str | None] = lambda lines: next(reversed(lines), None),
         spawner: Spawner = spawn,
         rng: random.Random | None = None,
     ) -> None:
@@ -68,6 +72,7 @@ class Supervisor:
         self._on_line = on_line
         self._records = records
         self._may_restart = may_restart
+        self._last_words = last_words
         self._spawner = spawner
         self._rng = rng
         self._children: dict[str, Child] = {}
@@ -152,6 +157,11 @@ class Supervisor:
         """Every child that was ever started and not forgotten, as it is now."""
         return {child_id: child.snapshot for child_id, child in self._children.items()}
 
+    def child(self, child_id: str) -> ChildSnapshot | None:
+        """That child as it is now, None if it was never started, or forgotten."""
+        child = self._children.get(child_id)
+        return child.snapshot if child is not None else None
+
     def lines(self, child_id: str, last: int = 1000) -> list[str]:
         """The last lines that the child's latest generation printed, oldest first."""
         child = self._children.get(child_id)
@@ -197,7 +207,7 @@ class Supervisor:
     def _emit(self, event: Event) -> None:
         """Log, record and pass on the event. Each is done although another raises; the child contains the errors."""
         errors = []
-        for step in (_log, self._record, self._on_event):
+        for step in (self._log, self._record, self._on_event):
             try:
                 step(event)
             except Exception as error:
@@ -216,22 +226,26 @@ class Supervisor:
             case Exited() if child.process is not None:
                 records.remove(child.process.pid)
 
+    def _log(self, event: Event) -> None:
+        extra = {"child": event.child_id, "generation": event.generation}
+        match event:
+            case Started(pid=pid):
+                logger.info("%s is starting, pid %d", event.child_id, pid, extra=extra)
+            case Ready(address=address):
+                logger.info("%s is ready at %s", event.child_id, address, extra=extra)
+            case Unhealthy(reason=reason):
+                logger.warning("%s is unhealthy: %s", event.child_id, reason, extra=extra)
+            case Exited(exit=exit):
+                said = self._said(event.child_id, exit) or "(none)"
+                logger.info("%s ended: %s; last words: %s", event.child_id, exit.reason, said, extra=extra)
+            case Restarting(reason=reason):
+                logger.warning("%s: %s", event.child_id, reason, extra=extra)
+            case GaveUp(reason=reason):
+                logger.error("%s has failed: %s", event.child_id, reason, extra=extra)
+            case Stopped():
+                logger.info("%s has stopped", event.child_id, extra=extra)
 
-def _log(event: Event) -> None:
-    extra = {"child": event.child_id, "generation": event.generation}
-    match event:
-        case Started(pid=pid):
-            logger.info("%s is starting, pid %d", event.child_id, pid, extra=extra)
-        case Ready(address=address):
-            logger.info("%s is ready at %s", event.child_id, address, extra=extra)
-        case Unhealthy(reason=reason):
-            logger.warning("%s is unhealthy: %s", event.child_id, reason, extra=extra)
-        case Exited(exit=exit):
-            last = exit.last_lines[-1] if exit.last_lines else "(none)"
-            logger.info("%s ended: %s; last line of output: %s", event.child_id, exit.reason, last, extra=extra)
-        case Restarting(reason=reason):
-            logger.warning("%s: %s", event.child_id, reason, extra=extra)
-        case GaveUp(reason=reason):
-            logger.error("%s has failed: %s", event.child_id, reason, extra=extra)
-        case Stopped():
-            logger.info("%s has stopped", event.child_id, extra=extra)
+    def _said(self, child_id: str, exit: Exit) -> str | None:
+        if exit.cause is Cause.STOPPED or not exit.last_lines:  # without output it may be one that never came to life
+            return next(reversed(exit.last_lines), None)
+        return self._last_words(self.lines(child_id, _LINES_SEARCHED))

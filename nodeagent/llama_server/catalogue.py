@@ -6,24 +6,23 @@ A file is inspected when the agent starts and again each time its model is loade
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
 
-from nodeagent.config import ModelConfig
-from nodeagent.config.server_flags import sets_flag
+from nodeagent.config import ModelConfig, NodeConfig
 from nodeagent.devices.values import DeviceRef
-from nodeagent.gguf.header import GgufError, GgufHeader, read_header
+from nodeagent.errors import Problem
+from nodeagent.gguf.header import Companion, GgufError, GgufHeader, read_companion, read_header
+from nodeagent.llama_server.fit import misfit
 
 logger = logging.getLogger(__name__)
 
 # Reading a header takes a tenth of a second, and longer while a disk spins up. What takes longer still is a mount that
 # hangs, and neither the start of the node nor a lane may hang with it.
 PATIENCE_S = 10.0
-
-# These flags keep a part of the model off its device (say, the experts of a large one in the host's memory), or make it
-# smaller than is estimated.
-_REDUCE_MEMORY = ("cpu-moe", "n-cpu-moe", "override-tensor", "kv-offload", "cache-type-k", "cache-type-v")
 
 
 class Catalogue:
@@ -51,7 +50,7 @@ class Catalogue:
             with trio.fail_after(self._patience_s):
                 # In a thread: the file may be on a mount that is slow or hangs.
                 self._headers[model.model_id] = await trio.to_thread.run_sync(
-                    self._read, model.path, abandon_on_cancel=True, limiter=self._threads[model.model_id]
+                    _read_all, model, self._read, abandon_on_cancel=True, limiter=self._threads[model.model_id]
                 )
         except GgufError as error:
             self._problems[model.model_id] = str(error)
@@ -74,29 +73,24 @@ class Catalogue:
                 )
 
 
-def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | None:
-    """Why this model is known not to fit on this device, None if it may fit.
-
-    llama-server by default offloads only as many layers to a GPU as fit, so a model is known not to fit only if all of
-    its layers are requested there (`gpu_layers`). On a CPU the weights are mapped, and need not all be in memory.
-    """
-    total = device.memory_total_bytes
-    if total is None or any(sets_flag(model.server_args, flag) for flag in _REDUCE_MEMORY):
-        return None
-    layers = model.gpu_layer_count
-    if device.backend != "cpu" and (layers is None or layers < header.layers):
-        return None
-    needed = bytes_on_device(header, model, device)
-    if needed <= total:
-        return None
-    return f"needs about {needed / 2**30:.1f} GiB, and the device has {total / 2**30:.1f} GiB"
+def fits_nowhere(config: NodeConfig, devices: Sequence[DeviceRef]) -> list[Problem]:
+    """The models that fit on none of these devices, with the figures of each device. Blocks on the disk; a file that
+    can't be read is not judged."""
+    found = []
+    for index, model in enumerate(config.models):
+        with suppress(GgufError):
+            header = _read_all(model, read_header)
+            reasons = [(device.device_id, misfit(header, model, device)) for device in devices]
+            if reasons and all(reason is not None for _, reason in reasons):
+                said = "; ".join(f"{device_id}: {reason}" for device_id, reason in reasons)
+                found.append(config.problem(("models", index), f"fits on no device: {said}"))
+    return found
 
 
-def bytes_on_device(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> int:
-    """The estimated memory of one more server of the model on the device.
-
-    On a CPU the weights do not count: they are mapped from the file, all servers share them, and the system reclaims
-    the memory if it needs it.
-    """
-    needed = header.estimate_bytes(model.ctx_size, model.parallel, model.ubatch_size)
-    return needed - header.size_bytes if device.backend == "cpu" else needed
+def _read_all(model: ModelConfig, read: Callable[[Path], GgufHeader]) -> GgufHeader:
+    """The model's header, with what is loaded beside it."""
+    header = read(model.path)
+    beside = [] if model.mmproj is None else [read_companion(model.mmproj, Companion.PROJECTOR)]
+    beside += [read_companion(lora.path, Companion.ADAPTER) for lora in model.loras]
+    draft = None if model.draft_model is None else read(model.draft_model)
+    return replace(header, beside_bytes=sum(beside), draft=draft) if beside or draft else header

@@ -6,16 +6,19 @@ its device, and `server_args`.
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from nodeagent.config import ModelConfig, NodeConfig
+from nodeagent.config import Dialect, ModelConfig, NodeConfig
 from nodeagent.config.server_flags import flags_argv, sets_flag
 from nodeagent.devices.values import DeviceRef
+from nodeagent.gguf.header import GgufHeader
 from nodeagent.llama_server.server_id import ServerId
+from nodeagent.llama_server.tasks import task_args
 from nodeagent.state_dir import kv_folder
 from supervisor.probe import Probe
 from supervisor.restart import RestartPolicy
@@ -45,6 +48,18 @@ _NOT_INHERITED_PREFIXES = ("LLAMA_", "WATCHDOG_", "LISTEN_")
 _NOT_INHERITED = frozenset({"NOTIFY_SOCKET"})
 
 
+# What llama-server leaves free by itself when it fits a model into a device's memory (--fit-target).
+_FIT_MARGIN_MIB = 1024
+_MIB = 2**20
+
+DialectOf = Callable[[str], Dialect]
+"""The dialect of a binary; it is asked only where it matters."""
+
+
+def _newest(_binary: str) -> Dialect:
+    return Dialect()
+
+
 class Pinning(Protocol):
     """The part of a backend that keeps a server to one device."""
 
@@ -55,24 +70,50 @@ class Pinning(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """The whole argv, and the variables that are added to the inherited environment (none of them a secret)."""
+    """The whole argv, and the variables that are added to the inherited environment: the configured ones, and those of
+    the agent, which are no secrets."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
 
 
-def command(model: ModelConfig, device: DeviceRef, backend: Pinning, binary: Path, kv: Path) -> Command:
-    """The server of that model on that device; `kv` is the folder of saved caches (`keep_kv`)."""
+def command(
+    model: ModelConfig,
+    device: DeviceRef,
+    backend: Pinning,
+    binary: Path,
+    kv: Path,
+    dialect_of: DialectOf = _newest,
+    header: GgufHeader | None = None,
+) -> Command:
+    """The server of that model on that device; `kv` is the folder of saved caches (`keep_kv`). `header` is that of the
+    model's file, None if it can't be read."""
     save_path = ["--slot-save-path", str(kv)] if model.keep_kv else []
-    argv = [str(binary), *_own_args(model), *save_path, *_model_args(model), *_thread_args(model, device)]
+    argv = [_program(model, device, binary), *_own_args(model), *save_path]
+    argv += [*_model_args(model), *task_args(model, header), *_thread_args(model, device)]
+    argv += [*_companion_args(model, argv[0], dialect_of), *_reserve_args(model, device, argv[0], dialect_of)]
     argv += [*backend.child_args(device), *flags_argv(model.server_args)]
-    return Command(tuple(argv), MappingProxyType({**_SSE_PING, **backend.child_env(device)}))
+    return Command(tuple(argv), MappingProxyType({**_SSE_PING, **device.env, **model.env, **backend.child_env(device)}))
 
 
-def model_arguments(model: ModelConfig) -> tuple[str, ...]:
+def _program(model: ModelConfig, device: DeviceRef, binary: Path) -> str:
+    """The llama-server of the model, else that of the device, else the node's."""
+    own = model.llama_server_bin or device.llama_server_bin
+    return str(binary) if own is None else shutil.which(own) or own
+
+
+def model_arguments(model: ModelConfig, header: GgufHeader | None = None) -> tuple[str, ...]:
     """The arguments that the configuration gives the model's server on any device, for people; without secrets."""
     threads = _pairs({"-t": model.threads, "-tb": model.threads_batch})
-    return ("-np", str(model.parallel), *_model_args(model), *threads, *flags_argv(model.server_args))
+    return (
+        "-np",
+        str(model.parallel),
+        *_model_args(model),
+        *task_args(model, header),
+        *_companion_args(model, "", _newest),
+        *threads,
+        *flags_argv(model.server_args),
+    )
 
 
 def child_spec(
@@ -84,6 +125,8 @@ def child_spec(
     config: NodeConfig,
     probe: Probe,
     api_key: str,
+    dialect_of: DialectOf = _newest,
+    header: GgufHeader | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> ChildSpec:
     """The same as a child of the supervisor, in the group of its device.
@@ -91,7 +134,7 @@ def child_spec(
     The key is in the environment, since every user of the host can see a command line. `environ` is the environment to
     inherit from, by default the agent's own.
     """
-    run = command(model, device, backend, binary, kv_folder(config.state_dir))
+    run = command(model, device, backend, binary, kv_folder(config.state_dir), dialect_of, header)
     inherited = inherited_env(os.environ if environ is None else environ)
     return ChildSpec(
         child_id=str(ServerId(device.device_id, model.model_id)),
@@ -122,10 +165,21 @@ def inherited_env(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def describe(config: NodeConfig, devices: Sequence[DeviceRef], backend: Pinning, binary: Path) -> str:
-    """What would be run for each model and device, as lines for a shell, with the secret masked."""
+def describe(
+    config: NodeConfig,
+    devices: Sequence[DeviceRef],
+    backend: Pinning,
+    binary: Path,
+    dialect_of: DialectOf = _newest,
+    headers: Mapping[str, GgufHeader] = MappingProxyType({}),
+) -> str:
+    """What would be run for each model and device, as lines for a shell, with the secret masked.
+
+    `headers` are those of the models' files, as far as they can be read.
+    """
+    kv = kv_folder(config.state_dir)
     return "\n\n".join(
-        _described(model, device, command(model, device, backend, binary, kv_folder(config.state_dir)))
+        _described(model, device, command(model, device, backend, binary, kv, dialect_of, headers.get(model.model_id)))
         for model in config.models
         for device in devices
     )
@@ -139,8 +193,9 @@ def _described(model: ModelConfig, device: DeviceRef, run: Command) -> str:
 
 
 def _own_args(model: ModelConfig) -> list[str]:
-    """What the agent needs: a private address, the alias that the probe checks, the slots, and metrics."""
-    argv = ["-m", str(model.path), "-a", model.server_name, "--host", "127.0.0.1", "--port", "0"]
+    """What the agent needs: a private address, the name that the probe checks, the slots, and metrics."""
+    # The server puts this name into every answer, whatever name was asked for.
+    argv = ["-m", str(model.path), "-a", model.model_id, "--host", "127.0.0.1", "--port", "0"]
     # Always: the default is four slots.
     argv += ["-np", str(model.parallel)]
     if model.parallel > 1 and not any(sets_flag(model.server_args, flag) for flag in _SLOT_CHOICE):
@@ -165,6 +220,30 @@ def _model_args(model: ModelConfig) -> list[str]:
             "-fa": model.flash_attn,
         }
     )
+
+
+def _companion_args(model: ModelConfig, binary: str, dialect_of: DialectOf) -> list[str]:
+    """The files beside the model's own: projector, draft model, LoRA adapters."""
+    # The short form of --spec-draft-model, which every build knows.
+    argv = _pairs({"--mmproj": model.mmproj, "-md": model.draft_model})
+    if model.draft_model and not sets_flag(model.server_args, "spec-type") and dialect_of(binary).has_spec_type:
+        argv += ["--spec-type", "draft-simple"]
+    for lora in model.loras:
+        if lora.scale == 1:
+            argv += ["--lora", str(lora.path)]
+        elif dialect_of(binary).scales_by_colon:
+            argv += ["--lora-scaled", f"{lora.path}:{lora.scale:g}"]
+        else:
+            argv += ["--lora-scaled", str(lora.path), f"{lora.scale:g}"]
+    return argv
+
+
+def _reserve_args(model: ModelConfig, device: DeviceRef, binary: str, dialect_of: DialectOf) -> list[str]:
+    """Where llama-server fits a model into a GPU's memory, it leaves free what is reserved for others."""
+    reserve_mib = -(-device.memory_reserve_bytes // _MIB)
+    if device.backend == "cpu" or reserve_mib <= _FIT_MARGIN_MIB or sets_flag(model.server_args, "fit-target"):
+        return []
+    return ["-fitt", str(reserve_mib)] if dialect_of(binary).has_fit_target else []
 
 
 def _thread_args(model: ModelConfig, device: DeviceRef) -> list[str]:

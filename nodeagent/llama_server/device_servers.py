@@ -1,11 +1,13 @@
-"""The servers of one device: models turned into supervised children, at most one of them at a time.
+"""The servers of one device: models turned into supervised children.
+
+Scheduling says which of them run at the same time.
 
 The state of each server is the supervisor's. This module translates it for scheduling, and keeps beside it only the
 connections to the server that is ready.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -13,12 +15,13 @@ import trio
 from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
 from nodeagent.errors import BackendUnavailable
-from nodeagent.llama_server.catalogue import bytes_on_device, misfit
+from nodeagent.gguf.header import GgufHeader
+from nodeagent.llama_server.fit import Fit, fit_of, shortage
 from nodeagent.llama_server.last_words import LINES_READ, last_words
 from nodeagent.llama_server.page_cache import read_ahead
 from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.llama_server.relay import Upstream
-from nodeagent.llama_server.seams import DeviceReadings, ModelFiles, ServerHooks
+from nodeagent.llama_server.seams import DeviceReadings, Measurements, ModelFiles, ServerHooks
 from nodeagent.llama_server.server_id import ServerId
 from nodeagent.llama_server.server_views import (
     code_of,
@@ -36,19 +39,32 @@ from supervisor.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
+# What a model's fit and a view of a ready server are made of.
+_FitOf = tuple[GgufHeader, ModelConfig, int]
+_MadeOf = tuple[ModelConfig | None, ChildSnapshot, Upstream | None, bool, int | None]
 # These ends follow from the state of the host or of the agent, whatever the server was doing.
-_NO_REQUEST_IS_TO_BLAME = frozenset({Cause.OUT_OF_MEMORY, Cause.OWN_SHORTAGE, Cause.SUSPENDED, Cause.INTERNAL_ERROR})
+_NO_REQUEST_IS_TO_BLAME = frozenset(
+    {
+        Cause.OUT_OF_MEMORY,
+        Cause.OUT_OF_DEVICE_MEMORY,
+        Cause.OWN_SHORTAGE,
+        Cause.SUSPENDED,
+        Cause.INTERNAL_ERROR,
+    }
+)
 
 
 class DeviceServers:
     """One device's servers; implements `scheduling.seam.Servers[Upstream]`.
 
     `specs` maps each model id to the child that serves it here; `api_key` is what these children were given. A child
-    that will be restarted only after `patience_s` is an obstacle.
+    that will be restarted only after `patience_s` is an obstacle, and so are pinned models that leave no room among the
+    `max_models` which may run at the same time.
 
-    What changes: `_models`, `_specs` and `_patience_s` in `replace`; `_started` (the spec with which each model was
-    last started) and `_still_starting` (the model whose server is not ready before `after_ready` is done) in `ensure`;
-    `_upstreams` in `handle`.
+    What changes: `_models`, `_specs`, `_patience_s` and `_max_models` in `replace`; `_started` (the spec with which
+    each model was last started) and `_still_starting` (the model whose server is not ready before `after_ready` is
+    done) in `ensure`; `_upstreams` in `handle`; `_fits` and `_ready_views`, which keep what every request asks, in
+    `_fit` and `_view_of_ready`.
     """
 
     def __init__(
@@ -63,6 +79,8 @@ class DeviceServers:
         monitor: DeviceReadings,
         hooks: ServerHooks,
         patience_s: float,
+        max_models: int = 1,
+        measurements: Measurements | None = None,
     ) -> None:
         self.device = device
         self._models = models
@@ -73,9 +91,13 @@ class DeviceServers:
         self._monitor = monitor
         self._hooks = hooks
         self._patience_s = patience_s
+        self._max_models = max_models
+        self._measurements = measurements
         self._still_starting: str | None = None
         self._started: dict[str, ChildSpec] = {}
         self._upstreams: dict[str, Upstream] = {}
+        self._fits: dict[str, tuple[_FitOf, Fit]] = {}
+        self._ready_views: dict[str, tuple[_MadeOf, ServerView[Upstream]]] = {}
 
     def __repr__(self) -> str:
         return f"<DeviceServers {self.device.device_id}: running {self._running()}>"
@@ -83,14 +105,19 @@ class DeviceServers:
     # What a reload of the configuration and operators do.
 
     def replace(
-        self, models: Mapping[str, ModelConfig], specs: Mapping[str, ChildSpec], patience_s: float
+        self,
+        models: Mapping[str, ModelConfig],
+        specs: Mapping[str, ChildSpec],
+        patience_s: float,
+        max_models: int = 1,
     ) -> list[str]:
         """Take over another configuration; return the models whose running server does not match it.
 
         Those servers run on until they are stopped; a start from now on follows the new configuration. A model that
         has failed and whose configuration changes may be started at once.
         """
-        self._models, self._specs, self._patience_s = models, specs, patience_s
+        self._models, self._specs = models, specs
+        self._patience_s, self._max_models = patience_s, max_models
         for model_id, spec in self._started.items():
             if specs.get(model_id) != spec:
                 self.reset_failure(model_id)
@@ -108,40 +135,45 @@ class DeviceServers:
 
     def views(self) -> list[ServerView[Upstream]]:
         """Every server that runs, is about to, or has failed; a model whose file can't be used has failed too."""
-        children = self._supervisor.snapshot()
-        model_ids = dict.fromkeys((*self._models, *self._started))
-        views = (self._view(model_id, children.get(self._child_id(model_id))) for model_id in model_ids)
+        views = map(self._view, dict.fromkeys((*self._models, *self._started)))
         return [view for view in views if view is not None]
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model: it is no longer configured, does not fit, or has failed."""
         if model_id not in self._models:
             return Obstacle("it is no longer configured", reason_code=ReasonCode.NOT_CONFIGURED)
-        header = self._catalogue.header(model_id)
-        unfit = misfit(header, self._models[model_id], self.device) if header is not None else None
-        if unfit is not None:
-            return Obstacle(unfit, reason_code=ReasonCode.DOES_NOT_FIT)
+        fit = self._fit(model_id)
+        if fit is not None and fit.misfit is not None:
+            return Obstacle(fit.misfit, reason_code=ReasonCode.DOES_NOT_FIT)
+        crowded = self._crowded_out(model_id)
+        if crowded is not None:
+            return Obstacle(crowded, reason_code=ReasonCode.NO_ROOM_BESIDE_PINNED)
         child = self._child(model_id)
         if child is None or child.retry_at is None:
             return None
         wait_s = child.retry_at - trio.current_time()
         if (child.state is ChildState.FAILED and wait_s > 0) or wait_s > self._patience_s:
-            return Obstacle(child.reason or "failed", child.retry_at, code_of(child))
+            return Obstacle(self._with_figures(child, child.reason or "failed"), child.retry_at, code_of(child))
         return None
 
     def has_room(self, model_id: str) -> bool:
         free_bytes = self.memory_free_bytes()
-        return free_bytes is None or self._bytes_of(model_id) <= free_bytes + sum(map(self._bytes_of, self._running()))
+        movable = (other for other in self._running() if not self._is_pinned(other))
+        return free_bytes is None or self.bytes_of(model_id) <= free_bytes + sum(map(self.bytes_of, movable))
 
     def memory_free_bytes(self) -> int | None:
         reading = self._monitor.latest(self.device.device_id)
-        return reading.memory_free_bytes if reading is not None else None
+        if reading is None or reading.memory_free_bytes is None:
+            return None
+        return max(0, reading.memory_free_bytes - self.device.memory_reserve_bytes)
 
-    async def ensure(self, model_id: str) -> None:
-        """Return when this device runs a ready server of the model and no other. See `scheduling.seam.Servers`."""
+    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+        """Return when this device runs a ready server of the model, and no other but `beside`. See
+        `scheduling.seam.Servers`."""
         model = await self._usable(model_id)
         spec = self._specs[model_id]
-        to_stop = [other for other in self._running() if other != model_id or not self._runs_as(other, spec)]
+        stay = {it for it in self._running() if it in beside or (it == model_id and self._runs_as(it, spec))}
+        to_stop = [other for other in self._running() if other not in stay]
         for other in to_stop:
             await self.stop(other)
         if to_stop:
@@ -157,9 +189,11 @@ class DeviceServers:
             is_same = child is not None and child.generation == failure.generation
             lines = self._lines(failure.child_id) if is_same else failure.exit.last_lines
             said = last_words(lines, spec.argv)
-            raise self._unavailable(model_id, failure.exit.reason, retry_at, said) from failure
+            reason = self._with_figures(child, failure.exit.reason) if is_same else failure.exit.reason
+            raise self._unavailable(model_id, reason, retry_at, said) from failure
         except GivenUp as failure:
-            raise self._unavailable(model_id, failure.reason, failure.retry_at) from failure
+            reason = self._with_figures(self._child(model_id), failure.reason)
+            raise self._unavailable(model_id, reason, failure.retry_at) from failure
 
     async def prepare(self, model_id: str) -> None:
         """Check the model's file, and read it into the page cache. See `scheduling.seam.Servers`."""
@@ -179,6 +213,16 @@ class DeviceServers:
     def runs(self, model_id: str) -> bool:
         """Whether the model has a process here, or is about to get one."""
         return model_id in self._running()
+
+    def measured_loads_s(self) -> dict[str, float]:
+        """How long loads of the models took in earlier runs of the agent, where that was measured."""
+        measurements = self._measurements
+        if measurements is None:
+            return {}
+        loads = {
+            model_id: measurements.load_s(model, self._specs[model_id]) for model_id, model in self._models.items()
+        }
+        return {model_id: load_s for model_id, load_s in loads.items() if load_s is not None}
 
     def workers(self, stall_timeout_s: float) -> list[Worker]:
         """The ready servers, for the stall watch; a model's own `stall_timeout_s` takes precedence."""
@@ -233,7 +277,7 @@ class DeviceServers:
         return str(ServerId(self.device.device_id, model_id))
 
     def _child(self, model_id: str) -> ChildSnapshot | None:
-        return self._supervisor.snapshot().get(self._child_id(model_id))
+        return self._supervisor.child(self._child_id(model_id))
 
     def _running(self) -> list[str]:
         """The models whose child has a process, or is about to get one."""
@@ -245,13 +289,59 @@ class DeviceServers:
         its time-outs) may differ: that changes with its next start."""
         return spec is not None and _process(self._started[model_id]) == _process(spec)
 
-    def _bytes_of(self, model_id: str) -> int:
-        """What a copy of the model takes of the device's memory, 0 if unknown."""
-        header, model = self._catalogue.header(model_id), self._models.get(model_id)
-        return 0 if header is None or model is None else bytes_on_device(header, model, self.device)
-
-    def _view(self, model_id: str, child: ChildSnapshot | None) -> ServerView[Upstream] | None:
+    def _is_pinned(self, model_id: str) -> bool:
         model = self._models.get(model_id)
+        return model is not None and model.pinned
+
+    def _crowded_out(self, model_id: str) -> str | None:
+        """Why the pinned models that run here leave no room for this one."""
+        if not any(model.pinned for model in self._models.values()):
+            return None
+        running = self._running()
+        pinned = [other for other in running if other != model_id and self._is_pinned(other)]
+        if model_id in running or not pinned:
+            return None
+        names = ", ".join(pinned)
+        if len(pinned) >= self._max_models:
+            return f"all places for models are taken by pinned ones ({names})"
+        total = self.device.memory_total_bytes
+        reserve = self.device.memory_reserve_bytes
+        if total is not None and sum(map(self.bytes_of, [*pinned, model_id])) > total - reserve:
+            return f"the pinned models ({names}) leave too little memory"
+        return None
+
+    def bytes_of(self, model_id: str) -> int:
+        """What a server of the model takes of the device's memory, 0 if unknown."""
+        fit = self._fit(model_id)
+        return 0 if fit is None else fit.needed_bytes
+
+    def _fit(self, model_id: str) -> Fit | None:
+        """How the model fits here, None if nothing is known. Every request asks, so the answer is kept."""
+        header, model = self._catalogue.header(model_id), self._models.get(model_id)
+        if header is None or model is None:
+            return None
+        made_of = (header, model, self._measurements.changes if self._measurements is not None else 0)
+        known = self._fits.get(model_id)
+        if known is None or any(ours is not now for ours, now in zip(known[0], made_of, strict=True)):
+            measured_bytes = None
+            if self._measurements is not None:
+                measured_bytes = self._measurements.memory_bytes(model, self._specs[model_id])
+            known = self._fits[model_id] = made_of, fit_of(header, model, self.device, measured_bytes)
+        return known[1]
+
+    def _with_figures(self, child: ChildSnapshot | None, reason: str) -> str:
+        """The reason, with the figures if the device's memory ran out."""
+        if child is None or child.cause is not Cause.OUT_OF_DEVICE_MEMORY:
+            return reason
+        model_id = ServerId.parse(child.child_id).model_id
+        header, model = self._catalogue.header(model_id), self._models.get(model_id)
+        figures = shortage(header, model, self.device, self.memory_free_bytes())
+        return f"{reason}; {figures}" if figures else reason
+
+    def _view(self, model_id: str) -> ServerView[Upstream] | None:
+        model, child = self._models.get(model_id), self._child(model_id)
+        if child is not None and child.state is ChildState.READY:
+            return self._view_of_ready(model_id, model, child)
         if child is None or child.state is ChildState.STOPPED:
             problem = self._catalogue.problem(model_id)
             if model is None or problem is None:
@@ -267,6 +357,17 @@ class DeviceServers:
             last_lines=last_lines_of(child, partial(self._lines, child.child_id), self._argv(model_id)),
             still_starting=model_id == self._still_starting,
         )
+
+    def _view_of_ready(self, model_id: str, model: ModelConfig | None, child: ChildSnapshot) -> ServerView[Upstream]:
+        """Every request looks at it, and nothing about it changes while these are the same."""
+        still_starting = model_id == self._still_starting
+        upstream = self._upstreams.get(model_id)
+        made_of = (model, child, upstream, still_starting, upstream.slot_ctx_size if upstream is not None else None)
+        known = self._ready_views.get(model_id)
+        if known is None or any(ours is not now for ours, now in zip(known[0], made_of, strict=True)):
+            view = view_of_child(model_id, model, child, made_of[2], still_starting=still_starting)
+            known = self._ready_views[model_id] = made_of, view
+        return known[1]
 
     def _worker(self, model_id: str, child: ChildSnapshot, pid: int, stall_timeout_s: float) -> Worker:
         model = self._models.get(model_id)

@@ -16,7 +16,8 @@ _LINES_TOLD: Final = 5
 
 _SAYS_ERROR = re.compile(
     r"\b(?:error|fail(?:ed|ure|s)?|invalid|unknown|unsupported|unable|can ?not|can't|couldn't|could not|fatal|exception"
-    r"|assert|abort(?:ed|ing)?|out of memory|no such|terminate called|what\(\))(?!\w)|GGML_ASSERT|^[\d.]+ E ",
+    r"|assert|abort(?:ed|ing)?"
+    r"|out of memory|ErrorOutOf\w*|no such|terminate called|what\(\))(?!\w)|GGML_ASSERT|^[\d.]+ E ",
     re.IGNORECASE,
 )
 _USAGE_BEGINS = re.compile(r"\s*usage:", re.IGNORECASE)
@@ -36,6 +37,13 @@ def last_words(lines: Sequence[str], argv: Sequence[str] = ()) -> list[str]:
     others = [line for line in telling if line not in errors]
     room = _LINES_TOLD - len(errors)
     return [_with_value(line, argv) for line in errors] + (others[-room:] if room else [])
+
+
+def last_error(lines: Sequence[str]) -> str | None:
+    """The last line that says error; without one, the last that is not of a usage text. None if there is none."""
+    told = [line.strip() for line in _without_usage(lines)]
+    errors = [line for line in told if _SAYS_ERROR.search(line)]
+    return next(reversed(errors or told), None)
 
 
 def _without_usage(lines: Sequence[str]) -> Iterator[str]:

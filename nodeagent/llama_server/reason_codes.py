@@ -18,11 +18,14 @@ class ReasonCode(StrEnum):
     STALLED = Cause.STALLED.value
     STOPPED = Cause.STOPPED.value
     OUT_OF_MEMORY = Cause.OUT_OF_MEMORY.value
+    OUT_OF_DEVICE_MEMORY = Cause.OUT_OF_DEVICE_MEMORY.value
     OWN_SHORTAGE = Cause.OWN_SHORTAGE.value
     INTERNAL_ERROR = Cause.INTERNAL_ERROR.value
     MODEL_FILE_UNUSABLE = "model_file_unusable"
     """The model's file is missing, damaged, or could not be read."""
     DOES_NOT_FIT = "does_not_fit"
     """The model needs more memory than the device has."""
+    NO_ROOM_BESIDE_PINNED = "no_room_beside_pinned"
+    """The models with `pinned` that are loaded leave no place or memory for the model."""
     NOT_CONFIGURED = "not_configured"
     """The configuration was reloaded, and no longer has the model."""

@@ -1,8 +1,8 @@
 """HTTP/1.1 to one llama-server: httptools on trio's sockets, with idle connections and no lock.
 
-Upstream.open ──> UpstreamResponse: the head and the first bytes have arrived
-                      ├──next_chunk...──> None: the connection is idle again
-                      └──close──> the connection is closed at once, and the child sees that
+Upstream.request ──> SentRequest.response ──> UpstreamResponse: the head and the first bytes have arrived
+                                                  ├──next_chunk...──> None: the connection is idle again
+                                                  └──close──> the connection is closed at once, and the child sees that
 """
 
 import json
@@ -40,7 +40,8 @@ class Upstream:
     `closed` is set once that generation is gone. `ends_as_asked` means that it was asked to stop, so no request is to
     blame for its end. Nor is one if `blameless_end` is set: why it ended, where no request can be the cause (out of
     memory, say); it is known when `closed` is set. `in_flight` counts the requests that were sent and not closed;
-    `bytes_received` is the total of all responses. What changes: these, and `_idle`, the idle connections with the
+    `bytes_received` is the total of all responses. `slot_ctx_size` is the context of one slot in tokens, None until it
+    was asked for. What changes: these, and `_idle`, the idle connections with the
     times since when, the oldest first. There are no more of them than there were requests in flight at once, so no more
     than the server has slots.
     """
@@ -54,6 +55,7 @@ class Upstream:
         self.blameless_end: str | None = None
         self.in_flight = 0
         self.bytes_received = 0
+        self.slot_ctx_size: int | None = None
         self._ip, _, port = address.rpartition(":")
         self._port = int(port)
         self._idle: deque[tuple[float, _Connection]] = deque()
@@ -62,35 +64,18 @@ class Upstream:
         closed = ", closed" if self.closed.is_set() else ""
         return f"<Upstream {self.address}: {self.in_flight} in flight, {len(self._idle)} idle connections{closed}>"
 
-    async def open(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> "UpstreamResponse":
-        """Send the request; return once the head of the response and its first bytes have arrived.
-
-        Raises UpstreamLost. An idle connection may turn out to be closed: then the request is sent again on a new one.
-        Cancelling closes the connection.
-        """
-        request = self._request(method, path, headers, body)
-        connection = self._take_idle()
-        if connection is not None:
-            try:
-                return await self._exchange(connection, request)
-            except _Stale:
-                logger.debug("%s was closed while idle", connection)
-        try:
-            return await self._exchange(await self._connect(), request)
-        except _Stale as error:
-            raise UpstreamLost(self.address, "closed the connection without a response") from error
+    def request(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> "SentRequest":
+        """A request to this server; its `response` sends it."""
+        lines = [f"{method} {path} HTTP/1.1".encode("ascii"), b"host: " + self.address.encode("ascii")]
+        lines += [name + b": " + value for name, value in headers]
+        lines += [b"authorization: Bearer " + self.api_key.encode("ascii"), b"content-length: %d" % len(body)]
+        return SentRequest(self, b"\r\n".join([*lines, b"", body]))
 
     def close(self) -> None:
         """The server is gone: set `closed`, and close the idle connections."""
         self.closed.set()
         while self._idle:
             self._idle.pop()[1].close()
-
-    def _request(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
-        lines = [f"{method} {path} HTTP/1.1".encode("ascii"), b"host: " + self.address.encode("ascii")]
-        lines += [name + b": " + value for name, value in headers]
-        lines += [b"authorization: Bearer " + self.api_key.encode("ascii"), b"content-length: %d" % len(body)]
-        return b"\r\n".join([*lines, b"", body])
 
     def _take_idle(self) -> "_Connection | None":
         """The connection that was used last, if the server has neither closed it nor sent anything on it."""
@@ -117,24 +102,76 @@ class Upstream:
     async def _connect(self) -> "_Connection":
         sock = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            with trio.fail_after(_CONNECT_TIMEOUT_S):
-                await sock.connect((self._ip, self._port))
+            await sock.connect((self._ip, self._port))
         except BaseException as error:
             sock.close()
-            if isinstance(error, OSError | trio.TooSlowError):
+            if isinstance(error, OSError):
                 raise UpstreamLost(self.address, f"connection failed: {error!r}") from error
             raise
         return _Connection(self.address, trio.SocketStream(sock))  # which also sets TCP_NODELAY
 
-    async def _exchange(self, connection: "_Connection", request: bytes) -> "UpstreamResponse":
-        response = UpstreamResponse(self, connection)
-        self.in_flight += 1
-        try:
-            await response._begin(request)
-        except BaseException:
+
+class SentRequest:
+    """A request up to the first bytes of its response.
+
+    What changes: `_response` (the one that is waited for) in `response` and `close`, and in `response` also `_is_new`
+    (whether an idle connection has proved closed) and `_connect_by`.
+    """
+
+    def __init__(self, upstream: Upstream, request: bytes) -> None:
+        self._upstream = upstream
+        self._request = request
+        self._response: UpstreamResponse | None = None
+        self._is_new = False
+        self._connect_by: float | None = None
+
+    async def response(self) -> "UpstreamResponse":
+        """Send the request; return once the head of the response and its first bytes have arrived.
+
+        Raises UpstreamLost. An idle connection may turn out to be closed: then the request is sent again on a new one.
+        Once cancelled, it may be called again, and goes on where it was: `close` gives the request up.
+        """
+        while True:
+            try:
+                if self._response is None:
+                    self._response = self._sent_on(await self._connection())
+                await self._response._begin()
+                return self._response
+            except _Stale as error:
+                self.close()
+                if self._is_new:
+                    address = self._upstream.address
+                    raise UpstreamLost(address, "closed the connection without a response") from error
+                logger.debug("%s: an idle connection was closed", self._upstream.address)
+                self._is_new = True
+            except Exception:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Give up the response, as its own `close` does."""
+        response, self._response = self._response, None
+        if response is not None:
             response.close()
-            raise
+
+    def _sent_on(self, connection: "_Connection") -> "UpstreamResponse":
+        self._upstream.in_flight += 1
+        response = UpstreamResponse(self._upstream, connection)
+        response._send_now(self._request)
         return response
+
+    async def _connection(self) -> "_Connection":
+        idle = None if self._is_new else self._upstream._take_idle()
+        if idle is not None:
+            return idle
+        self._is_new = True
+        if self._connect_by is None:
+            self._connect_by = trio.current_time() + _CONNECT_TIMEOUT_S
+        try:
+            with trio.fail_at(self._connect_by):
+                return await self._upstream._connect()
+        except trio.TooSlowError as error:
+            raise UpstreamLost(self._upstream.address, f"connection failed: {error!r}") from error
 
 
 class _Stale(Exception):
@@ -149,7 +186,6 @@ class _Connection:
     """A stream to that address that is closed without waiting."""
 
     def __init__(self, address: str, stream: trio.SocketStream) -> None:
-        self._stream = stream
         self._socket = stream.socket
         self._address = address
 
@@ -174,16 +210,17 @@ class _Connection:
             with suppress(BlockingIOError):
                 return os.read(self._socket.fileno(), _READ_BYTES)
 
-    def send_now(self, data: bytes) -> int:
+    def send_now(self, data: bytes | memoryview) -> int:
         """Send what fits into the socket's buffer; return how many bytes that was. Raises OSError."""
         try:
             return os.write(self._socket.fileno(), data)
         except BlockingIOError:
             return 0
 
-    async def send_all(self, data: memoryview) -> None:
-        """Send all of it. Raises trio.BrokenResourceError and trio.ClosedResourceError."""
-        await self._stream.send_all(data)
+    async def send_some(self, data: memoryview) -> int:
+        """As `send_now`, but wait first until the buffer has room. Raises OSError and trio.ClosedResourceError."""
+        await trio.lowlevel.wait_writable(self._socket)
+        return self.send_now(data)
 
     def close(self) -> None:
         self._socket.close()
@@ -210,6 +247,7 @@ class UpstreamResponse:
         self._unframed_bytes = 0  # since the last piece of the body: trailers
         self._pieces: list[bytes] = []
         self._sent = False
+        self._unsent: memoryview | None = None
         self._complete = False
         self._keeps_alive = False
         self._cutter: EventCutter | None = None
@@ -250,27 +288,28 @@ class UpstreamResponse:
         else:
             connection.close()
 
-    async def _begin(self, request: bytes) -> None:
-        """Send the request, and receive up to the first bytes of the body."""
+    def _send_now(self, request: bytes) -> None:
+        """Send what the socket's buffer takes; `_begin` sends the rest."""
         assert self._connection is not None
         try:
             sent_bytes = self._connection.send_now(request)
         except OSError as error:
             # What is received, a response or the end of the connection, decides.
             logger.debug("sending to %s failed: %r", self._upstream.address, error)
+            return
+        self._sent = sent_bytes == len(request)
+        if not self._sent:
+            self._unsent = memoryview(request)[sent_bytes:]
+
+    async def _begin(self) -> None:
+        """Receive up to the first bytes of the body. Once cancelled, it may be called again."""
+        if self._unsent is None:
             await self._receive_beginning()
             return
-        if sent_bytes == len(request):
-            self._sent = True
-            await self._receive_beginning()
-        else:
-            await self._begin_long(memoryview(request)[sent_bytes:])
-
-    async def _begin_long(self, rest: memoryview) -> None:
-        """Send while receiving: a server that refuses a long body responds before it has read it."""
+        # A server that refuses a long body responds before it has read it.
         failure: UpstreamLost | _Stale | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send, rest, name=f"send to {self._upstream.address}")
+            nursery.start_soon(self._send_rest, name=f"send to {self._upstream.address}")
             try:
                 await self._receive_beginning()
             except (UpstreamLost, _Stale) as error:
@@ -279,13 +318,15 @@ class UpstreamResponse:
         if failure is not None:
             raise failure
 
-    async def _send(self, rest: memoryview) -> None:
+    async def _send_rest(self) -> None:
         assert self._connection is not None
         try:
-            await self._connection.send_all(rest)
+            while self._unsent:
+                self._unsent = self._unsent[await self._connection.send_some(self._unsent) :]
             self._sent = True
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        except (OSError, trio.ClosedResourceError) as error:
             logger.debug("sending to %s failed: %r", self._upstream.address, error)
+        self._unsent = None
 
     async def _receive_beginning(self) -> None:
         while not self._head_done:

@@ -27,6 +27,20 @@ class DeviceReadings(Protocol):
     async def settled(self, device_id: str) -> None: ...
 
 
+class Measurements(Protocol):
+    """What earlier loads took, with the same arguments on the same device; see `LoadMeter`."""
+
+    @property
+    def changes(self) -> int:
+        """Rises when there is another measurement."""
+
+    def memory_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
+        """The memory that the server took of the device, None if it was never measured."""
+
+    def load_s(self, model: ModelConfig, spec: ChildSpec) -> float | None:
+        """How long it took from its spawn until it was ready, None if it was never measured."""
+
+
 class ServerHooks(Protocol):
     """What else is done when a server is started or stopped.
 

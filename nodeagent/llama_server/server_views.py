@@ -59,6 +59,9 @@ def view_of_child(
         retry_at=child.retry_at,
         endpoint=upstream if state is ServerState.READY else None,
         idle_unload_s=model.idle_unload_s if model is not None else None,
+        pinned=model is not None and model.pinned,
+        returns=model is not None and (model.preload or model.default),
+        slot_ctx_size=upstream.slot_ctx_size if upstream is not None else None,
     )
 
 

@@ -31,17 +31,15 @@ class Deadlines:
         self._starting = starting
         self._times = times
 
-    def refusal(self, ticket: Ticket[Any]) -> Refusal | None:
-        """Why this request may wait no longer, None if it may."""
-        if self._now >= self._ready_by(ticket):
-            return self._load_timeout(ticket)
-        if self._now >= ticket.admitted_at + self._queue_timeout_s:
-            return QueueTimeout(ticket.model_id, ticket.lane.device_id, self._now - ticket.admitted_at)
-        return None
-
-    def next_at(self, ticket: Ticket[Any]) -> float:
+    def overdue_at(self, ticket: Ticket[Any]) -> float:
         """When this request will have waited too long."""
         return min(ticket.admitted_at + self._queue_timeout_s, self._ready_by(ticket))
+
+    def refusal(self, ticket: Ticket[Any]) -> Refusal:
+        """Why this request, which is overdue, may wait no longer."""
+        if self._now >= self._ready_by(ticket):
+            return self._load_timeout(ticket)
+        return QueueTimeout(ticket.model_id, ticket.lane.device_id, self._now - ticket.admitted_at)
 
     def _ready_by(self, ticket: Ticket[Any]) -> float:
         """A whole time-out from the spawn, or from the request's own arrival if that was later (it may be the second

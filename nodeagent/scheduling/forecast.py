@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nodeagent.scheduling.estimates import Running
-from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, ServerUse, Wait
+from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Wait
+from nodeagent.scheduling.room import ServerUse
 
 # Each step looks at every queued request, so a long queue would take a while; further back the forecast is too
 # uncertain to be worth it.
@@ -25,8 +26,8 @@ def forecast(
         match policy.decide(ahead.lane()):
             case Grant(index):
                 starts[ahead.grant(index)] = ahead.now - lane.now
-            case Load(model_id):
-                ahead.load(model_id)
+            case Load(model_id, beside=beside):
+                ahead.load(model_id, beside)
             case Wait(until=until):
                 if not ahead.waiting or not ahead.advance(until):
                     break
@@ -41,9 +42,14 @@ class _Simulation:
         self.waiting = list(enumerate(lane.waiting))[:_AHEAD]
         self._times = lane.times
         self._servers = dict(lane.servers)
-        self._loading = lane.loading
+        self._loading, self._staying, self._room = lane.loading, lane.staying, lane.room
         self._loaded_at = lane.now + load_left_s if lane.loading is not None else math.inf
-        self._ends = [(lane.now + lane.times.left_s(it), it.model_id, it.slots) for it in running]
+        # As it was counted when it was granted: it has as many slots as there are, at most.
+        self._ends = [
+            (lane.now + lane.times.left_s(it), it.model_id, min(it.slots, lane.servers[it.model_id].slots))
+            for it in running
+            if it.model_id in lane.servers
+        ]
 
     def lane(self) -> LaneSnapshot:
         return LaneSnapshot(
@@ -52,6 +58,8 @@ class _Simulation:
             servers=self._servers,
             loading=self._loading,
             times=self._times,
+            staying=self._staying,
+            room=self._room,
         )
 
     def grant(self, index: int) -> int:
@@ -66,9 +74,13 @@ class _Simulation:
         self._ends.append((self.now + self._times.service_s(granted.model_id), granted.model_id, slots))
         return place
 
-    def load(self, model_id: str) -> None:
-        self._servers = {}
-        self._loading, self._loaded_at = model_id, self.now + self._times.load_s(model_id)
+    def load(self, model_id: str, beside: frozenset[str]) -> None:
+        bytes_of, free_bytes = self._room.bytes_of, self._room.free_bytes
+        if free_bytes is not None:
+            freed = sum(bytes_of(other) for other in self._servers if other not in beside and other != model_id)
+            self._room = replace(self._room, free_bytes=free_bytes + freed - bytes_of(model_id))
+        self._servers = {other: server for other, server in self._servers.items() if other in beside}
+        self._loading, self._staying, self._loaded_at = model_id, beside, self.now + self._times.load_s(model_id)
 
     def advance(self, until: float) -> bool:
         """Go on to the next thing that happens; False if nothing will."""
@@ -81,8 +93,9 @@ class _Simulation:
             self._use(end[1], -end[2])
         if self._loading is not None and self._loaded_at <= self.now:
             # With one slot: how many it will have is not known here, and one at a time is never too optimistic.
-            self._servers = {self._loading: ServerUse(ready=True, slots=1, in_flight=0, since=self.now)}
-            self._loading, self._loaded_at = None, math.inf
+            self._servers = {it: server for it, server in self._servers.items() if it in self._staying}
+            self._servers[self._loading] = ServerUse(ready=True, slots=1, in_flight=0, since=self.now, used_at=self.now)
+            self._loading, self._staying, self._loaded_at = None, frozenset(), math.inf
         return True
 
     def _use(self, model_id: str, by: int) -> None:

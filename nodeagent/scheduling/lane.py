@@ -1,15 +1,17 @@
 """A device's lane: the bounded queue of its requests, and the one task that decides which request is served by what.
 
+One decision does not wait for that task: a request that can be granted and passes nobody is granted at once.
+
 Requests arrive through a memory channel (`request_queue`). The bound is the counter `admitted`, which changes only in
 synchronous code (`submit`, `close`, a refusal): with no await inside, nothing comes between the check and the change.
-It can't be derived from the queue: a ticket that trio hands from the channel to the waiting task is in neither.
 """
 
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
@@ -20,8 +22,9 @@ from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
 from nodeagent.scheduling.lease import Lease, Ticket, TicketState
 from nodeagent.scheduling.loads import Loading, Loads
-from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Priority, ServerUse, Wait
+from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Priority, Wait, step
 from nodeagent.scheduling.request_queue import RequestQueue
+from nodeagent.scheduling.room import Room, ServerUse, staying
 from nodeagent.scheduling.seam import LaneView, Servers, ServerState, ServerView, TicketView
 from nodeagent.scheduling.swap_aware import SwapAware
 
@@ -34,13 +37,16 @@ E = TypeVar("E")
 class LaneRules:
     """`max_pending` requests in flight plus queued; `queue_timeout_s` for a turn; `startup_timeout_s` for a start.
 
-    A load that no request waits for any more goes on for `abandoned_load_grace_s`, unless another model is wanted.
+    A load that no request waits for any more goes on for `abandoned_load_grace_s`, unless another model is wanted. At
+    most `max_models` models are resident; with `concurrent_models` they serve at the same time.
     """
 
     max_pending: int
     queue_timeout_s: float
     startup_timeout_s: float
     abandoned_load_grace_s: float = 30.0
+    max_models: int = 1
+    concurrent_models: bool = False
     policy: Policy = field(default_factory=SwapAware)
 
 
@@ -100,6 +106,8 @@ class Lane(Generic[E]):
         ticket = self._ticket(request_id, model_id, priority, slots)
         self._queue.post(ticket)
         self._admitted += 1
+        if not self._granted_at_once(ticket):
+            self.nudge()
         return ticket
 
     def request_load(self, model_id: str) -> Ticket[E]:
@@ -108,7 +116,6 @@ class Lane(Generic[E]):
         For operators: once the ticket is granted, the model is ready. The caller closes the ticket.
         """
         ticket = self._ticket(f"load {model_id}", model_id, counted=False)
-        self._queue.collect()
         self._queue.insert(ticket)
         self.nudge()
         return ticket
@@ -117,19 +124,20 @@ class Lane(Generic[E]):
         """Give up whatever the ticket holds, at any point of its life; later calls do nothing."""
         if ticket.state is TicketState.CLOSED:
             return
-        self._queue.collect()  # a ticket that leaves at once must not take up room in the channel
         if ticket.state in (TicketState.WAITING, TicketState.GRANTED):
             self._admitted -= ticket.counted
         if ticket in self._in_flight:
             self._return_lease(ticket)
             assert ticket.granted_at is not None
-            self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
-        elif ticket in self._queue.waiting:
-            self._queue.waiting.remove(ticket)
+            if ticket.slots:  # else it says nothing of how long a slot is in use
+                self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
+        elif self._queue.remove(ticket):
             self._loads.waiter_left(ticket.model_id, self.wanted)
         ticket.state = TicketState.CLOSED
         ticket.lease = None
-        self.nudge()
+        # While other requests run on the model and none is queued, there is nothing to decide.
+        if self.wanted or not self._in_use(ticket.model_id):
+            self.nudge()
 
     def requeue(self, ticket: Ticket[E]) -> None:
         """Put a request whose server died back at the head of the queue: it had its turn already."""
@@ -143,9 +151,7 @@ class Lane(Generic[E]):
         """Move a queued request to another lane; it keeps its age. Raises QueueFull if that lane has no place."""
         if to.admitted >= to.limit:
             raise QueueFull(ticket.model_id, to.limit, to.place_free_in_s())
-        self._queue.collect()
-        to._queue.collect()
-        self._queue.waiting.remove(ticket)
+        self._queue.remove(ticket)
         self._admitted -= ticket.counted
         to._admitted += ticket.counted
         ticket.lane = to
@@ -165,7 +171,7 @@ class Lane(Generic[E]):
 
     def preload(self, model_id: str) -> None:
         """Load this model when the lane starts, or as soon as no request wants another."""
-        self._loads.preload = model_id
+        self._loads.preloads.append(model_id)
         self.nudge()
 
     def hold_preload(self, *, held: bool) -> None:
@@ -185,9 +191,9 @@ class Lane(Generic[E]):
         return self._loads.current.model_id if self._loads.current else None
 
     @property
-    def wanted(self) -> set[str]:
-        """The models of the queued requests."""
-        return {ticket.model_id for ticket in self._queue.all()}
+    def wanted(self) -> Set[str]:
+        """The models of the queued requests. It changes with the queue."""
+        return self._queue.models.keys()
 
     @property
     def is_idle(self) -> bool:
@@ -198,23 +204,38 @@ class Lane(Generic[E]):
         """The load of the lane now."""
         in_flight = len(self._in_flight)
         waiting = self._admitted - in_flight
-        return LaneView(in_flight, waiting, self.rules.max_pending, self.times.drained_s(self.backlog()))
+        self._queue.collect()
+        in_order = [ticket.model_id for ticket in self._queue.waiting]
+        return LaneView(in_flight, waiting, self.rules.max_pending, self.times.drained_s(self.backlog(), in_order))
 
     def backlog(self, views: Sequence[ServerView[E]] | None = None) -> Backlog:
         """What is ahead of a request that arrives now; `views` are the device's servers, looked up if not given."""
-        self._queue.collect()
-        ready = next((it for it in views or self._servers.views() if it.state is ServerState.READY), None)
+        slots = {it.model_id: it.slots for it in views or self._servers.views() if it.state is ServerState.READY}
+        load = self._loads.current
+        staying = [model_id for model_id in slots if load is None or model_id in load.beside]
+        resident = load.model_id if load is not None else next(iter(staying), None)
         return Backlog(
-            resident=self.loading or (ready.model_id if ready else None),
-            slots=ready.slots if ready else 1,
+            resident=resident,
+            # How many a server that is loading will have is not known here: as many as the one before, or one.
+            slots=slots.get(resident or "", next(iter(slots.values()), 1)),
+            beside={model_id: slots[model_id] for model_id in staying if model_id != resident},
+            concurrent=self.rules.concurrent_models,
             load_left_s=self._loads.left_s(),
             running=self._running(),
-            queued=[ticket.model_id for ticket in self._queue.all()],
+            queued=self._queue.models,
         )
+
+    def leaving(self, model_id: str, views: Sequence[ServerView[E]] | None = None) -> frozenset[str] | None:
+        """The models that give way to a load of this one; None if pinned ones leave no room for it."""
+        now = trio.current_time()
+        uses = self._server_uses(now, self._servers.views() if views is None else views)
+        return self._room().leaving(model_id, uses, reload_s=self.times.load_s, now=now)
 
     def place_free_in_s(self) -> float:
         """An estimate of when the next place in this lane becomes free."""
-        return self.times.place_free_s(self.backlog())
+        self._queue.collect()
+        next_model = self._queue.waiting[0].model_id if self._queue.waiting else None
+        return self.times.place_free_s(self.backlog(), next_model)
 
     def expected_starts(self) -> list[tuple[Ticket[E], float | None]]:
         """The queued requests in the order in which they are expected to start, with the seconds until then (None if
@@ -245,8 +266,7 @@ class Lane(Generic[E]):
             task_status.started()
             while True:
                 wake_at = self._take_turn(nursery)
-                with trio.move_on_at(wake_at):
-                    await self._queue.arrival()
+                await self._queue.change(wake_at)
 
     def _take_turn(self, nursery: trio.Nursery) -> float:
         """Do everything that can be decided now; return when to look again at the latest.
@@ -263,14 +283,34 @@ class Lane(Generic[E]):
             match self.rules.policy.decide(self._snapshot(now, views)):
                 case Grant(index, reason):
                     self._grant(index, reason, now, views)
-                case Load(model_id, reason):
-                    self._loads.begin(nursery, model_id, reason)
-                    return wake_at
+                case Load(model_id, reason, beside):
+                    begun = self._loads.begin(nursery, model_id, reason, beside)
+                    if begun:
+                        stay = {model_id, *beside}
+                        self._loads.displaced(it.model_id for it in views if it.returns and it.model_id not in stay)
+                    if not begun or not self.rules.concurrent_models:
+                        return wake_at
                 case Wait(reason, until, then):
                     logger.debug("%s: %s", self.device_id, reason)
                     if then is not None:
                         self._loads.prepare(nursery, then)
                     return min(wake_at, until, self._use_spare_time(nursery, views))
+
+    def _granted_at_once(self, ticket: Ticket[E]) -> bool:
+        """Grant the request that was just queued, if it needs no load and passes nobody; return whether it was granted.
+
+        One that needs no slot passes nobody who waits for a slot of the same model.
+        """
+        self._queue.collect()
+        others = len(self._queue.waiting) - 1
+        if others and (ticket.slots or len(self._queue.models) > 1):
+            return False
+        now, views = trio.current_time(), self._servers.views()
+        decision = step(self._snapshot(now, views), others, "nobody is passed")  # whatever the policy, it is its turn
+        if not isinstance(decision, Grant):
+            return False
+        self._grant(decision.index, decision.reason, now, views)
+        return True
 
     def _grant_load_requests(self, now: float, views: Sequence[ServerView[E]]) -> None:
         """Operators who asked for a load need the model to be ready, and no slot."""
@@ -285,9 +325,14 @@ class Lane(Generic[E]):
         """No request can be granted and none needs a load: preload, unload what is idle, help other lanes."""
         busy = {*self.wanted, *(ticket.model_id for ticket in self._in_flight)}
         if not busy and not self._preload_held:
-            self._loads.begin_preload(nursery)
+            self._loads.begin_preload(nursery, partial(self._stay_beside, views))
         unload_at = self._loads.unload_idle(nursery, views, busy, self.rules.abandoned_load_grace_s)
         return min(unload_at, self.on_idle() if self.is_idle else math.inf)
+
+    def _stay_beside(self, views: Sequence[ServerView[E]], model_id: str) -> frozenset[str]:
+        """The servers that a load of the model leaves alone."""
+        uses = self._server_uses(trio.current_time(), views)
+        return staying(model_id, uses, self.leaving(model_id, views) or frozenset())
 
     def _ticket(
         self,
@@ -320,6 +365,16 @@ class Lane(Generic[E]):
             servers=self._server_uses(now, views),
             loading=self.loading,
             times=self.times,
+            staying=self._loads.current.beside if self._loads.current else frozenset(),
+            room=self._room(),
+        )
+
+    def _room(self) -> Room:
+        return Room(
+            max_models=self.rules.max_models,
+            concurrent=self.rules.concurrent_models,
+            free_bytes=self._servers.memory_free_bytes() if self.rules.max_models > 1 else None,
+            bytes_of=self._servers.bytes_of,
         )
 
     def _server_uses(self, now: float, views: Sequence[ServerView[E]]) -> dict[str, ServerUse]:
@@ -328,8 +383,12 @@ class Lane(Generic[E]):
                 ready=view.state is ServerState.READY,
                 slots=view.slots,
                 in_flight=sum(min(it.slots, view.slots) for it in self._in_flight if it.model_id == view.model_id),
+                beside_slots=sum(not it.slots for it in self._in_flight if it.model_id == view.model_id),
                 held=self._loads.is_held(view.model_id),
                 since=view.since,
+                used_at=self._loads.used_at(view.model_id),
+                resident=view.is_active,
+                pinned=view.pinned,
                 backing_off=view.state is ServerState.BACKING_OFF and view.retry_at is not None and view.retry_at > now,
             )
             for view in views
@@ -343,9 +402,10 @@ class Lane(Generic[E]):
         return any(ticket.model_id == model_id for ticket in self._in_flight)
 
     def _grant(self, index: int, reason: str, now: float, views: Sequence[ServerView[E]]) -> None:
-        ticket = self._queue.waiting.pop(index)
+        ticket = self._queue.waiting[index]
+        self._queue.remove(ticket)
         logger.debug("%s: granting %s ahead of %d others: %s", self.device_id, ticket.request_id, index, reason)
-        for passed in self._queue.waiting[:index] if ticket.counted else ():
+        for passed in self._queue.waiting[:index] if ticket.counted and ticket.slots else ():
             passed.passed_since = passed.passed_since if passed.passed_since is not None else now
         [server] = [view for view in views if view.model_id == ticket.model_id]
         assert server.endpoint is not None, f"{server.model_id} is ready without an endpoint"
@@ -386,7 +446,7 @@ class Lane(Generic[E]):
             self._refuse(ticket, refusal)
 
     def _refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
-        self._queue.waiting.remove(ticket)
+        self._queue.remove(ticket)
         self._admitted -= ticket.counted
         ticket.state, ticket.refusal = TicketState.REFUSED, refusal
         ticket.decided()
@@ -402,10 +462,14 @@ class Lane(Generic[E]):
             starting={view.model_id: view for view in views if view.state is ServerState.STARTING},
             times=self.times,
         )
+        next_at = math.inf
         for ticket in list(self._queue.waiting):
+            overdue_at = deadlines.overdue_at(ticket)
+            if overdue_at > now:
+                next_at = min(next_at, overdue_at)
+                continue
             refusal = deadlines.refusal(ticket)
             if isinstance(refusal, ModelLoadTimeout):
                 logger.warning("%s (raise llama_server_startup_timeout_s to wait longer)", refusal)
-            if refusal is not None:
-                self._refuse(ticket, refusal)
-        return min(map(deadlines.next_at, self._queue.waiting), default=math.inf)
+            self._refuse(ticket, refusal)
+        return next_at

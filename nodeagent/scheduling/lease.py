@@ -77,6 +77,7 @@ class Ticket(Generic[E]):
     load_s: float = 0.0
     counted: bool = True
     _decided: trio.Event = field(default_factory=trio.Event)
+    _as_queued: QueuedRequest | None = None
 
     @property
     def age_order(self) -> tuple[float, int]:
@@ -86,7 +87,8 @@ class Ticket(Generic[E]):
     async def granted(self) -> Lease[E]:
         """Wait for the lane's decision: return the lease, or raise the Refusal. Cancelling keeps the place; `close`
         gives it up."""
-        await self._decided.wait()
+        if not self._decided.is_set():
+            await self._decided.wait()
         if self.refusal is not None:
             raise self.refusal
         assert self.lease is not None, f"ticket {self.request_id} was closed while a task waited for it"
@@ -109,14 +111,17 @@ class Ticket(Generic[E]):
         self.lane.close(self)
 
     def as_queued(self) -> QueuedRequest:
-        """The request as a policy sees it."""
-        return QueuedRequest(
-            model_id=self.model_id,
-            admitted_at=self.admitted_at,
-            priority=self.priority,
-            passed_since=self.passed_since,
-            slots=self.slots,
-        )
+        """The request as a policy sees it; made again only when it has changed."""
+        queued = self._as_queued
+        if queued is None or queued.passed_since != self.passed_since:
+            queued = self._as_queued = QueuedRequest(
+                model_id=self.model_id,
+                admitted_at=self.admitted_at,
+                priority=self.priority,
+                passed_since=self.passed_since,
+                slots=self.slots,
+            )
+        return queued
 
     def view(self, now: float, position: int | None = None, starts_in_s: float | None = None) -> TicketView:
         """The request as it is shown to people."""

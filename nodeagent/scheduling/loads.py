@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -20,10 +20,11 @@ E = TypeVar("E")
 
 @dataclass(slots=True)
 class Loading:
-    """A load under way. `abandoned_at` is when the last request that waited for it left; None while one waits, and if
-    none ever did (a preload, say)."""
+    """A load under way, which leaves the servers of `beside` alone. `abandoned_at` is when the last request that waited
+    for it left; None while one waits, and if none ever did (a preload, say)."""
 
     model_id: str
+    beside: frozenset[str]
     began_at: float
     scope: trio.CancelScope
     abandoned_at: float | None = None
@@ -33,11 +34,12 @@ class Loads(Generic[E]):
     """The loads and unloads of one device.
 
     `on_end` is called after each load; `on_refusal` with each model that can't be loaded, and why; `look_again` after
-    any change to what can be granted. `preload` is a model to load as soon as no request wants another.
+    any change to what can be granted. `preloads` are the models to load as soon as no request wants another.
 
-    What changes: `current` in `begin` and in the load's own task, `preload` in `begin_preload`, `_prepared` (the model
-    that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in the unloads, `_used_at`
-    (when the last lease of a model was returned) and `_lease_returned` in `lease_returned`.
+    What changes: `current` in `begin` and in the load's own task, `preloads` in `begin_preload` and `unload_idle`,
+    `_prepared` (the model that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in
+    the unloads, `_used_at` (when the last lease of a model was returned) and `_lease_returned` in `lease_returned`,
+    `_displaced` (models that gave way and are to return) in `displaced`, `begin` and `unload_idle`.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Loads(Generic[E]):
         look_again: Callable[[], None],
     ) -> None:
         self.current: Loading | None = None
-        self.preload: str | None = None
+        self.preloads: list[str] = []
         self._used_at: dict[str, float] = {}
         self._device_id = device_id
         self._servers = servers
@@ -61,6 +63,7 @@ class Loads(Generic[E]):
         self._look_again = look_again
         self._prepared: str | None = None
         self._held: Counter[str] = Counter()
+        self._displaced: list[str] = []
         self._lease_returned = trio.Event()
 
     def is_held(self, model_id: str) -> bool:
@@ -80,21 +83,33 @@ class Loads(Generic[E]):
         self._lease_returned.set()
         self._lease_returned = trio.Event()
 
-    def begin(self, nursery: trio.Nursery, model_id: str, reason: str) -> None:
-        """Load the model. If another load is under way, only cancel that one: its end makes the lane look again."""
+    def used_at(self, model_id: str) -> float:
+        """When the last lease of the model was returned; 0 if none was."""
+        return self._used_at.get(model_id, 0.0)
+
+    def begin(self, nursery: trio.Nursery, model_id: str, reason: str, beside: frozenset[str] = frozenset()) -> bool:
+        """Load the model beside those servers, and return True. If another load is under way, only cancel that one: its
+        end makes the lane look again."""
         if self.current is not None:
             self.current.scope.cancel()
-            return
+            return False
         logger.info("%s: loading %s: %s", self._device_id, model_id, reason)
         self._prepared = None
-        self.current = Loading(model_id, trio.current_time(), trio.CancelScope())
+        if model_id in self._displaced:
+            self._displaced.remove(model_id)
+        self.current = Loading(model_id, beside, trio.current_time(), trio.CancelScope())
         nursery.start_soon(self._load, self.current, name=f"load {model_id} on {self._device_id}")
+        return True
 
-    def begin_preload(self, nursery: trio.Nursery) -> None:
-        """No request is queued: load the model that is to be preloaded."""
-        if self.preload is not None and self.current is None:
-            model_id, self.preload = self.preload, None
-            self.begin(nursery, model_id, "preload")
+    def displaced(self, model_ids: Iterable[str]) -> None:
+        """These models give way to a load. They are preloaded again once a model has been unloaded for being idle."""
+        self._displaced += [model_id for model_id in model_ids if model_id not in self._displaced]
+
+    def begin_preload(self, nursery: trio.Nursery, beside: Callable[[str], frozenset[str]]) -> None:
+        """No request is queued: load the next model that is to be preloaded, beside those of `beside`."""
+        if self.preloads and self.current is None:
+            model_id = self.preloads.pop(0)
+            self.begin(nursery, model_id, "preload", beside(model_id))
 
     def waiter_added(self, model_id: str) -> None:
         """A request waits for the model."""
@@ -137,6 +152,7 @@ class Loads(Generic[E]):
             else:
                 logger.info("%s: unloading %s: no request for %g s", self._device_id, view.model_id, view.idle_unload_s)
                 self._unload_soon(nursery, view.model_id)
+                self.preloads, self._displaced = [*self.preloads, *self._displaced], []
         return next_at
 
     def prepare(self, nursery: trio.Nursery, model_id: str) -> None:
@@ -178,7 +194,7 @@ class Loads(Generic[E]):
         refusal: Refusal | None = None
         try:
             with loading.scope:
-                await self._servers.ensure(loading.model_id)
+                await self._servers.ensure(loading.model_id, loading.beside)
                 self._times.loaded(loading.model_id, trio.current_time() - loading.began_at)
         except Refusal as why:
             refusal = why

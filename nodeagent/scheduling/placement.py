@@ -1,9 +1,10 @@
 """The pure choice of the lane that a request goes to, and of a queued request that is better off in another lane.
 
 A request goes to the device where it is expected to start first, by the measured times: mostly where its model is
-loaded or loading; elsewhere once the queue there is so long that another copy pays for its load. The cost of loading
-the evicted model again counts too, and another copy is only made where it fits. A device where the model has just
-failed comes last; a device on which it is known not to fit, or which cools down after a failure, is not tried.
+loaded or loading; elsewhere once the queue there is so long that another copy pays for its load. The delay of others
+counts too: they wait for that load, and for models to be loaded again that it evicts. Another copy is only made where
+it fits. A device where the model has just failed comes last; a device on which it is known not to fit, or which cools
+down after a failure, is not tried.
 """
 
 from collections.abc import Sequence
@@ -33,11 +34,11 @@ class Candidate:
     """One device, as placement sees it for one model.
 
     `admitted` counts the lane's requests in flight and queued, of `limit`. `start_s` is how long a request that arrives
-    now would wait there, the load of its model included; `evicts_s` is the load time of the model that would be
-    evicted, 0 if none. `memory_free_bytes` is None if unknown; `has_room`: another copy of a model that is loaded
-    elsewhere fits into it, once the evicted model is gone. `has_conversation`: the device served the request's
-    conversation last. `failing`: the model's last end here was a failure. `obstacle` says why the device can't serve
-    the model, None if it can; `retry_at` is when that may change (`trio.current_time()`), None if unknown.
+    now would wait there, the load of its model included; `delays_s` is how much loading it would add for others.
+    `memory_free_bytes` is None if unknown; `has_room`: another copy of a model that is loaded elsewhere fits into it,
+    once the evicted models are gone. `has_conversation`: the device served the request's conversation last. `failing`:
+    the model's last end here was a failure. `obstacle` says why the device can't serve the model, None if it can;
+    `retry_at` is when that may change (`trio.current_time()`), None if unknown.
     """
 
     device_id: str
@@ -45,7 +46,7 @@ class Candidate:
     admitted: int
     limit: int
     start_s: float = 0.0
-    evicts_s: float = 0.0
+    delays_s: float = 0.0
     memory_free_bytes: int | None = None
     has_room: bool = True
     has_conversation: bool = False
@@ -113,7 +114,7 @@ def choose_move(movables: Sequence[Movable]) -> int | None:
 
 
 def _preference(candidate: Candidate) -> tuple[bool, float, int, bool, int, int]:
-    cost_s = round(candidate.start_s + candidate.evicts_s, _COST_DIGITS)
+    cost_s = round(candidate.start_s + candidate.delays_s, _COST_DIGITS)
     free = (candidate.memory_free_bytes or 0) // _MEMORY_STEP_BYTES
     return (candidate.failing, cost_s, candidate.residency, not candidate.has_conversation, candidate.admitted, -free)
 

@@ -1,84 +1,92 @@
 """The queued requests of one lane: the memory channel that they arrive through, and the ordered list behind it."""
 
-from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import trio
 
-from nodeagent.scheduling.lease import Ticket, TicketState
+from nodeagent.scheduling.lease import Ticket
 
 E = TypeVar("E")
 
 
-class _Nudge:
-    """Something changed: look again."""
-
-
-_NUDGE: Final = _Nudge()
-
-
 class RequestQueue(Generic[E]):
-    """Tickets, oldest first. The channel also carries at most one nudge, a token that only wakes the lane's task.
+    """Tickets, oldest first, and a wake-up for the lane's task.
 
     `waiting` is the ordered list, once `collect` has emptied the channel into it. `capacity` bounds the channel;
     `on_arrival` is called with each ticket that enters the list.
 
-    What changes: `waiting`, here and by the lane's own synchronous code; `_posted` (the tickets in the channel or on
-    their way out of it) and `_nudged` here.
+    What changes, always synchronously: `waiting`, `_in_channel` and `_models`, in what adds and removes tickets;
+    `_wake_up` in `change`.
     """
 
     def __init__(self, capacity: int, on_arrival: Callable[[Ticket[E]], None]) -> None:
         self.waiting: list[Ticket[E]] = []
         self._on_arrival = on_arrival
-        self._send, self._receive = trio.open_memory_channel[Ticket[E] | _Nudge](capacity + 1)
-        self._posted: list[Ticket[E]] = []
-        self._nudged = False
+        self._send, self._receive = trio.open_memory_channel[Ticket[E]](capacity)
+        self._in_channel = 0
+        self._models: Counter[str] = Counter()
+        self._wake_up = trio.Event()
+
+    @property
+    def models(self) -> Mapping[str, int]:
+        """How many tickets are queued for each model, those in the channel included. It changes with the queue."""
+        return self._models
 
     def post(self, ticket: Ticket[E]) -> None:
-        """Put a ticket into the channel, and wake the lane's task."""
+        """Put a ticket into the channel."""
         self.collect()  # so the channel is never full, though the limit may have been raised since it was made
         self._send.send_nowait(ticket)
-        self._posted.append(ticket)
+        self._in_channel += 1
+        self._models[ticket.model_id] += 1
 
     def nudge(self) -> None:
         """Wake the lane's task."""
-        if not self._nudged:
-            self._nudged = True
-            self._send.send_nowait(_NUDGE)
+        self._wake_up.set()
 
-    async def arrival(self) -> None:
-        """Wait for the next ticket or nudge, and take it in."""
-        self._take_in(await self._receive.receive())
+    async def change(self, until: float) -> None:
+        """Wait for the next nudge, at most until that time."""
+        with trio.move_on_at(until):
+            await self._wake_up.wait()
+        self._wake_up = trio.Event()
 
     def collect(self) -> None:
         """Empty the channel into `waiting`."""
-        while True:
-            try:
-                mail = self._receive.receive_nowait()
-            except trio.WouldBlock:
-                return
-            self._take_in(mail)
+        while self._in_channel:
+            ticket = self._receive.receive_nowait()
+            self._in_channel -= 1
+            self._place(ticket)
 
     def insert(self, ticket: Ticket[E]) -> None:
-        """Insert it by its age: what the channel handed to the task may come after what was collected behind it."""
-        later = (place for place, other in enumerate(self.waiting) if other.age_order > ticket.age_order)
-        self.waiting.insert(next(later, len(self.waiting)), ticket)
-        self._on_arrival(ticket)
+        """Insert a ticket by its age."""
+        self.collect()
+        self._models[ticket.model_id] += 1
+        self._place(ticket)
 
     def insert_first(self, ticket: Ticket[E]) -> None:
         """Put it at the head of the queue, whatever its age."""
         self.collect()
+        self._models[ticket.model_id] += 1
         self.waiting.insert(0, ticket)
         self._on_arrival(ticket)
 
-    def all(self) -> list[Ticket[E]]:
-        """All queued tickets, including the one that the channel has just handed to the lane's task."""
-        return [*self.waiting, *(ticket for ticket in self._posted if ticket.state is TicketState.WAITING)]
+    def remove(self, ticket: Ticket[E]) -> bool:
+        """Remove a ticket; return whether it was queued."""
+        self.collect()
+        try:
+            self.waiting.remove(ticket)
+        except ValueError:
+            return False
+        self._models[ticket.model_id] -= 1
+        if not self._models[ticket.model_id]:
+            del self._models[ticket.model_id]
+        return True
 
-    def _take_in(self, mail: Ticket[E] | _Nudge) -> None:
-        if isinstance(mail, _Nudge):
-            self._nudged = False
-            return
-        self._posted.remove(mail)
-        if mail.state is TicketState.WAITING:  # else it was closed while it was handed from the channel to the task
-            self.insert(mail)
+    def _place(self, ticket: Ticket[E]) -> None:
+        """Behind every older ticket: nearly always at the end."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].age_order > ticket.age_order:
+            place -= 1
+        self.waiting.insert(place, ticket)
+        self._on_arrival(ticket)

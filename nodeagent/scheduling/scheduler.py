@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -11,6 +11,7 @@ import trio
 
 from nodeagent.errors import BackendUnavailable, Draining, QueueFull
 from nodeagent.scheduling.affinity import Conversations
+from nodeagent.scheduling.estimates import LaneTimes
 from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.lease import Ticket
 from nodeagent.scheduling.placement import (
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 E = TypeVar("E")
 
 _LOOK_AGAIN_S = 1.0
+# How many times a load counts that a request adds to a device in use, beside the request's own wait for it. With 2,
+# eight models on two devices need a quarter fewer loads than with 0 (tests/benchmarks/scheduling/simulate.py); 4 saves
+# little more, and leaves devices idle.
+_OWN_LOADS = 2.0
 
 
 class Scheduler(Generic[E]):
@@ -44,9 +49,10 @@ class Scheduler(Generic[E]):
         self._servers = servers
         self.conversations = Conversations()
         self._closed_for: Draining | None = None
+        node_times = LaneTimes()
         for lane in lanes.values():
             lane.on_idle = partial(self._help_others, lane)
-            lane.times.peers = [other.times for other in lanes.values() if other is not lane]
+            lane.times.node = node_times
 
     def admit(
         self,
@@ -82,8 +88,9 @@ class Scheduler(Generic[E]):
 
     def place(self, model_id: str, conversation: str | None = None) -> str:
         """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
-        if len(self.lanes) == 1:
-            return self._choose(model_id, [self._only_candidate(model_id)])
+        only = self._only_choice(model_id)
+        if only is not None:
+            return only
         cached_on = self.conversations.device_of(conversation)
         return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in self.lanes])
 
@@ -106,17 +113,27 @@ class Scheduler(Generic[E]):
                 raise BackendUnavailable(model_id, reason, retry_after_s)
 
     def preload(self, model_ids: list[str]) -> list[str]:
-        """Load each model on a device of its own; return those for which no device is left."""
-        free = list(self.lanes)
+        """Load the models, each on a device of its own while there are such, then as many on each device as it may
+        have; return those for which there is no place."""
+        planned = dict.fromkeys(self.lanes, 0)
         left_over = []
         for model_id in model_ids:
-            match choose([self._candidate(device_id, model_id) for device_id in free]):
-                case Placed(device_id):
-                    free.remove(device_id)
-                    self.lanes[device_id].preload(model_id)
-                case _:
-                    left_over.append(model_id)
+            device_id = self._place_preload(model_id, planned)
+            if device_id is None:
+                left_over.append(model_id)
+                continue
+            planned[device_id] += 1
+            self.lanes[device_id].preload(model_id)
         return left_over
+
+    def _place_preload(self, model_id: str, planned: Mapping[str, int]) -> str | None:
+        """The best of the devices on which the fewest are planned and that can run the model, None if there is none."""
+        for count in sorted(set(planned.values())):
+            devices = [it for it in planned if planned[it] == count and count < self.lanes[it].rules.max_models]
+            match choose([self._candidate(device_id, model_id) for device_id in devices]):
+                case Placed(device_id):
+                    return device_id
+        return None
 
     def hold_preloads(self, *, held: bool) -> None:
         """Begin no preload while `held`; those that were asked for begin afterwards."""
@@ -161,35 +178,32 @@ class Scheduler(Generic[E]):
         able = candidate.obstacle is None and candidate.has_room and not candidate.failing
         if starts_in_s is None or not able or not ticket.counted:
             return None
-        return Movable(starts_in_s, candidate.start_s + candidate.evicts_s)
+        return Movable(starts_in_s, candidate.start_s + candidate.delays_s)
 
-    def _only_candidate(self, model_id: str) -> Candidate:
-        """The node's only device. With nothing to choose from, only whether it can serve the model matters, and whether
-        it has a free place: the estimates would cost ten times as much."""
+    def _only_choice(self, model_id: str) -> str | None:
+        """The node's only device if it can take the request, without the estimates: they would cost ten times as much,
+        and there is nothing to choose."""
+        if len(self.lanes) > 1:
+            return None
         [(device_id, lane)] = self.lanes.items()
-        obstacle = self._servers[device_id].obstacle(model_id)
-        return Candidate(
-            device_id=device_id,
-            residency=Residency.EMPTY,
-            admitted=lane.admitted,
-            limit=lane.limit,
-            obstacle=obstacle.reason if obstacle else None,
-            retry_at=obstacle.retry_at if obstacle else None,
-        )
+        able = lane.admitted < lane.limit and self._servers[device_id].obstacle(model_id) is None
+        return device_id if able else None
 
     def _candidate(self, device_id: str, model_id: str, cached_on: str | None = None) -> Candidate:
         lane, servers = self.lanes[device_id], self._servers[device_id]
         obstacle = servers.obstacle(model_id)
         views = servers.views()
         states = {view.model_id: view.state for view in views}
-        evicted = _evicted(states, model_id)
+        ready = states.get(model_id) is ServerState.READY
+        coming = model_id in lane.wanted or lane.loading == model_id
+        leaving = (None if ready or coming else lane.leaving(model_id, views)) or frozenset()
         return Candidate(
             device_id=device_id,
             residency=_residency(states, lane, model_id),
             admitted=lane.admitted,
             limit=lane.limit,
-            start_s=lane.times.start_s(model_id, lane.backlog(views)),
-            evicts_s=lane.times.load_s(evicted) if evicted is not None else 0.0,
+            start_s=lane.times.start_s(model_id, lane.backlog(views), leaving),
+            delays_s=self._delays_s(lane, model_id, leaving, is_new=not ready and not coming),
             memory_free_bytes=servers.memory_free_bytes(),
             has_room=servers.has_room(model_id),
             has_conversation=device_id == cached_on,
@@ -198,10 +212,11 @@ class Scheduler(Generic[E]):
             retry_at=obstacle.retry_at if obstacle else None,
         )
 
-
-def _evicted(states: Mapping[str, ServerState], model_id: str) -> str | None:
-    """The loaded model that would be evicted."""
-    return next((other for other, state in states.items() if state is ServerState.READY and other != model_id), None)
+    def _delays_s(self, lane: Lane[E], model_id: str, leaving: Collection[str], *, is_new: bool) -> float:
+        """How much loading this request would add for others: the models that it evicts are loaded again, and while its
+        own is loaded, those that are queued there wait, and those that come next."""
+        own_s = _OWN_LOADS * lane.times.load_s(model_id) if is_new and lane.admitted else 0.0
+        return own_s + sum(map(lane.times.load_s, leaving))
 
 
 def _residency(states: Mapping[str, ServerState], lane: Lane[E], model_id: str) -> Residency:

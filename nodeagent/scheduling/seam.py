@@ -1,5 +1,6 @@
 """The seam of scheduling: what it asks of a device's servers, and how a lane looks from outside."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
@@ -27,7 +28,9 @@ class ServerView(Generic[E]):
     `reason` says why it is in its state, for people; `reason_code` the same for programs. `last_lines` is what it
     printed before it ended, for operators only. `retry_at` is when a server that is backing off or failed may be
     started again. `endpoint` is set while ready. `idle_unload_s` is how long it may be without a request before it is
-    unloaded; None: no limit.
+    unloaded; None: no limit. `pinned`: it gives way to no other model. `returns`: once the model that it gave way to
+    has been unloaded for being idle, it is loaded again. `slot_ctx_size` is the context of each slot in tokens, None if
+    unknown.
     """
 
     model_id: str
@@ -42,6 +45,14 @@ class ServerView(Generic[E]):
     retry_at: float | None = None
     endpoint: E | None = None
     idle_unload_s: float | None = None
+    pinned: bool = False
+    returns: bool = False
+    slot_ctx_size: int | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has a process, or is about to get one."""
+        return self.state is not ServerState.FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +70,9 @@ class Servers(Protocol[E]):
     def views(self) -> list[ServerView[E]]:
         """Every server that runs, is about to, or has failed."""
 
-    async def ensure(self, model_id: str) -> None:
-        """Return once the device runs a ready server of that model; other models' servers are stopped first.
+    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+        """Return once the device runs a ready server of that model; servers of models that are not in `beside` are
+        stopped first.
 
         Raises BackendUnavailable as soon as a start failed. Cancelling only stops the waiting; the next `ensure` of
         another model stops the start.
@@ -84,6 +96,9 @@ class Servers(Protocol[E]):
 
     def memory_free_bytes(self) -> int | None:
         """The last reading, None if unknown."""
+
+    def bytes_of(self, model_id: str) -> int:
+        """What a server of the model takes of the device's memory, 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

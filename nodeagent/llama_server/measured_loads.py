@@ -1,0 +1,89 @@
+"""What loads took, kept in a file: a measurement beats an estimate, also after a restart of the agent."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+logger = logging.getLogger(__name__)
+
+# A node has tens of models on some devices, and their arguments change now and then. The oldest go first.
+_MOST_LOADS = 256
+_MAX_BYTES = 2**20
+# One part new to three parts old, as in scheduling's averages.
+_NEWEST_WEIGHT = 0.25
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What loads took under one key. `load_s` is from spawn to ready, a moving average; `memory_bytes` is what the last
+    one took of the device's memory, None if unknown. The ids are for people who read the file."""
+
+    key: str
+    model_id: str
+    device_id: str
+    load_s: Annotated[float, msgspec.Meta(ge=0)]
+    memory_bytes: Count | None = None
+
+
+class _File(msgspec.Struct, kw_only=True):
+    loads: list[Load]
+
+
+class MeasuredLoads:
+    """The loads by key; `changes` counts how often they changed. What changes: both, in `put`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.changes = 0
+        self._loads = {load.key: load for load in _read(file)}
+        self._is_writable = True
+
+    def get(self, key: str) -> Load | None:
+        return self._loads.get(key)
+
+    def put(self, load: Load) -> None:
+        """Take in another load with this key."""
+        before = self._loads.pop(load.key, load)
+        load_s = before.load_s + _NEWEST_WEIGHT * (load.load_s - before.load_s)
+        known_bytes = before.memory_bytes if load.memory_bytes is None else load.memory_bytes
+        self._loads[load.key] = msgspec.structs.replace(load, load_s=round(load_s, 3), memory_bytes=known_bytes)
+        while len(self._loads) > _MOST_LOADS:
+            del self._loads[next(iter(self._loads))]
+        self.changes += 1
+
+    def encoded(self) -> bytes:
+        """The file's content."""
+        return msgspec.json.format(msgspec.json.encode(_File(loads=list(self._loads.values()))), indent=1)
+
+    def write(self, content: bytes) -> None:
+        """Replace the file as a whole. Blocks; if it can't be written, logs so once."""
+        scratch = self._file.with_suffix(".new")
+        try:
+            with scratch.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(self._file)
+        except OSError as error:
+            if self._is_writable:
+                logger.warning("%s can't be written, so measured loads are not kept: %s", self._file, error.strerror)
+            self._is_writable = False
+        else:
+            self._is_writable = True
+
+
+def _read(file: Path) -> Iterable[Load]:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(_MAX_BYTES)
+        return msgspec.json.decode(content, type=_File).loads[-_MOST_LOADS:]
+    except FileNotFoundError:
+        return ()
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        logger.warning("%s can't be read, so loads are measured anew: %s", file, error)
+        return ()
