@@ -1,5 +1,6 @@
 """The command `rolemesh-node-agent`, which `python -m nodeagent` is too."""
 
+import gc
 import signal
 import sys
 from types import FrameType
@@ -17,8 +18,12 @@ def run() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
+    # What an import makes stays: to look for garbage in it takes a tenth of the start.
+    gc.disable()
     from nodeagent.cli.main import main
 
+    gc.freeze()
+    gc.enable()
     if interruptible:
         signal.signal(signal.SIGINT, _interrupt)
     code = main()

@@ -4,6 +4,7 @@ lock the state folder, bind the address, find the devices
 ├── supervisor      owns the children
 ├── node            background work that requests start
 ├── monitor         reads the devices
+├── load meter      measures what loads took
 ├── lanes           one task per device
 ├── stall watch     reports busy servers that make no progress to the supervisor
 ├── front           hypercorn and the Quart-Trio app
@@ -13,38 +14,45 @@ Stopping goes from the outside in: drain, the front, the dispatcher's last heart
 around all of it, from the start to the end (`signals`).
 """
 
+import gc
 import logging
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
-from nodeagent import descriptors, reload, state_dir
+from nodeagent import descriptors, host_names, reload, state_dir
 from nodeagent.config import NodeConfig, find_llama_server, read_token
-from nodeagent.devices.backend import Backend
+from nodeagent.devices.backend import Backend, Build
 from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.selection import devices_of, select
 from nodeagent.devices.values import DeviceRef
-from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
-from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front
+from nodeagent.front.exchange import ASGIApp
 from nodeagent.front.fast_road import FastRoad
 from nodeagent.front.inference import Inference
+from nodeagent.front.ordinary_road import LazyApp
 from nodeagent.front.server import bind, serve
 from nodeagent.llama_server import stall_watch
+from nodeagent.llama_server.binary_help import dialect_of
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import child_spec
 from nodeagent.llama_server.device_servers import DeviceServers
+from nodeagent.llama_server.fit import with_reserve
+from nodeagent.llama_server.last_words import last_error
+from nodeagent.llama_server.load_meter import LoadMeter
+from nodeagent.llama_server.measured_loads import MeasuredLoads
 from nodeagent.llama_server.probe import LlamaServerProbe
 from nodeagent.llama_server.saved_caches import SavedCaches
-from nodeagent.managed_device import BuildSpecs, ManagedDevice
+from nodeagent.managed_device import BuildSpecs, ManagedDevice, lane_rules
 from nodeagent.node import Node, NodeIdentity
 from nodeagent.shutdown import drain
 from nodeagent.signals import Signals
@@ -53,6 +61,9 @@ from supervisor.lifecycle import Event
 from supervisor.records import Records, sweep
 from supervisor.spec import ChildSpec
 from supervisor.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from nodeagent.dispatcher.client import DispatcherClient
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +93,14 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
     with state_dir.locked(config.state_dir):
         sweep(state_dir.children_file(config.state_dir))
         listeners, port = await bind(config.listen_host, config.listen_port)
-        backend = await trio.to_thread.run_sync(select, config.backend, config.devices)
+        backend = await trio.to_thread.run_sync(select, config.backend, config.devices, Build(binary))
         try:
             # In threads, here and above: drivers can be slow.
             cpus = own_cpus()
             devices = await trio.to_thread.run_sync(devices_of, backend, config.devices, cpus)
             if cpus.usable < cpus.host:
                 logger.info("servers may use %s", cpus)
+            devices = with_reserve(devices, config)
             agent = Agent(config, backend, devices, binary, port)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             await agent.run(listeners, signals, on_ready)
@@ -103,11 +115,23 @@ class Agent:
         self._config = config
         records = Records(state_dir.children_file(config.state_dir))
         self._supervisor = Supervisor(
-            on_event=self._on_event, on_line=self._on_line, records=records, may_restart=self._may_restart
+            on_event=self._on_event,
+            on_line=self._on_line,
+            records=records,
+            may_restart=self._may_restart,
+            last_words=last_error,
         )
         self._monitor = DeviceMonitor(backend, devices, settle_max_s=config.memory_settle_timeout_s)
         self._catalogue = Catalogue()
         self._caches = SavedCaches(state_dir.kv_folder(config.state_dir))
+        self._meter = LoadMeter(
+            self._caches,
+            MeasuredLoads(state_dir.loads_file(config.state_dir)),
+            devices,
+            catalogue=self._catalogue,
+            monitor=self._monitor,
+            child_of=self._supervisor.child,
+        )
         managed = {device.device_id: self._managed(device, backend, binary) for device in devices}
         identity = _identity(config, port)
         self.node = Node(config, identity, managed, catalogue=self._catalogue, monitor=self._monitor)
@@ -132,14 +156,18 @@ class Agent:
     ) -> None:
         node = self.node
         await self._catalogue.inspect_all(self._config.models)
+        for device in node.devices.values():
+            device.recall_loads()
         async with trio.open_nursery() as nursery:
             signals.on_kill = partial(nursery.start_soon, self._supervisor.kill_all, name="kill all servers")
             await nursery.start(self._supervisor.run, name="supervisor")
             await nursery.start(node.run, name="node")
             signals.on_reload = node.reload_soon
             await nursery.start(self._monitor.run, name="monitor")
+            await nursery.start(self._meter.run, name="load meter")
             for device_id, device in node.devices.items():
                 await nursery.start(device.lane.run, name=f"lane {device_id}")
+            nursery.start_soon(self._learn_host_name, name="look up the host's name")
             nursery.start_soon(stall_watch.watch, self._watched_servers, self._supervisor.fail, name="stall watch")
             node.preload()
             await nursery.start(self._serve_front, listeners, name="front")
@@ -147,12 +175,16 @@ class Agent:
             if self._dispatcher is not None:
                 await nursery.start(self._dispatcher.run, name="dispatcher")
             logger.info("node %s accepts requests at %s", node.node_id, node.identity.base_url)
+            _spare_the_collector()
             on_ready(node.identity.base_url)
             await drain(node, await signals.until_asked())
             signals.on_reload = lambda: None
             signals.end_in_time()
             await self._stop()
             nursery.cancel_scope.cancel()  # the supervisor stops the children before its task ends
+
+    async def _learn_host_name(self) -> None:
+        self.node.full_host_name = await host_names.full_name()
 
     async def _stop(self) -> None:
         self.node.enter(Phase.STOPPING)
@@ -165,7 +197,8 @@ class Agent:
     async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
         node = self.node
         inference = Inference(node.scheduler)
-        front = Front(create_app(node, inference), max_request_bytes=node.max_request_bytes, node_id=node.node_id)
+        app = LazyApp(partial(_web_application, node, inference))
+        front = Front(app, max_request_bytes=node.max_request_bytes, node_id=node.node_id)
         try:
             await serve(
                 front,
@@ -195,7 +228,7 @@ class Agent:
         config = self._config
         # One key per device and start of the agent: nobody else on the host can use the children.
         api_key = secrets.token_urlsafe(32)
-        build_specs: BuildSpecs = partial(_child_specs, ref, backend, binary, api_key)
+        build_specs: BuildSpecs = partial(_ChildSpecs, ref, backend, binary, api_key, self._catalogue)
         servers = DeviceServers(
             ref,
             {model.model_id: model for model in config.models},
@@ -204,43 +237,95 @@ class Agent:
             supervisor=self._supervisor,
             catalogue=self._catalogue,
             monitor=self._monitor,
-            hooks=self._caches,
+            hooks=self._meter,
+            measurements=self._meter,
             patience_s=config.llama_server_startup_timeout_s,
+            max_models=lane_rules(config, ref.device_id).max_models,
         )
         return ManagedDevice(ref, servers, build_specs, config)
 
 
-def _child_specs(
-    device: DeviceRef, backend: Backend, binary: Path, api_key: str, config: NodeConfig
-) -> dict[str, ChildSpec]:
-    return {
-        model.model_id: child_spec(
-            model,
-            device,
-            backend,
-            binary,
-            config=config,
-            probe=LlamaServerProbe(model.server_name, api_key),
-            api_key=api_key,
+def _spare_the_collector() -> None:
+    """Let the garbage collector pass over the modules, classes and configuration that the start has made.
+
+    They stay until the end, and a full collection that walks through them holds up every request for tens of
+    milliseconds. While it starts, the collector is off.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+class _ChildSpecs(Mapping[str, ChildSpec]):
+    """The specs of one device's children by model id. Each is made when it is asked for: it depends on the model's
+    file, which is read again with each load."""
+
+    def __init__(
+        self,
+        device: DeviceRef,
+        backend: Backend,
+        binary: Path,
+        api_key: str,
+        catalogue: Catalogue,
+        config: NodeConfig,
+    ) -> None:
+        self._device = device
+        self._backend = backend
+        self._binary = binary
+        self._api_key = api_key
+        self._catalogue = catalogue
+        self._config = config
+        self._models = {model.model_id: model for model in config.models}
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __getitem__(self, model_id: str) -> ChildSpec:
+        return child_spec(
+            self._models[model_id],
+            self._device,
+            self._backend,
+            self._binary,
+            config=self._config,
+            probe=LlamaServerProbe(model_id, self._api_key),
+            api_key=self._api_key,
+            dialect_of=dialect_of,
+            header=self._catalogue.header(model_id),
         )
-        for model in config.models
-    }
 
 
 def _identity(config: NodeConfig, port: int) -> NodeIdentity:
+    base_url = config.advertise_url or _base_url(config.listen_host, port)
+    local_url = _base_url(_reachable_here(config.listen_host), port)
     return NodeIdentity(
-        base_url=config.advertise_url or _base_url(config.listen_host, port),
-        local_url=_base_url(_reachable_here(config.listen_host), port),
+        base_url=base_url,
+        local_url=local_url,
         incarnation=uuid.uuid4().hex,
         started_at=datetime.now(UTC),
         version=version("rolemesh-node-agent"),
         admin_token=state_dir.admin_token(config.state_dir),
+        host_names=host_names.known(base_url, local_url),
     )
 
 
-def _dispatcher_client(config: NodeConfig, node: Node) -> DispatcherClient | None:
+def _web_application(node: Node, inference: Inference) -> ASGIApp:
+    """The application of ordinary requests. Quart is imported here, with the first of them (see `ordinary_road.py`)."""
+    from nodeagent.front.app import create_app
+
+    app = create_app(node, inference)
+    _spare_the_collector()
+    return app
+
+
+def _dispatcher_client(config: NodeConfig, node: Node) -> "DispatcherClient | None":
     if config.dispatcher_base_url is None:
         return None
+    # Here, since only nodes with a dispatcher need httpx: 0.1 s and 7 MiB.
+    from nodeagent.dispatcher.client import DispatcherClient, loopback_warning
+
     warning = loopback_warning(node.identity.base_url, config.dispatcher_base_url)
     if warning is not None:
         logger.warning("%s", warning)

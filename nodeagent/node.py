@@ -5,11 +5,13 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from operator import is_not
 from typing import Protocol
 
 import trio
@@ -22,17 +24,18 @@ from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import Heartbeat, Register
 from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, ReloadRefused, ShuttingDown
 from nodeagent.events import EventLog, Ring
-from nodeagent.front.seam import ModelCard, Reloaded
+from nodeagent.front.seam import ModelCard, ModelDetails, Reloaded
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import model_arguments
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.server_id import ServerId
+from nodeagent.llama_server.tasks import task_of
 from nodeagent.managed_device import ManagedDevice
 from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.scheduling.seam import ServerState
 from nodeagent.status import MODEL_ENDPOINTS, ModelStatus, NodeSnapshot, NodeState, NodeStatus, Phase, node_state
-from supervisor.lifecycle import Event
+from supervisor.lifecycle import Event, Exited
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class NodeIdentity:
     """What does not change while the agent runs.
 
     Other hosts reach the node at `base_url`, this host reaches it at `local_url`. `incarnation` is random for each
-    start.
+    start. `host_names` are those of this host that are known without a lookup.
     """
 
     base_url: str
@@ -59,6 +62,7 @@ class NodeIdentity:
     started_at: datetime
     version: str
     admin_token: str
+    host_names: frozenset[str] = frozenset()
 
 
 class Node:
@@ -66,7 +70,8 @@ class Node:
 
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
-    which a drained node still accepts requests) in `drain`; `dispatcher` once, by `agent`.
+    which a drained node still accepts requests) in `drain`, `backend_exits` in `on_child_event`; `_cards` in `cards`;
+    `dispatcher` and `full_host_name` (with its domain; "" until it has been looked up) once, by `agent`.
     """
 
     def __init__(
@@ -86,6 +91,10 @@ class Node:
         )
         self.events: EventLog = Ring(events.KEPT)
         self.dispatcher: Dispatcher | None = None
+        self._cards: list[ModelCard] = []
+        self._cards_of: list[object] = []
+        self.backend_exits: Counter[tuple[str, str, str]] = Counter()
+        self.full_host_name = ""
         self._config = config
         self._catalogue = catalogue
         self._monitor = monitor
@@ -129,12 +138,47 @@ class Node:
         return marked[0] if marked else None
 
     @property
+    def stream_ping_s(self) -> float:
+        return self._config.stream_ping_s
+
+    @property
     def cors_origins(self) -> tuple[str, ...]:
         return self._config.cors_origins
 
+    @property
+    def host_names(self) -> Collection[str]:
+        return {*self.identity.host_names, *self._config.allowed_hosts, self.full_host_name} - {""}
+
     def cards(self) -> list[ModelCard]:
-        created = int(self.identity.started_at.timestamp())
-        return [ModelCard(model.model_id, _aliases(model), created) for model in self._config.models]
+        # Every request looks for its model here, so they are kept until the configuration or a model's file changes.
+        models = self._config.models
+        headers = [self._catalogue.header(model.model_id) for model in models]
+        made_of: list[object] = [*models, *headers]
+        if len(made_of) != len(self._cards_of) or any(map(is_not, made_of, self._cards_of)):
+            created = int(self.identity.started_at.timestamp())
+            self._cards = [
+                ModelCard(model.model_id, _aliases(model), created, task_of(model, header))
+                for model, header in zip(models, headers, strict=True)
+            ]
+            self._cards_of = made_of
+        return self._cards
+
+    def details(self, model_id: str) -> ModelDetails:
+        [model] = [model for model in self._config.models if model.model_id == model_id]
+        views = [view for device in self.devices.values() for view in device.servers.views()]
+        own = [view for view in views if view.model_id == model_id]
+        states = {view.state for view in own}
+        is_loading = model_id in {device.lane.loading for device in self.devices.values()}
+        header = self._catalogue.header(model_id)
+        return ModelDetails(
+            state="loaded" if ServerState.READY in states else "loading" if is_loading else "unloaded",
+            failed=ServerState.FAILED in states,
+            server=next((view.endpoint for view in own if view.endpoint is not None), None),
+            ctx_size=model.ctx_size or (header.ctx_train if header else None),
+            ctx_train=header.ctx_train if header else None,
+            embedding_length=header.embedding_length if header else None,
+            size_bytes=header.size_bytes if header else None,
+        )
 
     def state(self) -> NodeState:
         servers = [(device_id, device.servers.views()) for device_id, device in self.devices.items()]
@@ -285,6 +329,9 @@ class Node:
         """Handle one transition of a server: its device first, then the event log, the dispatcher last."""
         self.devices[ServerId.parse(event.child_id).device_id].handle(event)
         self.events.append(events.of_child(event))
+        if isinstance(event, Exited):
+            server = ServerId.parse(event.child_id)
+            self.backend_exits[server.device_id, server.model_id, event.exit.cause.value] += 1
         self._preloading -= self._models_in(ServerState.READY)  # one that is unloaded later was ready all the same
         self._publish_state()
 
@@ -373,10 +420,10 @@ class Node:
             model_id=model.model_id,
             aliases=_aliases(model),
             roles=tuple(model.roles),
-            endpoints=MODEL_ENDPOINTS,
+            endpoints=MODEL_ENDPOINTS[task_of(model, header) or "chat"],
             parallel=model.parallel,
             path=str(model.path),
-            arguments=model_arguments(model),
+            arguments=model_arguments(model, header),
             ctx_size=model.ctx_size or (header.ctx_train if header else None),
             size_bytes=header.size_bytes if header else None,
             problem=self._catalogue.problem(model.model_id),

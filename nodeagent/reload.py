@@ -24,6 +24,7 @@ FIXED_KEYS = (
     "heartbeat_interval_s",
     "llama_server_bin",
     "memory_settle_timeout_s",
+    "memory_reserve_bytes",
     "max_request_bytes",
     "backend",
     "devices",

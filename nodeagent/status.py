@@ -19,8 +19,8 @@ from typing import Any
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.scheduling.seam import LaneView, ServerState, ServerView
 
-MODEL_ENDPOINTS = ("chat", "completions")
-"""The OpenAI endpoints that each model serves, as the dispatcher protocol names them."""
+MODEL_ENDPOINTS = {"chat": ("chat", "completions"), "embedding": ("embeddings",), "rerank": ("rerank",)}
+"""The endpoints that a model for each task serves, as the dispatcher protocol names them."""
 
 
 class NodeStatus(Enum):

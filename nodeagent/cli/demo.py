@@ -22,14 +22,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
-import httpx
 import platformdirs
 
 from nodeagent.config import NodeConfig, find_llama_server, load_config
 from nodeagent.errors import StartupError
 from nodeagent.state_dir import admin_token
+
+if TYPE_CHECKING:
+    import httpx
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,8 @@ def announce(config: NodeConfig, base_url: str, show: Callable[[str], None]) -> 
 
     Blocks for as long as the model takes to load: for a thread of its own.
     """
+    import httpx  # here, as the daemon, which needs none of this, imports this module too
+
     url = f"{base_url}/v1/node/models/{MODEL_ID}/load"
     try:
         headers = {"Authorization": f"Bearer {admin_token(config.state_dir)}"}
@@ -125,7 +129,7 @@ def announce(config: NodeConfig, base_url: str, show: Callable[[str], None]) -> 
         logger.error("the demo's model can't be loaded: %s", _message(loaded))
 
 
-def _message(response: httpx.Response) -> str:
+def _message(response: "httpx.Response") -> str:
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -10,6 +10,7 @@
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nodeagent import logs
-from nodeagent.cli import demo, operations
+from nodeagent.cli import demo, devices, operations
 from nodeagent.config import (
     NodeConfig,
     check_config,
@@ -35,11 +36,15 @@ from nodeagent.config import (
     parse_help,
     unknown_to_binary,
 )
+from nodeagent.devices.backend import Build
 from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.selection import devices_of, select
 from nodeagent.errors import ConfigError, EndedAtOnce, StartupError
-from nodeagent.llama_server.binary_help import read_help
+from nodeagent.gguf.header import GgufError, GgufHeader, read_header
+from nodeagent.llama_server.binary_help import dialect_of, read_help
+from nodeagent.llama_server.catalogue import fits_nowhere
 from nodeagent.llama_server.command_line import describe
+from nodeagent.llama_server.fit import with_reserve
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     schema.add_argument("--format", choices=("json", "markdown"), default="json", help="default: %(default)s")
     schema.set_defaults(command=_schema)
 
+    devices.add_command(commands)
     operations.add_commands(commands)
     return parser
 
@@ -148,13 +154,16 @@ def _check_config(args: argparse.Namespace) -> int:
         raise ConfigError(problems)
     for warning in config.source.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    with suppress(ConfigError):  # a missing binary is among the problems already
-        problems += unknown_to_binary(config, parse_help(read_help(find_llama_server(config))))
+    try:
+        binary = find_llama_server(config)
+        problems += unknown_to_binary(config, parse_help(read_help(binary)))
+    except ConfigError:  # a missing binary is among the problems already
+        binary = Path(config.llama_server_bin or "llama-server")
     with ExitStack() as stack:
         try:
-            backend = stack.enter_context(closing(select(config.backend, config.devices)))
+            backend = stack.enter_context(closing(select(config.backend, config.devices, Build(binary))))
             cpus = own_cpus()
-            devices = devices_of(backend, config.devices, cpus)
+            found = with_reserve(devices_of(backend, config.devices, cpus), config)
         except ConfigError as error:
             problems += error.problems
         except StartupError as error:
@@ -162,9 +171,11 @@ def _check_config(args: argparse.Namespace) -> int:
             problems.append(config.problem(("devices" if config.backend == "auto" else "backend",), str(error)))
         if problems:
             raise ConfigError(located(config, problems))
+        for warning in fits_nowhere(config, found):
+            print(f"warning: {warning}", file=sys.stderr)
         if cpus.usable < cpus.host:
             print(f"# {cpus}\n")
-        print(describe(config, devices, backend, find_llama_server(config)))
+        print(describe(config, found, backend, binary, dialect_of, _headers(config)))
     return EXIT_OK
 
 
@@ -181,7 +192,8 @@ def _run_daemon(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda 
     # system or of the event loop, KeyboardInterrupt would be a traceback, or lost.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Here, not above: hypercorn and quart take 0.3 s to import, and the other commands don't need them.
+    # Here, not above: the other commands don't need them. Until the agent is ready, all that is made stays.
+    gc.disable()
     import trio
 
     from nodeagent import agent
@@ -198,3 +210,12 @@ def _run_daemon(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda 
         logger.critical("the agent failed", exc_info=True)
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _headers(config: NodeConfig) -> dict[str, GgufHeader]:
+    """The headers of the models' files; those that can't be read were reported before, or are left out."""
+    headers = {}
+    for model in config.models:
+        with suppress(GgufError):
+            headers[model.model_id] = read_header(model.path)
+    return headers

@@ -14,15 +14,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from nodeagent.cli.discovery import find_state_dir
 from nodeagent.cli.events_table import event_line
 from nodeagent.errors import NodeAgentError, StartupError
 from nodeagent.logs import printable
 from nodeagent.state_dir import admin_token, read_address
+
+if TYPE_CHECKING:
+    import httpx
 
 # The reader of the output went away (128 + SIGPIPE).
 EXIT_PIPE = 141
@@ -184,13 +185,13 @@ def logs(args: argparse.Namespace) -> int:
 def table(inventory: dict[str, Any]) -> str:
     """The inventory as a table for people."""
     reasons = "".join(f"\n  {printable(reason)}" for reason in inventory["reasons"])
-    rows = [("DEVICE", "MODEL", "STATE", "GEN", "IN FLIGHT", "WAITING", "MEMORY FREE", "REASON")]
+    rows = [("DEVICE", "MODEL", "STATE", "GEN", "CONTEXT", "IN FLIGHT", "WAITING", "MEMORY FREE", "REASON")]
     for device in inventory["devices"]:
         lane, free = device["lane"], device["metrics"]["memory_free_bytes"]
-        load = (f"{lane['in_flight']}", f"{lane['waiting']}/{lane['limit']}", _gib(free))
+        load = (f"{lane['in_flight']}", f"{lane['waiting']}/{lane['limit']}", gib(free))
         for server in device["servers"] or [None]:
             facts = _server_facts(server)
-            rows.append((device["device_id"], *facts[:3], *load, facts[3]))
+            rows.append((device["device_id"], *facts[:4], *load, facts[4]))
     models = [("MODEL", "LOADED ON", "SIZE", "LOADS IN", "ROLES")]
     for model in inventory["models"]:
         load_s = model["load_time_s"]
@@ -198,35 +199,41 @@ def table(inventory: dict[str, Any]) -> str:
             (
                 model["model_id"],
                 ", ".join(model["loaded_on"]) or "-",
-                _gib(model["size_bytes"]),
+                gib(model["size_bytes"]),
                 f"{load_s:.1f} s" if load_s is not None else "-",
                 ", ".join(model["roles"]) or "-",
             )
         )
     head = printable(f"{inventory['node_id']} at {inventory['base_url']}: {inventory['status']}") + reasons
-    return "\n\n".join((head, _columns(rows), _columns(models)))
+    return "\n\n".join((head, columns(rows), columns(models)))
 
 
-def _server_facts(server: dict[str, Any] | None) -> tuple[str, str, str, str]:
+def _server_facts(server: dict[str, Any] | None) -> tuple[str, str, str, str, str]:
     if server is None:
-        return "-", "empty", "-", ""
+        return "-", "empty", "-", "-", ""
     ready_in = f"ready in {server['ready_in_s']:.0f} s: " if server["ready_in_s"] else ""
-    return server["model_id"], server["state"], str(server["generation"]), ready_in + (server["reason"] or "")
+    context = str(server.get("slot_ctx_size") or "-")
+    reason = ready_in + (server["reason"] or "")
+    return server["model_id"], server["state"], str(server["generation"]), context, reason
 
 
-def _gib(size: int | None) -> str:
+def gib(size: int | None) -> str:
+    """A size for people; `-` is unknown."""
     return "-" if size is None else f"{size / 2**30:.1f} GiB"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as lines, each column as wide as its widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 @contextmanager
-def _agent(args: argparse.Namespace) -> Iterator[httpx.Client]:
+def _agent(args: argparse.Namespace) -> "Iterator[httpx.Client]":
     """A client of the agent that runs with this configuration; without one, of the node with the default settings."""
+    import httpx  # here, as the daemon, which needs none of this, imports this module too
+
     state_dir = find_state_dir(args.config)
     base_url = read_address(state_dir)
     headers = {"Authorization": f"Bearer {admin_token(state_dir)}"}
@@ -240,8 +247,10 @@ def _agent(args: argparse.Namespace) -> Iterator[httpx.Client]:
         ) from error
 
 
-def _in_words(error: httpx.HTTPError) -> str:
+def _in_words(error: "httpx.HTTPError") -> str:
     """Why a request failed, without the names of our libraries' classes."""
+    import httpx
+
     match error:
         case httpx.ConnectTimeout():
             return "the connection timed out"
@@ -253,13 +262,13 @@ def _in_words(error: httpx.HTTPError) -> str:
             return f"the connection was lost: {error}" if str(error) else "the connection was lost"
 
 
-def _refused(answer: httpx.Response) -> None:
+def _refused(answer: "httpx.Response") -> None:
     if answer.is_error:
         answer.read()
         _answer(answer)
 
 
-def _answer(answer: httpx.Response) -> Any:
+def _answer(answer: "httpx.Response") -> Any:
     """The response's JSON; CommandFailed with the agent's own message if it is an error."""
     try:
         said = answer.json()

@@ -128,6 +128,7 @@ def _server(server: ServerView[Any], now: float, sent_at: datetime, *, for_opera
         since=sent_at - timedelta(seconds=now - server.since),
         ready_in_s=None if server.retry_at is None else round(max(0.0, server.retry_at - now), 3),
         slots=server.slots,
+        slot_ctx_size=server.slot_ctx_size,
         reason=reason,
         reason_code=server.reason_code,
     )

@@ -1,26 +1,30 @@
 """The Quart-Trio application: its routes, its settings, and the responses to its errors."""
 
+from typing import Any
+
 from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import health, node, openai, origins
+from nodeagent.front import health, metrics, models, node, openai, origins
 from nodeagent.front.asgi import request_id
+from nodeagent.front.error_shapes import dialect_of
 from nodeagent.front.inference import Inference
+from nodeagent.front.paths import canonical
 from nodeagent.front.refusals import echo, error_response, refusal_response
 from nodeagent.front.seam import Node
 
 _WHERE = (
-    "OpenAI's API is under /v1/ (/v1/models, /v1/chat/completions, /v1/completions), the node's own under /v1/node/, "
-    "and health checks are /livez, /readyz and /health."
+    "OpenAI's API is under /v1/ (/v1/models, /v1/chat/completions, /v1/embeddings, ...), the node's own under "
+    "/v1/node/, and health checks are /livez, /readyz and /health."
 )
 
 
 def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     """Build the application that serves this node. `inference` is shared with the fast road, where there is one."""
-    app = QuartTrio(__name__, static_folder=None)
+    app = _App(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = of.max_request_bytes
     # `Front` limits how long a body may take. Quart's own default ends any response after 60 s, streams too.
     app.config["BODY_TIMEOUT"] = None
@@ -28,8 +32,11 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     # `Front` answers and logs unexpected exceptions, with the request's id.
     app.config["PROPAGATE_EXCEPTIONS"] = True
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    inference = inference or Inference(of.scheduler)
     for routes in (
-        openai.blueprint(of, inference or Inference(of.scheduler)),
+        openai.blueprint(of, inference),
+        models.blueprint(of),
+        metrics.blueprint(of, inference.tallies),
         node.blueprint(of),
         health.blueprint(of),
     ):
@@ -38,7 +45,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:
-        return _response(*refusal_response(refusal, request_id()))
+        return _response(*refusal_response(refusal, request_id(), dialect_of(request.path)))
 
     @app.errorhandler(RequestEntityTooLarge)
     async def too_large(_error: RequestEntityTooLarge) -> Response:
@@ -64,8 +71,27 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     return app
 
 
+class _App(QuartTrio):
+    """Serves a path however it is spelt, and answers OPTIONS without content."""
+
+    async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request."""
+        if scope["type"] == "http":
+            scope = {**scope, "path": canonical(scope["path"])}
+        await super().asgi_app(scope, receive, send)
+
+    async def make_default_options_response(self, *context: Any) -> Response:
+        """The response to OPTIONS on a path that exists. From 0.23 on, Quart gives it the request's context."""
+        response = await super().make_default_options_response(*context)
+        response.status_code = 204
+        for name in ("Content-Length", "Content-Type"):  # RFC 9110, 8.6: never a length with 204
+            response.headers.pop(name, None)
+        response.headers["Allow"] = ", ".join(sorted(response.headers["Allow"].split(", ")))
+        return response
+
+
 def _http_error(status: int, message: str) -> Response:
-    return _response(*error_response(status, message, request_id()))
+    return _response(*error_response(status, message, request_id(), dialect_of(request.path)))
 
 
 def _response(status: int, headers: list[tuple[str, str]], body: bytes) -> Response:

@@ -1,4 +1,5 @@
-"""What each request gets before the application handles it: an id, an exit stack, and limits on its body.
+"""What each request gets before the application handles it: an id, an exit stack, and limits on its body
+(`body_budget.py`).
 
 `Front` wraps the Quart-Trio application. It also answers the exceptions that the application raises: a refusal with its
 status, anything else with a 500 that names the request's id.
@@ -7,30 +8,26 @@ status, anything else with a 500 that names the request's id.
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any
 
 import trio
 
-from nodeagent.errors import BodyTooLarge, BodyTooSlow, Refusal, ServerBusy, UnsupportedEncoding
+from nodeagent.errors import Refusal
+from nodeagent.front.body_budget import BodyBudget, Message, Receive, RequestBody
+from nodeagent.front.error_shapes import dialect_of
+from nodeagent.front.exchange import AbortResponse, ASGIApp
 from nodeagent.front.half_close import HalfClose
-from nodeagent.front.ordinary import AbortResponse, ASGIApp
 from nodeagent.front.refusals import Headers, internal_error_response, refusal_response
 from nodeagent.logs import request_id_var
 
 logger = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
-# A body may take this long, and a second more for each 16 KiB received: enough for a slow line, but not for a client
-# that drips bytes to hold a part of the budget.
-_BODY_GRACE_S = 60.0
-_BODY_BYTES_PER_S = 2**14
 _BODIES_HELD = 4
 
 _exit_stack: ContextVar[ExitStack] = ContextVar("exit_stack")
@@ -75,9 +72,9 @@ def half_closed() -> trio.Event:
 class Front:
     """The ASGI application that is served: `app`, without the requests that it can't handle.
 
-    `body_budget_bytes` limits the request bodies held at once by all requests together. A body counts, with its
-    Content-Length, from before it is read until its request ends. The default has room for four of the longest. Every
-    answer carries `node_id` as `X-Node-Id`.
+    `body_budget_bytes` limits the request bodies held at once by all requests together. What has arrived of a body
+    counts until its request ends. The default has room for four of the longest. Every answer carries `node_id` as
+    `X-Node-Id`.
     """
 
     def __init__(
@@ -86,7 +83,7 @@ class Front:
         self._app = app
         self._node_id = [(b"x-node-id", node_id.encode("ascii"))] if node_id else []
         self._max_request_bytes = max_request_bytes
-        self._budget = _Budget(_BODIES_HELD * max_request_bytes if body_budget_bytes is None else body_budget_bytes)
+        self._budget = BodyBudget(_BODIES_HELD * max_request_bytes if body_budget_bytes is None else body_budget_bytes)
 
     @property
     def body_bytes_held(self) -> int:
@@ -100,7 +97,7 @@ class Front:
         request_id_var.set(identity)
         return identity, [*self._node_id, (b"x-request-id", identity.encode("ascii"))]
 
-    def body(self, headers: dict[bytes, bytes], receive: Receive) -> "RequestBody":
+    def body(self, headers: dict[bytes, bytes], receive: Receive) -> RequestBody:
         """The body of a request with these headers (lower case), within the limits."""
         return RequestBody(headers, receive, self._budget, self._max_request_bytes)
 
@@ -176,95 +173,6 @@ class _ResponseSender:
         await self.send({"type": "http.response.body", "body": content, "more_body": False})
 
 
-class _Budget:
-    """The bytes of request bodies held by all requests together."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.held = 0
-        self._limit_bytes = limit_bytes
-
-    def take(self, count: int) -> None:
-        """Count more bytes; raise ServerBusy if they exceed the limit."""
-        if self.held + count > self._limit_bytes:
-            raise ServerBusy(self._limit_bytes)
-        self.held += count
-
-    def give_back(self, count: int) -> None:
-        self.held -= count
-
-
-class RequestBody:
-    """Receives a request's body within limits of size and time, and knows how much has arrived."""
-
-    def __init__(self, headers: dict[bytes, bytes], receive: Receive, budget: _Budget, limit_bytes: int) -> None:
-        self.disconnected = False
-        self._declared_bytes = int(headers.get(b"content-length", b"0"))
-        self.complete = not self._declared_bytes and b"transfer-encoding" not in headers
-        self._encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
-        self._receive = receive
-        self._budget = budget
-        self._limit_bytes = limit_bytes
-        self._received_bytes = 0
-        self._taken_bytes = 0
-        self._released = False
-        self._began = trio.current_time()
-
-    def admit(self) -> None:
-        """Refuse a body that can't be accepted, before any of it is read."""
-        if not self.complete and self._encoding.strip().lower() not in ("identity", ""):
-            raise UnsupportedEncoding(self._encoding)
-        self._grow(self._declared_bytes)
-
-    def release(self) -> None:
-        """Give back its part of the budget. What arrives after this is not kept, and does not count."""
-        self._budget.give_back(self._taken_bytes)
-        self._taken_bytes = 0
-        self._released = True
-
-    async def read(self) -> bytes:
-        """All of it. Raises BodyTooLarge, BodyTooSlow and ServerBusy."""
-        parts = []
-        more = True
-        while more:
-            message = await self.receive()
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def accept(self, data: bytes) -> None:
-        """All of it has arrived already. Raises BodyTooLarge and ServerBusy."""
-        self._received_bytes = len(data)
-        self.complete = True
-        self._grow(len(data))
-
-    async def receive(self) -> Message:
-        """The next part, as an ASGI message. Raises as `read` does."""
-        if self.complete:
-            message = await self._receive()
-        else:
-            message = await self._receive_in_time()
-        if message["type"] == "http.disconnect":
-            self.disconnected = True
-        else:
-            self._received_bytes += len(message.get("body", b""))
-            self._grow(self._received_bytes)
-            self.complete = not message.get("more_body", False)
-        return message
-
-    async def _receive_in_time(self) -> Message:
-        allowed_s = _BODY_GRACE_S + self._received_bytes / _BODY_BYTES_PER_S
-        with trio.move_on_at(self._began + allowed_s):
-            return await self._receive()
-        raise BodyTooSlow(self._received_bytes, allowed_s)
-
-    def _grow(self, to_bytes: int) -> None:
-        if to_bytes > self._limit_bytes:
-            raise BodyTooLarge(self._limit_bytes)
-        if to_bytes > self._taken_bytes and not self._released:
-            self._budget.take(to_bytes - self._taken_bytes)
-            self._taken_bytes = to_bytes
-
-
 def _declared_bytes(headers: list[tuple[bytes, bytes]]) -> int | None:
     lengths = [int(value) for name, value in headers if name.lower() == b"content-length"]
     return lengths[0] if lengths else None
@@ -280,11 +188,11 @@ def answer_to(
     refusals, others = failures.split(Refusal)
     if refusals is None or others is not None:
         logger.error("%s %s failed (request %s)", method, path, identity, exc_info=_plainest(failures))
-        return internal_error_response(identity)
+        return internal_error_response(identity, dialect_of(path))
     refusal = _first(refusals)
     if begun:
         logger.warning("request %s: answer truncated: %s", identity, refusal)
-    return refusal_response(refusal, identity)
+    return refusal_response(refusal, identity, dialect_of(path))
 
 
 def _plainest(error: BaseException) -> BaseException:

@@ -17,19 +17,22 @@ import socket
 import struct
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.utils import parse_socket_addr, repr_socket_addr
 
-from nodeagent.front.exchange import Exchange, FindHandler
+from nodeagent.front.exchange import AbortResponse, Exchange, FindHandler, Peer
 from nodeagent.front.half_close import HalfClose, connection_reset, input_ended
-from nodeagent.front.ordinary import AbortResponse, ASGIApp, OrdinaryRequest, Peer
+from nodeagent.front.ordinary_road import OrdinaryRoad
 from nodeagent.front.protocol import BadRequest, EndOfBody, RequestEvent, RequestHead, RequestParser
 from nodeagent.front.refusals import error_response
 from nodeagent.front.response import ResponseWriter
+
+if TYPE_CHECKING:
+    from nodeagent.front.ordinary import OrdinaryRequest
+
+    Request = Exchange | OrdinaryRequest
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +47,13 @@ _RESET = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What all connections of a server share. `context.terminated` is set when the server drains."""
+    """What all connections of a server share. `draining` is set when the server drains."""
 
-    app: ASGIApp
+    ordinary_road: OrdinaryRoad
     find_handler: FindHandler
-    config: Config
-    context: WorkerContext
     keep_alive_timeout_s: float
     send_timeout_s: float
+    draining: trio.Event = field(default_factory=trio.Event)
 
 
 class Connection:
@@ -68,11 +70,8 @@ class Connection:
         family, remote = stream.socket.family, stream.socket.getpeername()
         self.reading = trio.CancelScope()
         self.socket = stream.socket
-        self.peer = Peer(
-            client=parse_socket_addr(family, remote),
-            server=parse_socket_addr(family, stream.socket.getsockname()),
-            name=repr_socket_addr(family, remote),
-        )
+        host = f"[{remote[0]}]" if family == socket.AF_INET6 else remote[0]
+        self.peer = Peer(client=remote[:2], server=stream.socket.getsockname()[:2], name=f"{host}:{remote[1]}")
         self.half_closed = trio.Event()
         self._shared = shared
         self._stream = stream
@@ -81,8 +80,8 @@ class Connection:
         self._policy = HalfClose.FINISH
         self._wrote_after_end = False
         self._send_lock = trio.Lock()
-        self._answering: Exchange | OrdinaryRequest | None = None
-        self._last: Exchange | OrdinaryRequest | None = None
+        self._answering: Request | None = None
+        self._last: Request | None = None
         self._body_ended = True
         self._refused = False
         self._turn: trio.Event | None = None  # for which the reading waits
@@ -117,6 +116,11 @@ class Connection:
         """End the connection now if it is idle. Otherwise it ends after its answer."""
         if self._idle:
             self.reading.cancel()
+
+    @property
+    def idle_until(self) -> float:
+        """When the connection ends if it stays idle; infinite if it is not idle."""
+        return self.reading.deadline if self._idle and not self.reading.cancel_called else float("inf")
 
     # Reading.
 
@@ -191,7 +195,7 @@ class Connection:
             self._answering = self._last = Exchange(head, path, handler, self)
             self._start_work()
         else:
-            ordinary = OrdinaryRequest(head, self, shared.app, shared.config, shared.context, self._nursery)
+            ordinary = await shared.ordinary_road.request(head, self, self._nursery)
             self._answering = self._last = ordinary
             await ordinary.begin()
 
@@ -235,7 +239,7 @@ class Connection:
     @property
     def draining(self) -> bool:
         """Whether the server is shutting down, so that each connection ends after its answer."""
-        return self._shared.context.terminated.is_set()
+        return self._shared.draining.is_set()
 
     def on_half_close(self, policy: HalfClose) -> None:
         """Set the policy of the request that is being answered."""
@@ -243,7 +247,7 @@ class Connection:
         if self.half_closed.is_set():
             self._limit()
 
-    def answered(self, request: Exchange | OrdinaryRequest) -> None:
+    def answered(self, request: "Request") -> None:
         """This request's answer is over, complete or not. Does nothing if the connection has given it up."""
         if self._answering is not request:
             return
@@ -275,8 +279,9 @@ class Connection:
         with self._working:
             while True:
                 self._work = trio.Event()
-                assert isinstance(self._answering, Exchange)
-                await self._serve(self._answering)
+                # It is gone already if what came with its head was malformed.
+                if isinstance(self._answering, Exchange):
+                    await self._serve(self._answering)
                 await self._work.wait()
 
     async def _serve(self, exchange: Exchange) -> None:

@@ -7,6 +7,7 @@ is done for a request for inference.
 """
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import trio
@@ -16,9 +17,23 @@ from nodeagent.front.protocol import RequestHead
 from nodeagent.front.response import Headers, ResponseWriter
 
 
+class AbortResponse(Exception):
+    """Raised in mid-answer: end the connection so that the client sees a truncated answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A connection's client and its own address, as ASGI has them, and the client's address for logs."""
+
+    client: tuple[str, int] | None
+    server: tuple[str, int] | None
+    name: str
+
+
 class Line(Protocol):
     """What an exchange needs of its connection."""
 
+    peer: Peer
     half_closed: trio.Event
 
     @property
@@ -97,6 +112,8 @@ class Exchange:
         framed = self.response.body(body)
         return framed if more else framed + self.response.end()
 
+
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 Handler = Callable[[Exchange], Awaitable[None]]
 

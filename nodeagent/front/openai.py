@@ -1,43 +1,36 @@
-"""The routes of OpenAI's API, and the validation of their bodies. `inference.py` serves what is valid.
+"""The routes of inference, and the validation of their bodies. `inference.py` serves what is valid.
 
 A body is forwarded unchanged; `request_body.py` reads what decides where it goes.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import TYPE_CHECKING
 
-from quart import Blueprint, Response, request
-from werkzeug.datastructures import Headers
-
-from nodeagent.errors import InvalidRequest
+from nodeagent.errors import InvalidRequest, WrongTask
 from nodeagent.front.asgi import exit_stack, on_half_close, request_id
+from nodeagent.front.endpoints import ENDPOINTS, Endpoint, Slots
+from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.half_close import HalfClose
-from nodeagent.front.inference import Inference, InferenceRequest
+from nodeagent.front.inference import Inference
 from nodeagent.front.request_body import BodyFields, read_body, without_bom
 from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.llama_server.headers import forwardable
 from nodeagent.scheduling.queueing import Priority
 
-# The paths of inference, and the field that the body of each must have.
-INFERENCE_PATHS: Final = {
-    "/v1/chat/completions": "messages",
-    "/v1/completions": "prompt",
-}
+if TYPE_CHECKING:
+    from quart import Blueprint, Response
+
+_SLOTS = {Slots.ONE: 1, Slots.NONE: 0}
 
 
-def blueprint(node: Node, inference: Inference) -> Blueprint:
-    """The routes under `/v1` that OpenAI's clients use."""
+def blueprint(node: Node, inference: Inference) -> "Blueprint":
+    """The routes that clients of OpenAI, Anthropic and llama-server use."""
+    from quart import Blueprint, Response, request
+    from werkzeug.datastructures import Headers
+
     routes = Blueprint("openai", __name__)
 
-    @routes.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card_json(card) for card in node.cards()]}
-
-    @routes.get("/v1/models/<path:model>")
-    async def show_model(model: str) -> dict[str, Any]:
-        return _card_json(find_card(node, model))
-
-    async def infer() -> Response:
+    async def infer() -> "Response":
         # The end of input is how most clients leave, and a generation costs much.
         on_half_close(HalfClose.GRACE)
         body = await request.get_data(cache=False)
@@ -47,7 +40,7 @@ def blueprint(node: Node, inference: Inference) -> Blueprint:
         answer = await inference.serve(valid, exit_stack())
         return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
 
-    for path in INFERENCE_PATHS:
+    for path in ENDPOINTS:
         routes.post(path, endpoint=path.replace("/", "_"))(infer)
     return routes
 
@@ -56,31 +49,48 @@ def read_request(
     node: Node, *, request_id: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> InferenceRequest:
     """Check a request for inference; the names of `headers` are lower case. Raises InvalidRequest and ModelNotFound."""
-    needs = INFERENCE_PATHS[path]
-    body = without_bom(body)
+    endpoint = ENDPOINTS[path]
     values = dict(headers)
-    fields = read_body(body, needs=needs)
+    if endpoint.is_form:
+        from nodeagent.front.request_form import read_form  # with werkzeug, which other requests do not need
+
+        fields = read_form(body, _text(values.get(b"content-type")), needs=endpoint.needs)
+    else:
+        body = without_bom(body)
+        fields = read_body(body, needs=endpoint.needs, instead=endpoint.instead)
+    card = find_card(node, model_of_name(node, fields.model))
+    _check_task(node, card, endpoint)
     # On one device there is nothing to choose, so its requests need not be told apart.
     several = len(node.scheduler.lanes) > 1
     return InferenceRequest(
         request_id=request_id,
-        model_id=find_card(node, model_of(node, fields)).model_id,
+        model_id=card.model_id,
         priority=read_priority(_text(values.get(b"x-priority"))),
         conversation=conversation_of(_text(values.get(b"x-session-id")), fields) if several else None,
-        slots=fields.completions,
+        slots=_SLOTS.get(endpoint.slots, fields.completions),
+        ping_s=node.stream_ping_s if fields.stream and endpoint.streams else 0.0,
+        dialect=endpoint.dialect,
         path=path,
-        headers=headers_of_json(headers),
+        headers=forwardable(headers) if endpoint.is_form else headers_of_json(headers),
         body=body,
     )
 
 
-def model_of(node: Node, fields: BodyFields) -> str:
-    """The model that the request names, else the node's default. Raises InvalidRequest if there is none."""
-    model = fields.model or node.default_model_id
+def model_of_name(node: Node, named: str | None) -> str:
+    """The model of that name, else the node's default. Raises InvalidRequest if there is none."""
+    model = named or node.default_model_id
     if model is None:
         known = ", ".join(card.model_id for card in node.cards())
         raise InvalidRequest(f"'model' is missing, and this node has no default. It serves: {known}.", param="model")
     return model
+
+
+def _check_task(node: Node, card: ModelCard, endpoint: Endpoint) -> None:
+    """Refuse what the model can't do before it is loaded, and another one evicted for it. Raises WrongTask."""
+    if endpoint.task in (None, card.task) or card.task is None:
+        return
+    able = [other.model_id for other in node.cards() if other.task == endpoint.task]
+    raise WrongTask(card.model_id, card.task, endpoint.task or "", able)
 
 
 def conversation_of(session: str | None, fields: BodyFields) -> str | None:
@@ -109,13 +119,3 @@ def read_priority(header: str | None) -> Priority:
         raise InvalidRequest(
             f"'X-Priority' must be one of {allowed}, not {header[:40]!r}.", param="X-Priority"
         ) from None
-
-
-def _card_json(card: ModelCard) -> dict[str, Any]:
-    return {
-        "id": card.model_id,
-        "object": "model",
-        "created": card.created,
-        "owned_by": "rolemesh",
-        "aliases": list(card.aliases),
-    }

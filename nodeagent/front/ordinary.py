@@ -1,12 +1,11 @@
 """One request that the ASGI application answers, by hypercorn's stream.
 
 hypercorn's `HTTPStream` speaks ASGI with the application; here are the task in which that runs, and the bytes of its
-response.
+response. This module and all of hypercorn are imported with the first ordinary request: see `ordinary_road.py`.
 """
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import trio
@@ -16,34 +15,17 @@ from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
-from nodeagent.front.exchange import Line
+from nodeagent.front.exchange import AbortResponse, ASGIApp, Line
 from nodeagent.front.protocol import RequestHead
 from nodeagent.front.response import ResponseWriter
 
 logger = logging.getLogger(__name__)
 
-ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
-
 _STREAM_ID = 1
-
-
-class AbortResponse(Exception):
-    """Raised in mid-answer: end the connection so that the client sees a truncated answer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """A connection's client and its own address, as ASGI has them, and the client's address for logs."""
-
-    client: tuple[str, int] | None
-    server: tuple[str, int] | None
-    name: str
 
 
 class OrdinaryLine(Line, Protocol):
     """What an ordinary request needs of its connection besides."""
-
-    peer: Peer
 
     def answered(self, request: "OrdinaryRequest") -> None:
         """The answer is over, complete or not."""
@@ -56,10 +38,9 @@ class OrdinaryRequest:
         self,
         head: RequestHead,
         line: OrdinaryLine,
+        nursery: trio.Nursery,
         app: ASGIApp,
         config: Config,
-        context: WorkerContext,
-        nursery: trio.Nursery,
     ) -> None:
         self._closed = False
         self.response = ResponseWriter.to(head)
@@ -69,7 +50,7 @@ class OrdinaryRequest:
         self._stream = HTTPStream(
             cast(AppWrapper, app),
             config,
-            context,
+            WorkerContext(max_requests=None),
             cast(TaskGroup, self),
             False,  # ssl
             line.peer.client,
@@ -166,3 +147,23 @@ class OrdinaryRequest:
             logger.exception("%s: the application failed on %s %s", peer, scope["method"], scope["path"])
         # An answer that is incomplete by now ends with the connection, without its last chunk.
         await send(None)
+
+
+def settings() -> Config:
+    """hypercorn's configuration."""
+    return _hypercorn_config(
+        accesslog=None,
+        # hypercorn uses a given logger as it is. Otherwise it would add a handler of its own on stderr.
+        errorlog=logging.getLogger("hypercorn.error"),
+        include_server_header=False,
+    )
+
+
+def _hypercorn_config(**settings: object) -> Config:
+    """Make hypercorn's configuration. hypercorn accepts misspelt settings silently, so check each name."""
+    config = Config()
+    for name, value in settings.items():
+        if not hasattr(config, name):
+            raise AttributeError(f"hypercorn has no setting {name!r}")
+        setattr(config, name, value)
+    return config

@@ -8,11 +8,15 @@ Reading is safe without a check: a page sees no response that lacks `Access-Cont
 refuse every Origin by themselves (`node.py`), and no header here lets a page in there.
 """
 
-from quart import Response, request
-from quart_trio import QuartTrio
+from typing import TYPE_CHECKING
 
 from nodeagent.errors import OriginForbidden
+from nodeagent.front.hosts import refuse_foreign_host
 from nodeagent.front.seam import Node
+
+if TYPE_CHECKING:
+    from quart import Response
+    from quart_trio import QuartTrio
 
 _OPERATORS = "/v1/node/"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -38,15 +42,20 @@ def headers_for(node: Node, origin: str | None) -> list[tuple[str, str]]:
     return headers
 
 
-def guard(app: QuartTrio, node: Node) -> None:
-    """Refuse requests of pages that are not listed, and put the CORS headers on responses to those that are."""
+def guard(app: "QuartTrio", node: Node) -> None:
+    """Refuse requests of pages that are not listed, put the CORS headers on responses to those that are, and refuse
+    browsers' requests under a foreign name (`hosts.py`)."""
+    from quart import request
 
     @app.before_request
     async def refuse_others() -> None:
-        refuse_foreign(node, request.method, request.path, request.headers.get("Origin"))
+        headers = request.headers
+        origin = headers.get("Origin")
+        refuse_foreign_host(node, headers.get("Host"), origin=origin, fetch_site=headers.get("Sec-Fetch-Site"))
+        refuse_foreign(node, request.method, request.path, origin)
 
     @app.after_request
-    async def let_in(response: Response) -> Response:
+    async def let_in(response: "Response") -> "Response":
         origin = request.headers.get("Origin")
         if request.path.startswith(_OPERATORS):
             return response

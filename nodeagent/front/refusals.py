@@ -1,16 +1,15 @@
 """The one table from our errors to what a client gets: status, OpenAI's type and code, a message, when to retry.
 
-The body has OpenAI's shape: `{"error": {"message", "type", "param", "code"}, "request_id"}`. `Retry-After` is in whole
+The body has the shape of the path's API (`error_shapes.py`); the types here are OpenAI's. `Retry-After` is in whole
 seconds and `retry-after-ms`, which OpenAI's clients read first, is exact. Both are missing if nobody knows when a retry
 may help. `x-should-retry: false` tells OpenAI's clients not to retry. `error_table.py` prints the table for people.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.client import responses
+from http import HTTPStatus
 from typing import Any
 
 from nodeagent.errors import (
@@ -19,9 +18,11 @@ from nodeagent.errors import (
     BodyTooLarge,
     BodyTooSlow,
     Draining,
+    HostForbidden,
     InvalidRequest,
     ModelLoadTimeout,
     ModelNotFound,
+    ModelNotLoaded,
     NoSuchDevice,
     OriginForbidden,
     PoisonedRequest,
@@ -33,7 +34,10 @@ from nodeagent.errors import (
     ShuttingDown,
     Unauthorized,
     UnsupportedEncoding,
+    WrongTask,
 )
+from nodeagent.front.endpoints import Dialect
+from nodeagent.front.error_shapes import as_event, error_json
 
 # OpenAI's clients don't retry at all if they are to wait longer than this.
 _RETRY_AFTER_MAX_S = 120.0
@@ -43,6 +47,8 @@ _BUSY_RETRY_S = 1.0
 _UNKNOWN_RETRY_S = 30.0
 # How much of a client's value an error repeats.
 _ECHO_CHARS = 100
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 Headers = list[tuple[str, str]]
 
@@ -105,9 +111,13 @@ REFUSALS: dict[type[Refusal], Row] = {
         status=503,
         type="server_error",
         code="server_busy",
-        message=lambda it: f"This node already holds request bodies up to its limit of {it.budget_bytes} bytes. Retry.",
+        message=lambda it: (
+            f"This node already holds request bodies up to its limit of {it.budget_bytes} bytes"
+            + (", and this one was arriving the slowest. Retry." if it.gave_way else ". Retry.")
+        ),
         retry_after_s=_BUSY_RETRY_S,
-        when="the bodies of all requests in progress would exceed four times `max_request_bytes`",
+        when="the bodies of all requests in progress would exceed four times `max_request_bytes`; the one that arrives "
+        "the slowest makes room first",
         client="retry after the wait, or use another node",
     ),
     ModelNotFound: Row(
@@ -118,6 +128,27 @@ REFUSALS: dict[type[Refusal], Row] = {
         param="model",
         when="no model has that id or alias; the message lists those there are",
         client="use another model or node",
+    ),
+    ModelNotLoaded: Row(
+        status=404,
+        type="invalid_request_error",
+        code="model_not_loaded",
+        message=lambda it: f"The model {it.model_id!r} is not loaded, and this path does not load it.",
+        param="model",
+        when="`/props` or `/slots` of a model that is not loaded",
+        client="ask again once it is",
+    ),
+    WrongTask: Row(
+        status=400,
+        type="invalid_request_error",
+        code="wrong_task",
+        message=lambda it: (
+            f"The model {it.model_id!r} is for {it.task}, and this path needs one for {it.needed}. "
+            + (f"These are: {', '.join(it.able)}." if it.able else "This node has none.")
+        ),
+        param="model",
+        when="the model is for another task (chat, embedding, rerank) than the path; the message lists those for it",
+        client="use another model or path",
     ),
     QueueFull: Row(
         status=429,
@@ -201,6 +232,18 @@ REFUSALS: dict[type[Refusal], Row] = {
         when="a web page whose origin is not in `cors_origins`, or any web page on an operator's path",
         client="add the page's origin to `cors_origins`, or use another program",
     ),
+    HostForbidden: Row(
+        status=403,
+        type="invalid_request_error",
+        code="host_forbidden",
+        message=lambda it: (
+            f"A browser's request came for the host {echo(it.host)}, which is no name of this node. If it is one, add "
+            "it to allowed_hosts in the node's configuration, or use the node's IP address."
+        ),
+        when="a browser's request whose `Host` is neither an IP address, nor localhost, nor a name of this node (DNS "
+        "rebinding)",
+        client="add the name to `allowed_hosts`, or use the IP address",
+    ),
     NoSuchDevice: Row(
         status=404,
         type="invalid_request_error",
@@ -241,7 +284,13 @@ REFUSALS: dict[type[Refusal], Row] = {
 }
 
 
-def refusal_response(error: Refusal, request_id: str) -> tuple[int, Headers, bytes]:
+def code_of(error: Refusal) -> tuple[int, str]:
+    """The status of a refused request, and the code in its error; the type where there is no code."""
+    row = _row(error)
+    return row.status, getattr(error, "code", None) or row.code or row.type
+
+
+def refusal_response(error: Refusal, request_id: str, dialect: Dialect = Dialect.OPENAI) -> tuple[int, Headers, bytes]:
     """The response to a refused request: status, headers and JSON body."""
     row = _row(error)
     headers = _headers(request_id)
@@ -254,27 +303,29 @@ def refusal_response(error: Refusal, request_id: str) -> tuple[int, Headers, byt
         headers.append(("retry-after-ms", str(round(retry_after_s * 1000))))
     if row.final:
         headers.append(("x-should-retry", "false"))
-    return row.status, headers, _refusal_json(row, error, request_id)
+    return row.status, headers, _refusal_json(row, error, request_id, dialect)
 
 
-def error_response(status: int, message: str, request_id: str) -> tuple[int, Headers, bytes]:
+def error_response(
+    status: int, message: str, request_id: str, dialect: Dialect = Dialect.OPENAI
+) -> tuple[int, Headers, bytes]:
     """The response to an error that is no Refusal: of HTTP itself (404, 405, ...), or a bug of ours (500)."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    phrase = "internal_error" if status == 500 else responses.get(status, "").lower()
+    phrase = "internal_error" if status == 500 else _PHRASES.get(status, "").lower()
     code = re.sub("[^a-z]+", "_", phrase) or None
-    return status, _headers(request_id), _json(message, kind, None, code, request_id)
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return status, _headers(request_id), error_json(dialect, status, error, request_id)
 
 
-def internal_error_response(request_id: str) -> tuple[int, Headers, bytes]:
+def internal_error_response(request_id: str, dialect: Dialect = Dialect.OPENAI) -> tuple[int, Headers, bytes]:
     """The response after a bug of ours. What happened is in the log only, under the request's id."""
-    return error_response(
-        500, f"Internal error. The node's log has the reason, under request {request_id}.", request_id
-    )
+    message = f"Internal error. The node's log has the reason, under request {request_id}."
+    return error_response(500, message, request_id, dialect)
 
 
-def error_event(error: Refusal, request_id: str) -> bytes:
+def error_event(error: Refusal, request_id: str, dialect: Dialect = Dialect.OPENAI) -> bytes:
     """The error as a server-sent event, for a stream whose status line has already been sent."""
-    return b"data: " + _refusal_json(_row(error), error, request_id) + b"\n\n"
+    return as_event(dialect, _refusal_json(_row(error), error, request_id, dialect))
 
 
 def echo(value: str) -> str:
@@ -290,15 +341,10 @@ def _headers(request_id: str) -> Headers:
     return [("content-type", "application/json"), ("x-request-id", request_id)]
 
 
-def _refusal_json(row: Row, error: Refusal, request_id: str) -> bytes:
+def _refusal_json(row: Row, error: Refusal, request_id: str, dialect: Dialect) -> bytes:
     param, code = getattr(error, "param", row.param), getattr(error, "code", None) or row.code
-    return _json(row.message(error), row.type, param, code, request_id)
-
-
-def _json(message: str, kind: str, param: str | None, code: str | None, request_id: str) -> bytes:
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    # As ASCII: a repeated value of the client may have lone surrogates, which UTF-8 can't encode.
-    return json.dumps({"error": error, "request_id": request_id}).encode("ascii")
+    content = {"message": row.message(error), "type": row.type, "param": param, "code": code}
+    return error_json(dialect, row.status, content, request_id)
 
 
 def _known_models(models: list[str]) -> str:

@@ -18,14 +18,18 @@ from nodeagent.errors import InvalidRequest
 _LOOK_INTO_BYTES = 2**18
 # A scalar that is shown in an error.
 _SHOWN_BYTES = 1024
+_NUMBER_STARTS = frozenset(b"%c" % byte for byte in b"-0123456789")
 _KINDS = {b"{": "an object", b"[": "a list", b'"': "a long string"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BodyFields:
-    """What the node needs to know of a body. `model` is None if the body names none. `completions` is how many
-    completions it asks for: `n` for each of its prompts. `conversation` identifies the conversation, None if nothing
-    does."""
+    """What the node needs to know of a body.
+
+    `model` is None if the body names none. `completions` is how many completions it asks for: `n` (`n_cmpl` is
+    llama-server's own name for it) for each of its prompts. `conversation` identifies the conversation, None if nothing
+    does.
+    """
 
     model: str | None
     stream: bool
@@ -39,13 +43,19 @@ class _Raw(msgspec.Struct):
     model: msgspec.Raw = msgspec.Raw(b"null")
     stream: msgspec.Raw = msgspec.Raw(b"null")
     n: msgspec.Raw = msgspec.Raw(b"null")
+    n_cmpl: msgspec.Raw = msgspec.Raw(b"null")
     messages: msgspec.Raw = msgspec.Raw(b"null")
     prompt: msgspec.Raw = msgspec.Raw(b"null")
     prompt_cache_key: msgspec.Raw = msgspec.Raw(b"null")
+    input: msgspec.Raw = msgspec.Raw(b"null")
+    content: msgspec.Raw = msgspec.Raw(b"null")
+    query: msgspec.Raw = msgspec.Raw(b"null")
+    input_prefix: msgspec.Raw = msgspec.Raw(b"null")
+    tokens: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Message(msgspec.Struct):
-    role: Any = None
+    role: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _BODY = msgspec.json.Decoder(_Raw)
@@ -58,8 +68,8 @@ def without_bom(body: bytes) -> bytes:
     return body.removeprefix(codecs.BOM_UTF8)
 
 
-def read_body(body: bytes, *, needs: str) -> BodyFields:
-    """Check and read a body; `needs` (`messages` or `prompt`) is the field that it must have.
+def read_body(body: bytes, *, needs: str, instead: str | None = None) -> BodyFields:
+    """Check and read a body; `needs` (`messages`, say) is the field that it must have, or else `instead`.
 
     Raises InvalidRequest, which names the field, the value and what would be right. Everything else in the body is
     checked by the server.
@@ -70,13 +80,16 @@ def read_body(body: bytes, *, needs: str) -> BodyFields:
         raise InvalidRequest(f"'model' must be the id of a model, not {_kind(raw.model)}.", param="model")
     if not isinstance(stream, bool | None):
         raise InvalidRequest(f"'stream' must be true or false, not {_kind(raw.stream)}.", param="stream")
-    if _starts_with(getattr(raw, needs), b"n"):  # null
+    has = needs if instead is None or not _is_null(getattr(raw, needs)) else instead
+    if _is_null(getattr(raw, has)):
         raise InvalidRequest(f"'{needs}' is missing.", param=needs)
+    if has == "input":
+        _check_input(raw.input)
     messages = _messages(raw.messages) if needs == "messages" else []
     return BodyFields(
         model=model,
         stream=bool(stream),
-        completions=_count(raw.n) * (_prompts(raw.prompt) if needs == "prompt" else 1),
+        completions=max(_count(raw.n), _count(raw.n_cmpl)) * (_prompts(raw.prompt) if needs == "prompt" else 1),
         conversation=_conversation(raw.prompt_cache_key, messages),
     )
 
@@ -105,26 +118,45 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _value(raw: msgspec.Raw) -> Any:
-    """A scalar, or Ellipsis for what is too long to be one."""
-    return msgspec.json.decode(raw) if memoryview(raw).nbytes <= _SHOWN_BYTES else ...
+    """A scalar, or Ellipsis for what is too long to be one, or a number beyond all bounds."""
+    try:
+        return msgspec.json.decode(raw) if memoryview(raw).nbytes <= _SHOWN_BYTES else ...
+    except msgspec.DecodeError:
+        return ...
 
 
 def _starts_with(raw: msgspec.Raw, start: bytes) -> bool:
     return bytes(memoryview(raw)[:1]) == start
 
 
+def _is_null(raw: msgspec.Raw) -> bool:
+    return _starts_with(raw, b"n")
+
+
+def _check_input(raw: msgspec.Raw) -> None:
+    """llama-server answers 500 to these."""
+    kind = bytes(memoryview(raw)[:1])
+    if kind not in _KINDS:
+        raise InvalidRequest(f"'input' must be a string or a list, not {_kind(raw)}.", param="input")
+    if _value(raw) == []:
+        raise InvalidRequest("'input' must not be an empty list.", param="input")
+
+
 def _count(raw: msgspec.Raw) -> int:
-    """The server judges a bad `n`; until then it counts as one."""
+    """The server judges a bad `n`, and reads 2.0 as 2; until then a bad one counts as one."""
     count = _value(raw)
-    return count if type(count) is int and count > 0 else 1
+    return max(1, int(count)) if type(count) in (int, float) else 1
 
 
 def _prompts(raw: msgspec.Raw) -> int:
-    """A list of strings or of token lists has one prompt in each item; a list of tokens is one prompt."""
+    """As llama-server counts them: a list with a number in it is one prompt of tokens and strings, any other list has
+    one prompt in each item."""
     if not _starts_with(raw, b"[") or memoryview(raw).nbytes > _LOOK_INTO_BYTES:
         return 1
     items = _LIST.decode(raw)
-    return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
+    if any(bytes(memoryview(item)[:1]) in _NUMBER_STARTS for item in items):
+        return 1
+    return max(1, len(items))
 
 
 def _messages(raw: msgspec.Raw) -> list[bytes]:
@@ -147,7 +179,7 @@ def _conversation(key: msgspec.Raw, messages: list[bytes]) -> str | None:
     if isinstance(named, str) and named:
         return f"key {named[:256]}"
     for index, message in enumerate(messages):
-        if _MESSAGE.decode(message).role == "user":
+        if bytes(_MESSAGE.decode(message).role) == b'"user"':
             return "head " + hashlib.blake2b(b"\n".join(messages[: index + 1]), digest_size=16).hexdigest()
     return None
 

@@ -8,7 +8,7 @@ ends with the connection.
 
 import time
 from email.utils import formatdate
-from http.client import responses
+from http import HTTPStatus
 from typing import Final
 
 from nodeagent.front.protocol import RequestHead
@@ -16,6 +16,7 @@ from nodeagent.front.protocol import RequestHead
 Headers = list[tuple[bytes, bytes]]
 
 _BODILESS_STATUSES: Final = frozenset({204, 304})
+_PHRASES: Final = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 # The framing is ours alone.
 _FRAMING: Final = frozenset({b"connection", b"transfer-encoding"})
 
@@ -54,7 +55,7 @@ class ResponseWriter:
         Raises ValueError for a header that would break the head.
         """
         assert not self.started, "the response has begun"
-        lines = [b"HTTP/1.1 %d %s" % (status, responses.get(status, "").encode("ascii"))]
+        lines = [b"HTTP/1.1 %d %s" % (status, _PHRASES.get(status, b""))]
         for name, value in headers:
             name = name.lower()
             if name == b"content-length":

@@ -1,5 +1,6 @@
 """What the front asks of the rest of the node."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,11 +13,28 @@ from nodeagent.status import NodeState
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A model as `/v1/models` lists it. `created` is in seconds since the epoch, as OpenAI has it."""
+    """A model as `/v1/models` lists it. `created` is in seconds since the epoch, as OpenAI has it.
+    `task` is what the model is for (chat, embedding or rerank), None if that is not known."""
 
     model_id: str
     aliases: tuple[str, ...]
     created: int
+    task: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDetails:
+    """What is known of a model now. `state` is in llama-server's words: unloaded, loading or loaded; `failed` is
+    whether its last start failed. `server` is a server that is ready, None if there is none. The sizes are those of its
+    file and its configuration, None if unknown."""
+
+    state: str
+    failed: bool
+    server: Upstream | None = None
+    ctx_size: int | None = None
+    ctx_train: int | None = None
+    embedding_length: int | None = None
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +61,16 @@ class Node(Protocol):
         """The model for requests that name none: the only one, or the one marked `default`."""
 
     @property
+    def stream_ping_s(self) -> float:
+        """How long a stream may be silent before its first byte; 0 for ever."""
+
+    @property
     def cors_origins(self) -> tuple[str, ...]:
         """The origins of web pages that may use the API."""
+
+    @property
+    def host_names(self) -> Collection[str]:
+        """The names by which browsers may reach the node, in lower case, besides those of loopback."""
 
     @property
     def scheduler(self) -> Scheduler[Upstream]: ...
@@ -52,12 +78,19 @@ class Node(Protocol):
     def cards(self) -> list[ModelCard]:
         """Every configured model, in the configuration's order."""
 
+    def details(self, model_id: str) -> ModelDetails:
+        """What is known of a configured model now."""
+
     def state(self) -> NodeState:
         """The node's status, with the reasons for it."""
 
     def inventory_json(self, *, for_operators: bool = False) -> bytes:
         """The inventory: what registration and heartbeat contain, and what is configured; for operators with what
         servers printed before they ended."""
+
+    @property
+    def backend_exits(self) -> Mapping[tuple[str, str, str], int]:
+        """How many servers have ended, by device, model and cause."""
 
     @property
     def admin_token(self) -> str:

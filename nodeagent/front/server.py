@@ -1,4 +1,4 @@
-"""The HTTP/1.1 server under the front: its listeners, hypercorn's settings, and the graceful shutdown.
+"""The HTTP/1.1 server under the front: its listeners, and the graceful shutdown.
 
 hypercorn speaks ASGI; the connections are our own (`front/connection.py`).
 """
@@ -6,18 +6,16 @@ hypercorn speaks ASGI; the connections are our own (`front/connection.py`).
 import errno
 import logging
 import socket
-from functools import partial
 from typing import Any
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio.worker_context import WorkerContext
 
 from nodeagent.containment import Containment
 from nodeagent.errors import StartupError
+from nodeagent.front.accepting import Acceptor
 from nodeagent.front.connection import Connection, Shared
-from nodeagent.front.exchange import FindHandler
-from nodeagent.front.ordinary import AbortResponse, ASGIApp
+from nodeagent.front.exchange import AbortResponse, ASGIApp, FindHandler
+from nodeagent.front.ordinary_road import OrdinaryRoad
 
 __all__ = ["ASGIApp", "AbortResponse", "bind", "serve"]
 
@@ -105,30 +103,28 @@ async def serve(
 
     Cancelling closes everything at once, uncleanly. The listeners are closed however this ends.
     """
-    context = WorkerContext(max_requests=None)
     server = _Server(
         Shared(
-            app=app,
+            ordinary_road=OrdinaryRoad(app),
             find_handler=find_handler,
-            config=_settings(),
-            context=context,
             keep_alive_timeout_s=keep_alive_timeout_s,
             send_timeout_s=send_timeout_s,
         )
     )
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as accepting:
-            accept = partial(trio.serve_listeners, server.handle, listeners, handler_nursery=connections)
-            await accepting.start(accept, name="accept HTTP connections")
+            acceptor = Acceptor(server, connections)
+            for listener in listeners:
+                accepting.start_soon(acceptor.accept_from, listener, name="accept HTTP connections")
             task_status.started()
             await shutdown.wait()
             accepting.cancel_scope.cancel()
-        await server.drain()
+        server.drain()
         connections.cancel_scope.deadline = trio.current_time() + graceful_timeout_s
 
 
 class _Server:
-    """The open connections. Only `drain` sets `terminated`; only `handle` changes `_connections`."""
+    """The open connections. Only `drain` sets `draining`; only `handle` changes `_connections`."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
@@ -149,36 +145,22 @@ class _Server:
         except OSError as error:
             logger.debug("a client left before its connection was set up: %s", error)
             return
-        trio.lowlevel.current_task().name = (
-            f"connection {connection.peer.name}"  # trio names it after a function of its own
-        )
+        trio.lowlevel.current_task().name = f"connection {connection.peer.name}"
         self._connections.add(connection)
         try:
             await connection.run()
         finally:
             self._connections.remove(connection)
 
-    async def drain(self) -> None:
+    def close_longest_idle(self, *, spare: int) -> None:
+        """Close the connection that has been idle the longest, if one is, but not that with descriptor `spare`."""
+        others = (it for it in self._connections if it.socket.fileno() != spare)
+        longest = min(others, key=lambda it: it.idle_until, default=None)
+        if longest is not None:
+            longest.drain()  # does nothing to one that serves a request
+
+    def drain(self) -> None:
         """End the idle connections now, and each other one after its current answer."""
-        await self._shared.context.terminated.set()
+        self._shared.draining.set()
         for connection in self._connections:
             connection.drain()
-
-
-def _settings() -> Config:
-    return _hypercorn_config(
-        accesslog=None,
-        # hypercorn uses a given logger as it is. Otherwise it would add a handler of its own on stderr.
-        errorlog=logging.getLogger("hypercorn.error"),
-        include_server_header=False,
-    )
-
-
-def _hypercorn_config(**settings: object) -> Config:
-    """Make hypercorn's configuration. hypercorn accepts misspelt settings silently, so check each name."""
-    config = Config()
-    for name, value in settings.items():
-        if not hasattr(config, name):
-            raise AttributeError(f"hypercorn has no setting {name!r}")
-        setattr(config, name, value)
-    return config

@@ -1,0 +1,72 @@
+"""The one table of the paths that go to a model's server. Both roads read it.
+
+A path is here as the server has it, and as `paths.canonical` makes it of what a client wrote. Never here: what runs
+commands, fetches for others, or writes files (`/tools`, `/cors-proxy`, saved slots, POST `/props`).
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+
+class Dialect(Enum):
+    """Whose API a path belongs to; errors have its shape. llama.cpp's own are those of OpenAI."""
+
+    OPENAI = auto()
+    ANTHROPIC = auto()
+
+
+class Slots(Enum):
+    """How many of the server's slots a request needs."""
+
+    BY_COMPLETION = auto()
+    # Its items (the texts to embed, the documents to rank) are queued by the server.
+    ONE = auto()
+    NONE = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """One path of inference.
+
+    The body must have the field `needs`, or the field `instead` if there is one. `streams` is whether `"stream": true`
+    brings server-sent events. `task` is what a model must be for to serve it, None for any. `is_form` is whether the
+    body is a multipart form instead of JSON.
+    """
+
+    path: str
+    needs: str
+    instead: str | None = None
+    task: str | None = "chat"
+    dialect: Dialect = Dialect.OPENAI
+    slots: Slots = Slots.BY_COMPLETION
+    streams: bool = False
+    is_form: bool = False
+
+
+_ENDPOINTS: Final = (
+    Endpoint(path="/v1/chat/completions", needs="messages", streams=True),
+    Endpoint(path="/v1/chat/completions/input_tokens", needs="messages", task=None, slots=Slots.NONE),
+    Endpoint(path="/v1/completions", needs="prompt", streams=True),
+    Endpoint(path="/v1/responses", needs="input", streams=True),
+    Endpoint(path="/v1/responses/input_tokens", needs="input", task=None, slots=Slots.NONE),
+    Endpoint(path="/v1/embeddings", needs="input", instead="content", task="embedding", slots=Slots.ONE),
+    Endpoint(path="/v1/rerank", needs="query", task="rerank", slots=Slots.ONE),
+    Endpoint(path="/v1/reranking", needs="query", task="rerank", slots=Slots.ONE),
+    Endpoint(path="/v1/audio/transcriptions", needs="file", is_form=True),
+    # Anthropic's.
+    Endpoint(path="/v1/messages", needs="messages", dialect=Dialect.ANTHROPIC, streams=True),
+    Endpoint(
+        path="/v1/messages/count_tokens", needs="messages", dialect=Dialect.ANTHROPIC, task=None, slots=Slots.NONE
+    ),
+    # llama.cpp's own.
+    Endpoint(path="/completion", needs="prompt", streams=True),
+    Endpoint(path="/infill", needs="input_prefix", streams=True),
+    Endpoint(path="/embedding", needs="content", instead="input", task="embedding", slots=Slots.ONE),
+    Endpoint(path="/embeddings", needs="content", instead="input", task="embedding", slots=Slots.ONE),
+    Endpoint(path="/tokenize", needs="content", task=None, slots=Slots.NONE),
+    Endpoint(path="/detokenize", needs="tokens", task=None, slots=Slots.NONE),
+    Endpoint(path="/apply-template", needs="messages", task=None, slots=Slots.NONE),
+)
+
+ENDPOINTS: Final = {endpoint.path: endpoint for endpoint in _ENDPOINTS}

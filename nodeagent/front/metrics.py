@@ -1,0 +1,165 @@
+"""`GET /metrics`: the node in figures, in Prometheus' text format.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/
+
+Labels have closed sets of values: devices, configured models, states, and the reasons of the tables in the READMEs.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from quart import Blueprint, Response, request
+
+from nodeagent.front.seam import Node
+from nodeagent.front.tallies import Histogram, Tallies
+from nodeagent.scheduling.seam import ServerState
+from nodeagent.status import NodeStatus
+
+_PREFIX: Final = "nodeagent"
+# Of a device, what its last reading says; unknown values have no sample.
+_READINGS: Final = {
+    "memory_total_bytes": "Memory of the device.",
+    "memory_used_bytes": "Memory in use on the device, by whatever program.",
+    "utilization_ratio": "Share of the time in which the device was busy.",
+    "temperature_celsius": "Temperature of the device.",
+    "power_watts": "Power that the device draws.",
+}
+
+
+def blueprint(node: Node, tallies: Tallies) -> Blueprint:
+    """The route `/metrics`."""
+    routes = Blueprint("metrics", __name__)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_NodeCollector(node, tallies))
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return Response(encode(registry), content_type=content_type)
+
+    return routes
+
+
+class _NodeCollector(Collector):
+    """Reads the node when it is asked."""
+
+    def __init__(self, node: Node, tallies: Tallies) -> None:
+        self._node = node
+        self._tallies = tallies
+
+    def collect(self) -> Iterable[Metric]:
+        """Every metric as it is now."""
+        inventory = json.loads(self._node.inventory_json())
+        yield from _of_node(inventory)
+        yield from _of_lanes(inventory["devices"])
+        yield from _of_readings(inventory["devices"])
+        yield from _of_servers(inventory["devices"], self._node.backend_exits)
+        yield from self._of_requests()
+
+    def _of_requests(self) -> Iterator[Metric]:
+        tallies = self._tallies
+        requests = CounterMetricFamily(
+            f"{_PREFIX}_requests",
+            "Requests for inference that have ended, by status and by why they were not answered completely.",
+            labels=["model", "code", "reason"],
+        )
+        for (model_id, status, reason), count in tallies.requests.items():
+            requests.add_metric([model_id, str(status), reason], count)
+        yield requests
+        for name, text, histograms in (
+            ("request_duration_seconds", "From the admission of a request to its end.", tallies.duration_s),
+            ("time_to_first_token_seconds", "From its admission to its first bytes.", tallies.first_token_s),
+            ("time_per_output_token_seconds", "Mean time per generated token of a request.", tallies.per_token_s),
+            ("queue_wait_seconds", "Its wait for a turn, the load of its model not counted.", tallies.queue_wait_s),
+        ):
+            yield _histograms(name, text, histograms)
+        for name, text, counts in (
+            ("prompt_tokens", "Tokens of prompts that were processed.", tallies.prompt_tokens),
+            ("cached_prompt_tokens", "Tokens of prompts that were in a server's cache.", tallies.cached_tokens),
+            ("generation_tokens", "Tokens that were generated.", tallies.generated_tokens),
+        ):
+            family = CounterMetricFamily(f"{_PREFIX}_{name}", text, labels=["model"])
+            for model_id, count in counts.items():
+                family.add_metric([model_id], count)
+            yield family
+
+
+def _of_node(inventory: Mapping[str, Any]) -> Iterator[Metric]:
+    lanes = [device["lane"] for device in inventory["devices"]]
+    for name, text in (("running", "in flight"), ("waiting", "queued")):
+        key = "in_flight" if name == "running" else name
+        family = GaugeMetricFamily(f"{_PREFIX}_num_requests_{name}", f"Requests {text} on the whole node.")
+        family.add_metric([], sum(lane[key] for lane in lanes))
+        yield family
+    status = GaugeMetricFamily(f"{_PREFIX}_status", "1 for the status that the node has.", labels=["status"])
+    for one in NodeStatus:
+        status.add_metric([one.value], float(one.value == inventory["status"]))
+    yield status
+    build = InfoMetricFamily(f"{_PREFIX}_build", "The agent's version.")
+    build.add_metric([], {"version": inventory["agent_version"]})
+    yield build
+
+
+def _of_lanes(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:
+    for name, key, text in (
+        ("requests_running", "in_flight", "Requests in flight."),
+        ("requests_waiting", "waiting", "Queued requests."),
+        ("requests_limit", "limit", "How many requests may be in flight and queued."),
+        ("estimated_wait_seconds", "estimated_wait_s", "When a request that arrives now would start."),
+    ):
+        family = GaugeMetricFamily(f"{_PREFIX}_device_{name}", text, labels=["device"])
+        for device in devices:
+            family.add_metric([device["device_id"]], device["lane"][key])
+        yield family
+
+
+def _of_readings(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:
+    for name, text in _READINGS.items():
+        family = GaugeMetricFamily(f"{_PREFIX}_device_{name}", text, labels=["device"])
+        for device in devices:
+            value = device["metrics"][name]
+            if value is not None:
+                family.add_metric([device["device_id"]], value)
+        yield family
+
+
+def _of_servers(devices: list[Mapping[str, Any]], exits: Mapping[tuple[str, str, str], int]) -> Iterator[Metric]:
+    states = GaugeMetricFamily(
+        f"{_PREFIX}_backend_state",
+        "1 for the state of a model's server on a device; no samples where it has none.",
+        labels=["device", "model", "state"],
+    )
+    for device in devices:
+        for server in device["servers"]:
+            for state in ServerState:
+                labels = [device["device_id"], server["model_id"], state.value]
+                states.add_metric(labels, float(state.value == server["state"]))
+    yield states
+    ends = CounterMetricFamily(
+        f"{_PREFIX}_backend_exits", "Servers that have ended, by why.", labels=["device", "model", "reason"]
+    )
+    for labels_of, count in exits.items():
+        ends.add_metric(list(labels_of), count)
+    yield ends
+
+
+def _histograms(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(f"{_PREFIX}_{name}", text, labels=["model"])
+    for model_id, histogram in histograms.items():
+        buckets, total = [], 0
+        for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        family.add_metric([model_id], buckets, histogram.sum)
+    return family
