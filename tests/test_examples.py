@@ -63,3 +63,20 @@ def test_haproxy_waits_longer_than_a_request_may() -> None:
     longest_s = config.queue_timeout_s + config.llama_server_startup_timeout_s
     timeouts = re.findall(r"timeout (?:client|server) (\d+)m", HAPROXY.read_text(encoding="utf-8"))
     assert [60 * float(minutes) > longest_s for minutes in timeouts] == [True, True]
+
+
+def test_the_time_outs_that_the_readme_names_are_longer_than_a_request_may_be_silent_before_it_generates() -> None:
+    config = defaults()
+    longest_s = config.queue_timeout_s + config.llama_server_startup_timeout_s
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("### Behind a proxy")[2].partition("\n## ")[0]
+    settings = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ")][1:]
+    named = [float(number) * (60 if unit == "m" else 1) for it in settings for number, unit in numbers(it)]
+    assert len(named) >= 6
+    assert min(named) > longest_s
+    assert f"({longest_s:g} s and the generation by default)" in section
+    assert f"`stream_ping_s` ({config.stream_ping_s:g} s)" in section
+
+
+def numbers(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"\b(\d+)(m?)", text)

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.logs": set(),
     "nodeagent.containment": {"supervisor.containment"},
     "nodeagent.descriptors": set(),
+    "nodeagent.host_names": set(),
     "nodeagent.llama_server.server_id": set(),
     "nodeagent.events": {"nodeagent.llama_server.server_id", "supervisor.lifecycle"},
     "nodeagent.state_dir": {"nodeagent.errors"},
@@ -56,7 +57,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.llama_server.command_line": {
         "nodeagent.config",
         "nodeagent.devices.values",
+        "nodeagent.gguf",
         "nodeagent.llama_server.server_id",
+        "nodeagent.llama_server.tasks",
         "nodeagent.state_dir",
         "supervisor.probe",
         "supervisor.restart",
@@ -65,6 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The two faces: no process, no GPU, no configuration file.
     "nodeagent.front": {
         "nodeagent.containment",
+        "nodeagent.descriptors",
         "nodeagent.events",
         "nodeagent.llama_server.headers",
         "nodeagent.llama_server.relay",
@@ -123,6 +127,7 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "nodeagent.logs": set(),
     "nodeagent.containment": set(),
     "nodeagent.descriptors": set(),
+    "nodeagent.host_names": {"trio"},
     "nodeagent.gguf": set(),
 }
 

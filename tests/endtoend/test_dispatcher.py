@@ -3,8 +3,7 @@
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 
 from fakes.agent_process import running_agent, write_config
+from fakes.waiting import wait_until
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "dispatcher.py"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -40,13 +40,6 @@ def node_at(port: int) -> dict[str, Any]:
     nodes = httpx.get(f"http://127.0.0.1:{port}/nodes", timeout=5, trust_env=False).json()
     node: dict[str, Any] = nodes.get("test-node", {})
     return node
-
-
-def wait_until(true: Callable[[], bool], within_s: float = 20.0) -> None:
-    until = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < until, f"not within {within_s} s"
-        time.sleep(0.05)
 
 
 def free_port() -> int:

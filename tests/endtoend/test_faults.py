@@ -162,14 +162,16 @@ def test_a_truncated_model_file_is_told_with_the_reason(llama_server: Path, tiny
 def test_a_server_that_exits_while_starting_is_told_at_once_and_operators_get_its_last_words(
     llama_server: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"no-such-flag": True}}]
+    models = [{"model_id": "tiny", "path": str(tiny_model), "server_args": {"pooling": "no-such-one"}}]
     with running_agent(write_config(tmp_path, llama_server, models)) as agent:
         answer = post(agent, "tiny", timeout_s=15)
         assert answer.status_code == 503
         assert "exited with code 1" in answer.json()["error"]["message"]
         url = f"{agent.base_url}/v1/node/inventory"
         inventory = httpx.get(url, headers=agent.operator_headers(), trust_env=False).json()
-        assert "no-such-flag" in inventory["devices"][0]["servers"][0]["reason"]
+        assert "no-such-one" in inventory["devices"][0]["servers"][0]["reason"]
+        # The help text that follows the error is not shown.
+        agent.wait_for_line(lambda line: "exited with code 1; last words: error" in line["message"])
         assert int(answer.headers["retry-after"]) >= 1
 
 
@@ -188,7 +190,7 @@ def test_a_model_that_is_too_slow_to_load_is_refused_for_now_and_ready_for_the_r
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "model_loading"
         assert 1 <= int(answer.headers["retry-after"]) <= 120
-        assert any("llama_server_startup_timeout_s" in line["message"] for line in agent.lines)
+        agent.wait_for_line(lambda line: "llama_server_startup_timeout_s" in line["message"])
         agent.wait_for_line(lambda line: "cpu:0/smollm2 is ready at" in line["message"])
         [child] = agent.children()
         assert post(agent, "smollm2").status_code == 200

@@ -149,6 +149,7 @@ def test_only_operators_may_and_no_web_page(agent: AgentProcess, operator: httpx
             ({}, 401),
             ({"Authorization": "Bearer wrong"}, 401),
             (dict(operator.headers) | {"Origin": "http://evil.example"}, 403),
+            (dict(operator.headers) | {"Sec-Fetch-Site": "same-origin", "Host": "evil.example"}, 403),
         ):
             answer = httpx.request(method, agent.base_url + path, headers=headers, timeout=30, trust_env=False)
             assert answer.status_code == status, (method, path)

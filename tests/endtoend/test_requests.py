@@ -38,6 +38,19 @@ def test_a_request_without_a_model_and_with_a_byte_order_mark_is_answered_whatev
     content = b"\xef\xbb\xbf" + json.dumps(CHAT).encode()
     answer = http.post("/v1/chat/completions", content=content, headers={"content-type": content_type})
     assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == "tiny"
+
+
+def test_paths_work_as_clients_spell_them(http: httpx.Client) -> None:
+    for path in ("/chat/completions", "/v1/chat/completions/", "/v1//chat/completions"):
+        answer = http.post(path, json=CHAT)
+        assert (answer.status_code, answer.json()["object"]) == (200, "chat.completion")
+    assert http.post("/completions", json={"prompt": "hello", "max_tokens": 2}).json()["object"] == "text_completion"
+    for path in ("/models", "/v1/models/", "/v1//models"):
+        assert [model["id"] for model in http.get(path).json()["data"]] == ["tiny"]
+    assert http.get("/models/tiny/").json()["id"] == "tiny"
+    options = http.options("/chat/completions")
+    assert (options.status_code, options.headers["allow"]) == (204, "OPTIONS, POST")
 
 
 def test_several_completions_are_answered_together(http: httpx.Client) -> None:

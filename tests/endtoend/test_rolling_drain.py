@@ -86,9 +86,21 @@ def haproxy(folder: Path, nodes: dict[str, AgentProcess], check: str) -> Iterato
     assert program is not None, "haproxy is missing: install its package"
     with subprocess.Popen([program, "-db", "-f", str(file)], stderr=subprocess.DEVNULL) as process:
         try:
+            wait_until_it_accepts(port)
             yield f"http://127.0.0.1:{port}/v1/chat/completions"
         finally:
             process.kill()
+
+
+def wait_until_it_accepts(port: int, within_s: float = 10.0) -> None:
+    began = time.monotonic()
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except ConnectionRefusedError:
+            assert time.monotonic() - began < within_s, "HAProxy does not listen"
+            time.sleep(0.02)
 
 
 def order(config: Path, name: str) -> None:

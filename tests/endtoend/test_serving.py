@@ -1,9 +1,8 @@
 """The agent as a process, real llama-servers, real clients: what its users do."""
 
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import openai
 import pytest
 
 from fakes.agent_process import AgentProcess, running_agent, seconds_to_idle, write_config
+from fakes.waiting import wait_until
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 
@@ -67,6 +67,14 @@ def test_the_openai_client_lists_the_models_and_finds_one_by_its_alias(client: o
     assert client.models.retrieve("small").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("huge")
+
+
+@pytest.mark.parametrize("asked", ["tiny", "small"])
+def test_answers_name_the_models_id_whether_it_was_asked_by_id_or_by_alias(client: openai.OpenAI, asked: str) -> None:
+    whole = client.chat.completions.create(model=asked, messages=HELLO, max_tokens=2)
+    streamed = client.chat.completions.create(model=asked, messages=HELLO, max_tokens=2, stream=True)
+    text = client.completions.create(model=asked, prompt="hello", max_tokens=2)
+    assert {whole.model, text.model, *(chunk.model for chunk in streamed)} == {"tiny"}
 
 
 def test_an_unknown_model_is_a_not_found_error_that_lists_the_known_ones(client: openai.OpenAI) -> None:
@@ -211,7 +219,7 @@ def test_the_openai_clients_rate_limit_error(agent: AgentProcess, client: openai
     next(stream)
     with ThreadPoolExecutor(3) as pool, httpx.Client(base_url=agent.base_url, timeout=60, trust_env=False) as own:
         others = [pool.submit(own.post, "/v1/chat/completions", json=chat("slow", 1)) for _ in range(3)]
-        wait_until(lambda: lane_of(agent)["free"] == 0)
+        wait_until(lambda: lane_of(agent)["free"] == 0, 10.0)
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(model="slow", messages=HELLO)
         stream.close()
@@ -222,13 +230,6 @@ def lane_of(agent: AgentProcess) -> dict[str, int]:
     with httpx.Client(base_url=agent.base_url, timeout=30, trust_env=False) as own:
         lane: dict[str, int] = own.get("/v1/node/inventory").json()["devices"][0]["lane"]
         return lane
-
-
-def wait_until(true: Callable[[], bool], within_s: float = 10.0) -> None:
-    until = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < until, f"not within {within_s} s"
-        time.sleep(0.02)
 
 
 def test_a_client_that_leaves_a_stream_stops_the_generation(agent: AgentProcess, http: httpx.Client) -> None:

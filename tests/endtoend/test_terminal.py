@@ -1,15 +1,17 @@
 """The command line in a shell: readers that leave, users without a home, a demo beside which `status` works."""
 
 import os
+import pty
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from fakes.agent_process import AgentProcess, running_agent, write_config
+from fakes.agent_process import AgentProcess, assert_gone, running_agent, write_config
 
 AGENT = [sys.executable, "-m", "nodeagent"]
 
@@ -28,6 +30,31 @@ def agent(config: Path) -> Iterator[AgentProcess]:
 
 def run(*argv: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*AGENT, *argv], capture_output=True, text=True, timeout=60, check=False, env=env)
+
+
+def test_an_agent_whose_terminal_is_closed_ends_with_its_servers(
+    llama_server: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    models = [{"model_id": "tiny", "path": str(tiny_model), "preload": True}]
+    config = write_config(tmp_path, llama_server, models)
+    keyboard, terminal = pty.openpty()
+    # Its own session, whose terminal is that one, as a terminal emulator starts a shell.
+    agent = subprocess.Popen(
+        ["setsid", "--ctty", *AGENT, "--config", str(config)], stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    try:
+        shown = b""
+        while b"is ready at" not in shown:
+            shown += os.read(keyboard, 65536)
+        children = psutil.Process(agent.pid).children(recursive=True)
+        assert children
+        os.close(keyboard)
+        assert agent.wait(timeout=30) == 0
+        assert_gone(children)
+    finally:
+        if agent.poll() is None:
+            agent.kill()
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(agent: AgentProcess, config: Path) -> None:

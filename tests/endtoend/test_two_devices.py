@@ -26,9 +26,11 @@ def test_two_devices_serve_two_models_at_once(
             body = {"model": model, "messages": HELLO, "max_tokens": tokens}
             return http.post("/v1/chat/completions", json=body)
 
+        http.get("/v1/node/inventory")  # the first of these takes its time, for which the long request may be too short
         with ThreadPoolExecutor(2) as pool:
             long = pool.submit(ask, "slow", 200)
             while not any(device["lane"]["in_flight"] for device in http.get("/v1/node/inventory").json()["devices"]):
+                assert not long.done(), "it was never seen in flight"
                 time.sleep(0.01)
             quick = [ask("tiny", 4) for _ in range(5)]
             assert not long.done(), "the long request ended before the quick ones: raise its tokens"

@@ -27,6 +27,11 @@ class Memory:
 
 
 @dataclass
+class Pci:
+    busId: str
+
+
+@dataclass
 class Utilization:
     gpu: int
 
@@ -41,6 +46,7 @@ class FakeGpu:
     utilization: int | None = 37
     temperature: int | None = 41
     milliwatts: int | None = 16_540
+    bus_id: str | None = None
     error: int | None = None
 
 
@@ -86,6 +92,12 @@ class FakeNvml:
 
     def nvmlDeviceGetName(self, handle: object, /) -> str:
         return self._gpu(handle).name
+
+    def nvmlDeviceGetPciInfo(self, handle: object, /) -> Pci:
+        bus_id = self._gpu(handle).bus_id
+        self._fail_if(pynvml.NVML_ERROR_NOT_SUPPORTED if bus_id is None else None)
+        assert bus_id is not None
+        return Pci(bus_id)
 
     def nvmlDeviceGetMemoryInfo(self, handle: object, /) -> Memory:
         gpu = self._gpu(handle)

@@ -13,6 +13,7 @@ from fakes.child_process import FakeProcess, FakeSpawner, Fate, FateProbe
 from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.errors import BackendUnavailable
+from nodeagent.gguf.cache_shape import CacheShape
 from nodeagent.gguf.header import GgufHeader
 from nodeagent.llama_server.device_servers import DeviceServers
 from nodeagent.llama_server.relay import Upstream
@@ -61,11 +62,7 @@ def header(layers: int = 10, size_bytes: int = 4 * GIB) -> GgufHeader:
         layers=layers,
         ctx_train=4096,
         embedding_length=64,
-        heads_kv=(8,) * layers,
-        key_length=128,
-        value_length=128,
-        window=None,
-        layers_windowed=0,
+        cache=CacheShape(keys=(8 * 128,) * layers, values=(8 * 128,) * layers, windowed=(False,) * layers),
     )
 
 
@@ -103,6 +100,21 @@ class Readings:
         self.settled_at.append(trio.current_time())
 
 
+class Measured:
+    """Implements `seams.Measurements`, by model id."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.bytes: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    def memory_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
+        return self.bytes.get(model.model_id)
+
+    def load_s(self, model: ModelConfig, spec: ChildSpec) -> float | None:
+        return self.seconds.get(model.model_id)
+
+
 class Hooks:
     """Implements `seams.ServerHooks`; `calls` lists what was called. `ready_takes_s` None: there is nothing to do."""
 
@@ -135,6 +147,7 @@ class Device:
         self.spawner = FakeSpawner(fates)
         self.supervisor = Supervisor(spawner=self.spawner, on_event=lambda event: self.servers.handle(event))
         self.files, self.readings, self.hooks = Files(), Readings(), Hooks()
+        self.measured = Measured()
         self.models = {"a": model("a", **keys), "b": model("b", **keys)}
         self.specs = {"a": spec("a"), "b": spec("b")}
         self.patience_s = patience_s
@@ -148,6 +161,7 @@ class Device:
             monitor=self.readings,
             hooks=self.hooks,
             patience_s=patience_s,
+            measurements=self.measured,
         )
 
     @property

@@ -57,7 +57,12 @@ async def read_request(stream: trio.SocketStream) -> bytes:
 
 
 async def ask(upstream: Upstream, body: bytes = b"{}") -> UpstreamResponse:
-    return await upstream.open("POST", "/v1/chat/completions", [(b"content-type", b"application/json")], body)
+    sent = upstream.request("POST", "/v1/chat/completions", [(b"content-type", b"application/json")], body)
+    try:
+        return await sent.response()
+    except BaseException:
+        sent.close()
+        raise
 
 
 async def body_of(answer: UpstreamResponse) -> bytes:

@@ -1,7 +1,7 @@
 """A device whose servers are a table and a clock: speaks the seam that the real ones speak."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import trio
@@ -14,8 +14,9 @@ from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
 class FakeServers:
     """Loads take `load_s` of virtual time; a model in `broken` fails its start at the end of that time.
 
-    One in `missing` has no file. At most one server at a time; `history` lists what was done, in order. Before a load
-    stops another server, `hesitates_s` pass, as real ones take to look at the model's file.
+    One in `missing` has no file. `history` lists what was done, in order. Before a load stops another server,
+    `hesitates_s` pass, as real ones take to look at the model's file. A server of a model takes what `sizes` says of
+    `total_bytes`; without that, the free memory is `free_bytes`.
     """
 
     load_s: float = 1.0
@@ -31,12 +32,16 @@ class FakeServers:
     prepared: list[str] = field(default_factory=list)
     looks: int = 0
     on_change: Callable[[], None] = lambda: None
-    current: ServerView[str] | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    total_bytes: int | None = None
+    pinned: set[str] = field(default_factory=set)
+    returning: set[str] = field(default_factory=set)
+    servers: dict[str, ServerView[str]] = field(default_factory=dict)
     _generations: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
     def views(self) -> list[ServerView[str]]:
         self.looks += 1
-        return [self.current] if self.current is not None else []
+        return list(self.servers.values())
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         return self.obstacles.get(model_id)
@@ -45,26 +50,36 @@ class FakeServers:
         return self.room
 
     def memory_free_bytes(self) -> int | None:
-        return self.free_bytes
+        if self.total_bytes is None:
+            return self.free_bytes
+        return self.total_bytes - sum(map(self.bytes_of, self.servers))
 
-    async def ensure(self, model_id: str) -> None:
+    def bytes_of(self, model_id: str) -> int:
+        return self.sizes.get(model_id, 0)
+
+    @property
+    def current(self) -> ServerView[str] | None:
+        """The server that was started last."""
+        return next(reversed(self.servers.values()), None)
+
+    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
         await trio.sleep(self.hesitates_s)
-        if self.current is not None and self.current.model_id != model_id:
-            self.history.append(f"stop {self.current.model_id}")
-            self._become(None)
-        if self.current is None:
+        for other in [other for other in self.servers if other != model_id and other not in beside]:
+            self.history.append(f"stop {other}")
+            self._remove(other)
+        if model_id not in self.servers:
             self.history.append(f"start {model_id}")
-            self._become(self._server(model_id, ServerState.STARTING))
-        assert self.current is not None
-        assert self.current.spawned_at is not None
-        await trio.sleep_until(self.current.spawned_at + self.load_s)
-        if self.current is None:
+            self._put(self._server(model_id, ServerState.STARTING))
+        spawned_at = self.servers[model_id].spawned_at
+        assert spawned_at is not None
+        await trio.sleep_until(spawned_at + self.load_s)
+        if model_id not in self.servers:
             raise BackendUnavailable(model_id, "was stopped")
         if model_id in self.broken:
-            self._become(None)
+            self._remove(model_id)
             raise BackendUnavailable(model_id, "exited with code 1", 4.0)
-        if self.current.state is ServerState.STARTING:
-            self.come_up()
+        if self.servers[model_id].state is ServerState.STARTING:
+            self.come_up(model_id)
 
     async def prepare(self, model_id: str) -> None:
         self.prepared.append(model_id)
@@ -72,20 +87,25 @@ class FakeServers:
             raise BackendUnavailable(model_id, "no such file")
 
     async def stop(self, model_id: str) -> None:
-        if self.current is not None and self.current.model_id == model_id:
+        if model_id in self.servers:
             self.history.append(f"stop {model_id}")
-            self._become(None)
+            self._remove(model_id)
 
-    def come_up(self) -> None:
-        """The server that is starting is ready now."""
-        assert self.current is not None
-        self._become(self._server(self.current.model_id, ServerState.READY, self.current.generation))
+    def come_up(self, model_id: str | None = None) -> None:
+        """The server that is starting is ready now; by default the one that was started last."""
+        server = self._named(model_id)
+        self._put(self._server(server.model_id, ServerState.READY, server.generation))
 
-    def crash(self) -> None:
-        """The server dies, and a supervisor starts it again at once."""
-        assert self.current is not None
-        self.history.append(f"crash {self.current.model_id}")
-        self._become(self._server(self.current.model_id, ServerState.STARTING))
+    def crash(self, model_id: str | None = None) -> None:
+        """The server dies, and a supervisor starts it again at once; by default the one that was started last."""
+        server = self._named(model_id)
+        self.history.append(f"crash {server.model_id}")
+        self._put(self._server(server.model_id, ServerState.STARTING))
+
+    def _named(self, model_id: str | None) -> ServerView[str]:
+        server = self.current if model_id is None else self.servers[model_id]
+        assert server is not None
+        return server
 
     def _server(self, model_id: str, state: ServerState, generation: int | None = None) -> ServerView[str]:
         generation = generation or next(self._generations)
@@ -100,8 +120,14 @@ class FakeServers:
             spawned_at=now,
             endpoint=endpoint,
             idle_unload_s=self.idle_unload_s,
+            pinned=model_id in self.pinned,
+            returns=model_id in self.returning,
         )
 
-    def _become(self, server: ServerView[str] | None) -> None:
-        self.current = server
+    def _put(self, server: ServerView[str]) -> None:
+        self.servers[server.model_id] = server
+        self.on_change()
+
+    def _remove(self, model_id: str) -> None:
+        del self.servers[model_id]
         self.on_change()

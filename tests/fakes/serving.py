@@ -6,6 +6,7 @@ from typing import Any
 import trio
 from quart_trio import QuartTrio
 
+import nodeagent.front.ordinary  # noqa: F401 (so that no request waits for this import)
 from nodeagent.front.server import ASGIApp, bind, serve
 
 GET = b"GET / HTTP/1.1\r\nHost: node\r\n\r\n"

@@ -81,7 +81,7 @@ def write_model(model: TinyModel, folder: Path) -> Path:
     path = folder / f"{model.name}.gguf"
     writer = gguf.GGUFWriter(path, model.architecture)
     _add_metadata(writer, model)
-    _add_vocabulary(writer, model)
+    add_vocabulary(writer, model)
     _add_tensors(writer, model)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -110,7 +110,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
         writer.add_value_length(model.width // model.heads)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, model: TinyModel) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, model: TinyModel) -> None:
     """A SentencePiece vocabulary: byte tokens can express any text, and the words are what is generated."""
     words = [f"\N{LOWER ONE EIGHTH BLOCK}{first}{second}" for first in _ALPHABET for second in _ALPHABET][: model.words]
     tokens = [*_CONTROL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(_BYTE_TOKENS)), *words]

@@ -1,7 +1,7 @@
 """Servers without processes or sockets: their endpoints answer by a script, in virtual time."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, cast
@@ -10,7 +10,7 @@ import trio
 
 from fakes.servers import FakeServers
 from nodeagent.errors import UpstreamLost
-from nodeagent.llama_server.relay import Upstream, UpstreamResponse
+from nodeagent.llama_server.relay import SentRequest, Upstream, UpstreamResponse
 from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
 
 # A killed server's sockets close this long before its exit is known.
@@ -61,14 +61,35 @@ class FakeUpstream(Upstream):
         self._on_request = on_request
         self._generation = generation
 
-    async def open(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> UpstreamResponse:
-        response = FakeResponse(self, self._on_request(Sent(self._generation, method, path, headers, body)))
+    def request(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> SentRequest:
+        return FakeSentRequest(self, Sent(self._generation, method, path, headers, body))
+
+    def begin(self, sent: Sent) -> "FakeResponse":
+        return FakeResponse(self, self._on_request(sent))
+
+
+class FakeSentRequest(SentRequest):
+    """Its `response` goes on where it was when it was cancelled, as a real one."""
+
+    def __init__(self, upstream: FakeUpstream, sent: Sent) -> None:
+        super().__init__(upstream, b"")
+        self._fake = upstream
+        self._what = sent
+        self._playing: FakeResponse | None = None
+
+    async def response(self) -> UpstreamResponse:
+        if self._playing is None:
+            self._playing = self._fake.begin(self._what)
         try:
-            await response.begin()
-        except BaseException:
-            response.close()
+            await self._playing.begin()
+        except UpstreamLost:
+            self.close()
             raise
-        return response
+        return self._playing
+
+    def close(self) -> None:
+        if self._playing is not None:
+            self._playing.close()
 
 
 class FakeResponse(UpstreamResponse):
@@ -83,6 +104,7 @@ class FakeResponse(UpstreamResponse):
         self._fake = upstream
         self._act = act
         self._played = 0
+        self._next_at: float | None = None
         self._open = True
 
     async def begin(self) -> None:
@@ -94,7 +116,10 @@ class FakeResponse(UpstreamResponse):
             self._fake.in_flight -= 1
 
     async def _chunk(self) -> bytes | None:
-        await trio.sleep(self._act.chunk_s)
+        if self._next_at is None:
+            self._next_at = trio.current_time() + self._act.chunk_s
+        await trio.sleep_until(self._next_at)
+        self._next_at = None
         if self._act.loss is not None and self._played == self._act.lost_after:
             self._fake.on_loss(self._act.loss)
             raise UpstreamLost(self._fake.address, "closed the connection before its answer was complete")
@@ -126,8 +151,8 @@ class UpstreamServers:
     def views(self) -> list[ServerView[Upstream]]:
         return [self._view(view) for view in self.fake.views()]
 
-    async def ensure(self, model_id: str) -> None:
-        await self.fake.ensure(model_id)
+    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+        await self.fake.ensure(model_id, beside)
 
     async def prepare(self, model_id: str) -> None:
         await self.fake.prepare(model_id)
@@ -143,6 +168,9 @@ class UpstreamServers:
 
     def memory_free_bytes(self) -> int | None:
         return self.fake.memory_free_bytes()
+
+    def bytes_of(self, model_id: str) -> int:
+        return self.fake.bytes_of(model_id)
 
     def _view(self, view: ServerView[str]) -> ServerView[Upstream]:
         return ServerView(

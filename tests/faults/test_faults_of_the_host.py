@@ -213,25 +213,35 @@ def test_a_wall_clock_that_is_set_back_and_forth_restarts_nothing(
     show("wall clock set forth and back by years, four times: nothing restarted")
 
 
-def test_clients_that_take_every_descriptor_end_nothing(
-    llama_server: Path, tiny_model: Path, tmp_path: Path, show: Show
+def test_idle_clients_beyond_the_descriptors_end_no_stream_and_shut_nobody_out(
+    llama_server: Path, tiny_model: Path, slow_model: Path, tmp_path: Path, show: Show
 ) -> None:
-    config = write_config(tmp_path, llama_server, [{"model_id": "tiny", "path": str(tiny_model)}])
-    with running_agent(config) as agent:
-        resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, (64, 64))
-        post(agent, "tiny")
-        child = agent.wait_child()
+    models = [{"model_id": "tiny", "path": str(tiny_model)}, {"model_id": "slow", "path": str(slow_model)}]
+    with running_agent(write_config(tmp_path, llama_server, models)) as agent, ExitStack() as idle:
+        resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, (200, 200))
         address = ("127.0.0.1", int(agent.base_url.rpartition(":")[2]))
-        with ExitStack() as idle:
-            for _ in range(80):
-                idle.enter_context(socket.create_connection(address, timeout=10))
-            agent.wait_for_line(lambda line: "Too many open files" in line["message"])
-            shortage = "out of file descriptors (limit 64) while reading a device"
-            agent.wait_for_line(lambda line: line["message"] == shortage)
-            child.kill()
-            assert_gone([child])
+        body = {"model": "slow", "messages": HELLO, "max_tokens": 100, "stream": True}
+        url = f"{agent.base_url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=120, trust_env=False) as stream:
+            pieces = stream.iter_text()
+            received = next(pieces)
+            child = agent.wait_child()
+            for _ in range(400):
+                idle.enter_context(socket.create_connection(address, timeout=30))
+            assert httpx.get(f"{agent.base_url}/livez", timeout=30, trust_env=False).status_code == 200
+            received += "".join(pieces)
+        assert received.endswith("data: [DONE]\n\n")
+        assert agent.wait_child().pid == child.pid
+        assert post(agent, "slow").status_code == 200
+        open_now = psutil.Process(agent.process.pid).num_fds()
+        assert 100 < open_now <= 160, "a reserve of 50 is kept, and the rest may be used"
+        child.kill()
+        assert_gone([child])
         assert post(agent, "tiny").status_code == 200
-    show("80 idle clients under a limit of 64 descriptors: nothing ended but the server that was killed meanwhile")
+        about_it = [line["message"] for line in agent.lines if "descriptors" in line["message"]]
+        assert len(about_it) == 1, about_it
+        assert not [line for line in agent.lines if "Traceback" in str(line)]
+    show(f"400 idle clients under a limit of 200 descriptors, {open_now} of them in use: a stream went on, all served")
 
 
 def fill(path: Path) -> None:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from nodeagent.descriptors import raise_limit
+from nodeagent.descriptors import in_use, limit, raise_limit
 
 
 @pytest.mark.real
@@ -48,3 +48,12 @@ def test_a_limit_that_can_not_be_raised_is_a_warning(
     monkeypatch.setattr(resource, "setrlimit", refused)
     assert raise_limit() == 1024
     assert caplog.messages == ["the limit of file descriptors stays at 1024: not allowed to raise maximum limit"]
+
+
+@pytest.mark.real
+def test_the_descriptors_in_use_are_counted() -> None:
+    before = in_use()
+    with open("/dev/null"), open("/dev/null"):
+        assert in_use() == before + 2
+    assert in_use() == before
+    assert before < limit()

@@ -98,7 +98,7 @@ def test_a_lane_follows_the_configuration(tmp_path: Path, scheduling: str, polic
         swap_fairness_s=19,
         min_residency_s=1,
     ).config
-    rules = lane_rules(config)
+    rules = lane_rules(config, "cpu:0")
     assert (rules.max_pending, rules.queue_timeout_s) == (7, 11)
     assert (rules.startup_timeout_s, rules.abandoned_load_grace_s) == (13, 17)
     assert isinstance(rules.policy, policy)

@@ -265,6 +265,7 @@ def test_every_model_has_a_card(tmp_path: Path) -> None:
     node = NodeWithFakes(tmp_path, models=models, max_request_bytes=1000).node
     created = int(node.identity.started_at.timestamp())
     assert node.cards() == [ModelCard("a", ("planner",), created), ModelCard("b", (), created)]
+    assert node.cards() is node.cards(), "every request looks for its model there"
     assert (node.node_id, node.max_request_bytes, node.admin_token) == ("box", 1000, "token")
 
 

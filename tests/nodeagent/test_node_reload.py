@@ -27,6 +27,7 @@ async def test_a_reload_adds_changes_and_removes_models(
         listen_port=1,
         queue_timeout_s=7,
     )
+    assert [card.model_id for card in node.cards()] == ["a", "b"]
     what = await node.reload()
     assert (what.added, what.changed, what.removed) == (("c",), ("b",), ("a",))
     assert what.needs_restart == ("listen_port",)
@@ -37,6 +38,18 @@ async def test_a_reload_adds_changes_and_removes_models(
     assert loaded(node) == []
     await node.load("b", "cpu:1")
     assert parts.spawner.running == {"cpu:1/b"}
+
+
+async def test_what_streams_and_browsers_may_expect_is_changed_by_a_reload(
+    autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    parts = NodeWithFakes(tmp_path, stream_ping_s=3, allowed_hosts=["old.example"])
+    node = await parts.start(nursery)
+    assert (node.stream_ping_s, set(node.host_names)) == (3, {"old.example"})
+    parts.write_config(stream_ping_s=0, allowed_hosts=["New.example"])
+    node.full_host_name = "box.lan"
+    await node.reload()
+    assert (node.stream_ping_s, set(node.host_names)) == (0, {"new.example", "box.lan"})
 
 
 async def test_a_reload_leaves_unchanged_models_alone_and_lets_requests_on_changed_ones_end(

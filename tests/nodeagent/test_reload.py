@@ -49,6 +49,7 @@ CHANGES: dict[str, Any] = {
     "heartbeat_interval_s": 20,
     "llama_server_bin": "/other/llama-server",
     "memory_settle_timeout_s": 9,
+    "memory_reserve_bytes": 1000,
     "max_request_bytes": 1000,
     "backend": "cpu",
     "devices": [{"device_id": "cpu:0"}],

@@ -53,13 +53,14 @@ class Watched:
         *fates: Fate | Exception,
         on_event: Callable[[Event], None] = lambda _event: None,
         may_restart: Callable[[str], bool] = lambda _child_id: True,
+        **more: Any,
     ) -> None:
         self.events: list[Event] = []
         self.probe = FateProbe()
         self.spawner = FakeSpawner(fates)
         self._on_event = on_event
         self.supervisor = Supervisor(
-            on_event=self._record, may_restart=may_restart, spawner=self.spawner, rng=NoJitter()
+            on_event=self._record, may_restart=may_restart, spawner=self.spawner, rng=NoJitter(), **more
         )
 
     def _record(self, event: Event) -> None:
@@ -668,6 +669,7 @@ def test_causes_are_a_closed_set() -> None:
         "stalled",
         "stopped",
         "out_of_memory",
+        "out_of_device_memory",
         "own_shortage",
         "internal_error",
     }
@@ -730,8 +732,25 @@ async def test_the_last_lines_are_in_the_exit_and_can_be_read_while_the_child_ru
     assert watched.supervisor.lines("child", last=1) == ["two"]
     await trio.sleep(5.5)
     assert next(event.exit for event in watched.events if isinstance(event, Exited)).last_lines == ("one", "two")
-    assert "child ended: exited with code 1; last line of output: two" in caplog.text
+    assert "child ended: exited with code 1; last words: two" in caplog.text
     assert "restart in 0.0 s: 1 of 3 in 60 s" in caplog.text
+
+
+async def test_the_log_shows_the_line_that_its_user_picks_unless_the_child_was_stopped(
+    autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "supervisor")
+    watched = Watched(Fate(exits_after_s=5.0), Fate(), last_words=lambda lines: lines[0])
+    await nursery.start(watched.supervisor.run)
+    await watched.start()
+    watched.spawner.processes[0].output.feed(b"".join(b"line %d\n" % number for number in range(90)))
+    await trio.sleep(5.5)
+    assert "child ended: exited with code 1; last words: line 0\n" in caplog.text
+    caplog.clear()
+    await watched.start()
+    watched.spawner.processes[1].output.feed(b"error\nbye\n")
+    await watched.supervisor.stop("child")
+    assert "; last words: bye\n" in caplog.text
 
 
 def test_every_error_of_the_supervisor_has_one_root() -> None:

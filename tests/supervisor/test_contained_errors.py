@@ -395,9 +395,14 @@ async def test_a_child_that_the_kernel_killed_for_memory_is_given_up_on_until_th
 @pytest.mark.parametrize(
     ("code", "line", "cause"),
     [
-        (1, b"ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory\n", Cause.OUT_OF_MEMORY),
-        (1, b"llama_model_load: error loading model: unable to allocate CUDA0 buffer\n", Cause.OUT_OF_MEMORY),
-        (1, b"alloc_tensor_range: failed to allocate Vulkan0 buffer of size 1\n", Cause.OUT_OF_MEMORY),
+        (
+            1,
+            b"ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory\n",
+            Cause.OUT_OF_DEVICE_MEMORY,
+        ),
+        (1, b"llama_model_load: error loading model: unable to allocate CUDA0 buffer\n", Cause.OUT_OF_DEVICE_MEMORY),
+        (1, b"alloc_tensor_range: failed to allocate Vulkan0 buffer of size 1\n", Cause.OUT_OF_DEVICE_MEMORY),
+        (1, b"alloc_tensor_range: failed to allocate CPU buffer of size 1\n", Cause.OUT_OF_MEMORY),
         (-6, b"terminate called after throwing an instance of 'std::bad_alloc'\n", Cause.OUT_OF_MEMORY),
         (0, b"out of memory\n", Cause.EXITED),
         (1, b"model not found\n", Cause.EXITED),

@@ -270,3 +270,25 @@ async def test_what_can_not_be_looked_at_is_no_stray(watched: Watched) -> None:
     assert not strays._runs(child)
     origin = strays.Origin(pid=1, mark="mark", pipe=0, kin=strays.Kin(child.pid))
     assert not origin.is_of(child, None)
+
+
+LOOKS_FOR_STRAYS = """
+import os, subprocess, sys
+from supervisor import strays
+
+looked = []
+origin = strays.Origin(pid=2, mark="none", pipe=0, kin=strays.Kin(2))
+sys.addaudithook(lambda event, arguments: looked.append(event) if event == "os.listdir" else None)
+strays.reap_strays(origin)
+print("without a child:", len(looked))
+child = subprocess.Popen(["sleep", "60"])
+strays.reap_strays(origin)
+print("with a child:", bool(looked))
+child.kill()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says at once that a process has no children")
+def test_a_process_without_children_does_not_search_the_host_for_strays() -> None:
+    done = subprocess.run([sys.executable, "-c", LOOKS_FOR_STRAYS], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["without a child: 0", "with a child: True"], done.stderr

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.memory import OomWatch, says_out_of_memory
+from supervisor.memory import OomWatch, says_out_of_device_memory, says_out_of_memory
 
 V2_MOUNT = "29 22 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1_MOUNT = "34 28 0:31 {root} /sys/fs/cgroup/memory rw,nosuid shared:9 - cgroup cgroup rw,memory\n"
@@ -103,3 +103,31 @@ def test_without_counters_no_kill_is_noticed(cgroup: str, mountinfo: str, tmp_pa
 def test_a_line_that_says_so_is_recognized(line: str) -> None:
     assert says_out_of_memory(["fine", line])
     assert not says_out_of_memory(["fine", "loaded into memory"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alloc_buffer: allocating 40960.00 MiB on device 0: cudaMalloc failed: out of memory",
+        "ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+        "ggml_vulkan: Device memory allocation of size 1073741824 failed.",
+        "alloc_tensor_range: failed to allocate ROCm0 buffer of size 42949672960",
+        "llama_model_load: error loading model: unable to allocate Vulkan0 buffer",
+        "ggml_gallocr_reserve_n: failed to allocate CUDA0 buffer of size 319029248",
+        "CUDA error: out of memory",
+        "ggml_metal_buffer_init: error: failed to allocate buffer, size = 4096.00 MiB",
+        "alloc: can't allocate 4294967296 Bytes of memory on device",
+    ],
+)
+def test_a_line_about_a_devices_memory_is_told_from_one_about_the_hosts(line: str) -> None:
+    assert says_out_of_device_memory(["fine", line])
+    for other in (
+        "alloc_tensor_range: failed to allocate CPU buffer of size 1",
+        "failed to allocate CPU_REPACK buffer of size 1",
+        "failed to allocate CUDA_Host buffer of size 1",
+        "failed to allocate compute buffers",
+        "failed to allocate buffer for kv cache",
+        "std::bad_alloc",
+        "loaded onto the device",
+    ):
+        assert not says_out_of_device_memory([other])

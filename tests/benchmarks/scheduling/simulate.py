@@ -31,7 +31,17 @@ from benchmarks.scheduling.workloads import Ask, Workload, workloads
 from fakes.servers import FakeServers
 from nodeagent.errors import QueueFull
 from nodeagent.scheduling.lane import Lane, LaneRules
-from nodeagent.scheduling.queueing import IDLE, Decision, FirstCome, LaneSnapshot, Policy, Priority, Wait, step
+from nodeagent.scheduling.queueing import (
+    IDLE,
+    Decision,
+    FirstCome,
+    LaneSnapshot,
+    Policy,
+    Priority,
+    Wait,
+    first_possible,
+    step,
+)
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.scheduling.swap_aware import SwapAware
 
@@ -47,6 +57,9 @@ class AlwaysLoaded:
             return Wait(IDLE)
         at_hand = {model_id for model_id, use in lane.servers.items() if use.ready} | {lane.loading}
         own = [index for index, request in enumerate(lane.waiting) if request.model_id in at_hand]
+        if lane.room.concurrent:
+            order = [*own, *(index for index in range(len(lane.waiting)) if index not in own)]
+            return first_possible(lane, ((index, "it is loaded, or the oldest") for index in order))
         return step(lane, own[0] if own else 0, "it is loaded" if own else "it is the oldest")
 
 
@@ -81,7 +94,14 @@ def simulate(workload: Workload, policy: Policy, *, max_pending: int = MAX_PENDI
 
 
 async def _simulate(workload: Workload, policy: Policy, max_pending: int) -> Run:
-    rules = LaneRules(max_pending=max_pending, queue_timeout_s=math.inf, startup_timeout_s=math.inf, policy=policy)
+    rules = LaneRules(
+        max_pending=max_pending,
+        queue_timeout_s=math.inf,
+        startup_timeout_s=math.inf,
+        policy=policy,
+        max_models=workload.max_models,
+        concurrent_models=workload.concurrent_models,
+    )
     names = [f"gpu:{number}" for number in range(workload.devices)]
     hosts = {name: FakeServers(load_s=workload.load_s, slots=workload.slots) for name in names}
     lanes = {name: Lane(name, hosts[name], rules) for name in names}

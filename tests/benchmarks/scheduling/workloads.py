@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nodeagent.scheduling.queueing import Priority
 
@@ -32,6 +32,8 @@ class Workload:
     devices: int = 1
     slots: int = 1
     load_s: float = 5.0
+    max_models: int = 1
+    concurrent_models: bool = False
 
 
 def workloads(seed: int) -> list[Workload]:
@@ -65,6 +67,10 @@ def _zipf(rng: random.Random) -> Workload:
     return Workload(
         "zipf, 8 models, 2 devices", feeds=((24, tuple(Ask(it, _service_s(rng, 1.0)) for it in models)),), devices=2
     )
+
+
+def _zipf_side_by_side(rng: random.Random) -> Workload:
+    return replace(_zipf(rng), name="zipf, 8 models, 2 devices of 3 models each", max_models=3, concurrent_models=True)
 
 
 def _bursts(rng: random.Random) -> Workload:
@@ -135,6 +141,7 @@ _MAKERS: list[Callable[[random.Random], Workload]] = [
     _alternating_quick,
     _two_camps,
     _zipf,
+    _zipf_side_by_side,
     _bursts,
     _batch_and_interactive,
     _sparse,

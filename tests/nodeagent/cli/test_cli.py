@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -206,12 +207,38 @@ def test_check_config_says_all_that_is_wrong_with_the_file_and_with_the_host(tmp
     assert backend.startswith(f"{file}:4: backend: ")
 
 
+def test_a_missing_binary_is_reported_once(tiny_model: Path, tmp_path: Path) -> None:
+    code, out, err = check(tmp_path, f"llama_server_bin: /none\nmodels: [{{model_id: a, path: {tiny_model}}}]\n")
+    assert (code, out) == (78, "")
+    [line] = err.splitlines()
+    assert line.startswith(f"{tmp_path / 'node.yaml'}:1: llama_server_bin: must be a program")
+
+
 def test_a_gpu_on_a_host_without_any_is_a_fault_of_the_devices(tiny_model: Path, tmp_path: Path) -> None:
     text = f"devices: [{{device_id: 'gpu:0'}}]\nmodels: [{{model_id: a, path: {tiny_model}}}]\n"
     code, out, err = check(tmp_path, text, CUDA_VISIBLE_DEVICES="")
     assert (code, out) == (78, "")
     [line] = err.splitlines()
     assert line.startswith(f"{tmp_path / 'node.yaml'}:1: devices: ")
+
+
+def test_check_config_warns_of_a_model_that_fits_on_no_device_with_the_figures(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    text = f"""backend: cpu
+models:
+  - {{model_id: small, path: {tiny_model}}}
+  - {{model_id: large, path: {tiny_model}, ctx_size: 2000000000}}
+"""
+    code, out, err = check(tmp_path, text)
+    assert code == 0
+    assert " -c 2000000000 " in out
+    [warning] = [line for line in err.splitlines() if "fits on no device" in line]
+    assert re.fullmatch(
+        rf"warning: {tmp_path}/node.yaml:4: models\[1\]: fits on no device: cpu:0: needs about [\d.]+ GiB "
+        r"\(476\.8 GiB of KV cache \+ [\d.]+ GiB of compute buffer\), and the device has [\d.]+ [GM]iB",
+        warning,
+    ), warning
 
 
 @pytest.mark.parametrize("command", [["check-config"], []], ids=["check", "daemon"])
@@ -225,10 +252,10 @@ def test_a_gpu_that_is_not_among_those_of_the_host_is_named_with_its_line(
     config = tmp_path / "node.yaml"
     config.write_text(
         f"listen_port: 0\nstate_dir: {tmp_path / 'state'}\nmodels: [{{model_id: a, path: {tiny_model}}}]\n"
-        "devices:\n- device_id: gpu:0\n- device_id: gpu:99\n"
+        "backend: cuda\ndevices:\n- device_id: gpu:0\n- device_id: gpu:99\n"
     )
     # Where there is a real driver, it has no such GPU either.
     code, out, err = run(*command, "--config", str(config), PATH=f"{smi.parent}:{os.environ['PATH']}")
     assert (code, out) == (78, "")
     line = err.splitlines()[-1]  # what comes before it is of the driver: that there is no NVML
-    assert line.startswith(f"{config}:6: devices[1].device_id: the backend cuda has no 'gpu:99' here; it has gpu:0")
+    assert line.startswith(f"{config}:7: devices[1].device_id: the backend cuda has no 'gpu:99' here; it has gpu:0")

@@ -87,6 +87,7 @@ def handler(agent: Agent) -> type[http.server.BaseHTTPRequestHandler]:
 
 def inventory(**changes: Any) -> dict[str, Any]:
     server = {"model_id": "tiny", "state": "ready", "generation": 2, "ready_in_s": None, "reason": None}
+    server["slot_ctx_size"] = 4096
     device = {
         "device_id": "cpu:0",
         "lane": {"in_flight": 1, "waiting": 3, "limit": 64},
@@ -112,8 +113,8 @@ def test_the_table_has_a_row_per_server_and_per_model() -> None:
     assert table(inventory()).splitlines() == [
         "n1 at http://10.0.0.1:8081: ready",
         "",
-        "DEVICE  MODEL  STATE  GEN  IN FLIGHT  WAITING  MEMORY FREE  REASON",
-        "cpu:0   tiny   ready  2    1          3/64     1.5 GiB",
+        "DEVICE  MODEL  STATE  GEN  CONTEXT  IN FLIGHT  WAITING  MEMORY FREE  REASON",
+        "cpu:0   tiny   ready  2    4096     1          3/64     1.5 GiB",
         "",
         "MODEL  LOADED ON  SIZE     LOADS IN  ROLES",
         "tiny   cpu:0      1.0 GiB  1.2 s     chat",
@@ -136,7 +137,7 @@ def test_the_table_says_why_a_node_is_degraded_and_a_server_is_not_ready() -> No
     head, reason, _, _, first, second, _, _, last = text.splitlines()
     assert (head, reason) == ("n1 at http://10.0.0.1:8081: degraded", "  tiny failed on cpu:0")
     assert first.endswith("ready in 4 s: exit 1")
-    assert second.split() == ["gpu:0", "-", "empty", "-", "1", "3/64", "-"]
+    assert second.split() == ["gpu:0", "-", "empty", "-", "-", "1", "3/64", "-"]
     assert last.split() == ["tiny", "-", "-", "-", "-"]
 
 

@@ -82,14 +82,19 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         },
         "stall_timeout_s": 120.0,
         "memory_settle_timeout_s": 5.0,
+        "memory_reserve_bytes": 0,
         "max_pending_requests_per_device": 2,
         "queue_timeout_s": 300.0,
+        "stream_ping_s": 15,
         "scheduling": "swap_aware",
         "swap_fairness_s": 30.0,
         "min_residency_s": 2.0,
+        "max_models_per_device": 1,
+        "concurrent_models": False,
         "abandoned_load_grace_s": 30.0,
         "max_request_bytes": 64 * 1024 * 1024,
         "cors_origins": (),
+        "allowed_hosts": (),
         "preload_ready_timeout_s": 300.0,
         "drain_grace_s": 5.0,
         "shutdown_timeout_s": 30.0,
@@ -109,14 +114,21 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
                 "main_gpu": None,
                 "tensor_split": None,
                 "flash_attn": None,
+                "mmproj": None,
+                "draft_model": None,
+                "loras": (),
                 "alias": None,
+                "task": None,
                 "default": False,
                 "preload": False,
                 "parallel": 1,
                 "restart": None,
                 "stall_timeout_s": None,
                 "idle_unload_s": None,
+                "pinned": False,
                 "keep_kv": False,
+                "llama_server_bin": None,
+                "env": {},
                 "server_args": {},
             },
         ),
@@ -169,7 +181,6 @@ def test_a_model_is_found_by_its_id_and_by_its_alias() -> None:
     assert config.model("a") is config.model("b") is config.models[0]
     assert config.model("c") is config.models[1]
     assert config.model("d") is None
-    assert [model.server_name for model in config.models] == ["b", "c"]
 
 
 def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file() -> None:
@@ -238,16 +249,19 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file() -> 
         ("max_request_bytes", "64 MiB", "must be a whole number, found '64 MiB'"),
         ("drain_grace_s", "no", "must be a number, found 'no'"),
         ("shutdown_timeout_s", "-0.1", "must be at least 0, found -0.1"),
-        ("backend", "rocm", "must be 'auto', 'cpu' or 'cuda', found 'rocm'"),
+        ("backend", "tpu", "must be 'auto', 'cpu', 'cuda', 'rocm', 'sycl', 'vulkan' or 'metal', found 'tpu'"),
         ("devices", "cpu:0", "must be a list, found 'cpu:0'"),
         ("devices", "[cpu]", "devices[0]: must be a mapping of keys to values, found 'cpu'"),
-        ("devices", "[{device_id: gpu0}]", "must be cpu:0, cpu:1, ... or gpu:0, gpu:1, ..., found 'gpu0'"),
+        ("devices", "[{device_id: gpu0}]", "must be cpu:0, cpu:1, ... or gpu:0, gpu:1, ... (or of one backend"),
         ("devices", "[{device_id: cpu:0, threads: 0}]", "devices[0].threads: must be at least 1, found 0"),
         ("devices", "[{device_id: cpu:0, cpus: 1}]", "must be a list of CPU numbers like [0, 1], found 1"),
         ("devices", "[{device_id: cpu:0, cpus: []}]", "must be a list of CPU numbers like [0, 1], found []"),
         ("devices", "[{device_id: cpu:0, cpus: [true]}]", "must be a list of CPU numbers like [0, 1], found [True]"),
         ("devices", "[{device_id: cpu:0, cpus: [1, 1]}]", "names a CPU twice, found [1, 1]"),
-        ("devices", "[{device_id: cpu:0}, {device_id: gpu:0}]", "is of another backend than 'cpu:0'"),
+        ("devices", "[{device_id: gpu:0, env: {A: 1}}]", "must be text, found 1; put it in quotes"),
+        ("devices", "[{device_id: gpu:0, env: {A-B: x}}]", "must hold names of environment variables, found 'A-B'"),
+        ("devices", "[{device_id: gpu:0, env: {LLAMA_ARG_X: x}}]", "must not set LLAMA_ARG_X: put flags"),
+        ("devices", '[{device_id: gpu:0, env: {A: "x\\0"}}]', "must not hold a NUL character, found one in A"),
         ("scheduling", "lifo", "'swap_aware' or 'fifo'"),
         ("swap_fairness_s", "0", "must be more than 0, found 0"),
         ("no_such_key", "30", "is not a known key"),
@@ -438,11 +452,16 @@ def test_a_dispatcher_has_to_be_told_where_the_node_is(host: str) -> None:
     assert parse(f"{text}advertise_url: http://me:1\n").advertise_url == "http://me:1"
 
 
-@pytest.mark.parametrize(("backend", "device"), [("cpu", "gpu:0"), ("cuda", "cpu:0")])
-def test_a_device_of_another_backend_is_refused(backend: str, device: str) -> None:
-    text = f"{MINIMAL}backend: {backend}\ndevices: [{{device_id: {device}}}]\n"
+def test_a_gpu_is_no_device_of_the_backend_cpu() -> None:
+    text = f"{MINIMAL}backend: cpu\ndevices: [{{device_id: gpu:0}}]\n"
+    assert "'gpu:0' is not a device of the backend 'cpu'" in the_complaint(text)
 
-    assert f"{device!r} is not a device of the backend {backend!r}" in the_complaint(text)
+
+def test_devices_of_several_backends_are_taken() -> None:
+    text = (
+        "backend: cuda\ndevices: [{device_id: gpu:0}, {device_id: vulkan:1, llama_server_bin: v}, {device_id: cpu:0}]\n"
+    )
+    assert [device.device_id for device in parse(MINIMAL + text).devices] == ["gpu:0", "vulkan:1", "cpu:0"]
 
 
 def test_an_alias_may_not_be_another_models_name() -> None:
@@ -660,11 +679,6 @@ def test_what_a_flag_takes_its_key_takes(key: str, value: str, held: object) -> 
     assert getattr(parse(f"models: [{{model_id: a, path: a, {key}: {value}}}]").models[0], key) == held
 
 
-@pytest.mark.parametrize(("value", "count"), [("all", 2**31 - 1), ("auto", None), ("-1", None), ("7", 7)])
-def test_the_number_of_layers_asked_for_is_known_unless_the_server_decides(value: str, count: int | None) -> None:
-    assert parse(f"models: [{{model_id: a, path: a, gpu_layers: {value}}}]").models[0].gpu_layer_count == count
-
-
 @pytest.mark.parametrize("host", ["a..b", ".a", f"{'a' * 64}.example", ".".join(["a" * 50] * 6)])
 @pytest.mark.parametrize("key", ["listen_host", "dispatcher_base_url", "advertise_url"])
 def test_a_host_name_that_dns_can_not_carry_is_refused(key: str, host: str) -> None:
@@ -695,11 +709,25 @@ def test_an_origin_is_held_as_browsers_send_it(origin: str, held: str) -> None:
     assert parse(f"cors_origins: ['{origin}']\n{MINIMAL}").cors_origins == (held,)
 
 
+def test_an_allowed_host_is_held_as_browsers_send_it() -> None:
+    assert parse(f"allowed_hosts: [Models.Example., box]\n{MINIMAL}").allowed_hosts == ("models.example", "box")
+
+
+@pytest.mark.parametrize("host", ["*", "*.example", "https://a.example", "a.example:80", "a/b", ""])
+def test_what_is_no_host_name_is_refused(host: str) -> None:
+    assert "must be a host name like models.example" in the_complaint(f"allowed_hosts: ['{host}']\n{MINIMAL}")
+
+
 @pytest.mark.parametrize(
     "origin", ["*", "chat.example", "ftp://chat.example", "https://a/path", "https://a?q", "https://u@a", "https://a:x"]
 )
 def test_what_is_no_origin_is_refused(origin: str) -> None:
     assert "must be the origin of a web page like" in the_complaint(f"cors_origins: ['{origin}']\n{MINIMAL}")
+
+
+def test_a_pinned_model_is_not_unloaded_when_idle() -> None:
+    text = "models: [{model_id: a, path: a, pinned: true, idle_unload_s: 60}]"
+    assert "models[0].idle_unload_s: contradicts `pinned: true`; remove one of them" in the_complaint(text)
 
 
 def test_only_one_model_can_be_the_default() -> None:

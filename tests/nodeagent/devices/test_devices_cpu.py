@@ -1,33 +1,19 @@
-"""The host's CPUs as devices, and which backend is selected."""
+"""The host's CPUs as devices."""
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pynvml
 import pytest
 
 from fakes.cgroup_trees import V2_MOUNT, lay
-from fakes.nvml import FakeGpu, FakeNvml
+from fakes.declared import Declared
 from nodeagent.config import DeviceConfig
-from nodeagent.devices.backend import Backend, DriverError
 from nodeagent.devices.cpu import CpuBackend, CpuTimes, Memory, cpu_name, host_times, own_memory
-from nodeagent.devices.cuda import CudaBackend
-from nodeagent.devices.nvml_driver import NvmlDriver
-from nodeagent.devices.selection import BACKENDS, select
 from nodeagent.devices.values import DeviceMetrics
-from nodeagent.errors import ConfigError, StartupError
+from nodeagent.errors import ConfigError
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Declared:
-    device_id: str
-    threads: int | None = None
-    cpus: frozenset[int] | None = None
 
 
 def played(*readings: list[CpuTimes]) -> Callable[[], list[CpuTimes]]:
@@ -153,77 +139,3 @@ def test_a_child_is_kept_off_the_gpus() -> None:
     assert backend.child_args(device) == ["--device", "none"]
     assert set(backend.child_env(device).values()) == {""}
     assert "CUDA_VISIBLE_DEVICES" in backend.child_env(device)
-
-
-# Which backend
-
-
-def cuda_on(nvml: FakeNvml, mask: str | None = None) -> Callable[[], Backend]:
-    return lambda: CudaBackend(NvmlDriver(nvml), {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask})
-
-
-def failing(error: DriverError) -> Callable[[], Backend]:
-    def open_it() -> Backend:
-        raise error
-
-    return open_it
-
-
-def test_auto_selects_the_gpus_if_there_are_any() -> None:
-    backend = select("auto", backends={**BACKENDS, "cuda": cuda_on(FakeNvml(gpus=[FakeGpu(uuid="GPU-a")]))})
-    assert backend.name == "cuda"
-    backend.close()
-
-
-def test_auto_selects_the_cpu_on_a_host_without_a_driver_and_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    backend = select("auto", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
-    assert backend.name == "cpu"
-    assert caplog.records == []
-
-
-def test_auto_selects_the_cpu_with_a_warning_if_the_driver_is_installed_and_fails(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    mismatch = DriverError("Failed to initialize NVML: Driver/library version mismatch")
-    assert select("auto", backends={**BACKENDS, "cuda": failing(mismatch)}).name == "cpu"
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "version mismatch" in caplog.text
-
-
-def test_auto_selects_the_cpu_if_the_driver_fails_to_list_its_gpus(caplog: pytest.LogCaptureFixture) -> None:
-    nvml = FakeNvml(gpus=[FakeGpu(uuid="GPU-a")])
-    driver = NvmlDriver(nvml)
-    nvml.error = pynvml.NVML_ERROR_UNKNOWN
-    assert select("auto", backends={**BACKENDS, "cuda": lambda: CudaBackend(driver, {})}).name == "cpu"
-    assert "Unknown Error" in caplog.text
-
-
-def test_auto_selects_the_cpu_and_releases_the_driver_if_the_mask_hides_every_gpu() -> None:
-    nvml = FakeNvml(gpus=[FakeGpu(uuid="GPU-a")])
-    assert select("auto", backends={**BACKENDS, "cuda": cuda_on(nvml, mask="")}).name == "cpu"
-    assert nvml.initialised == 0
-
-
-def test_auto_selects_the_backend_of_the_declared_devices() -> None:
-    backends = {**BACKENDS, "cuda": cuda_on(FakeNvml(gpus=[FakeGpu(uuid="GPU-a")]))}
-    assert select("auto", [Declared("cpu:0")], backends=backends).name == "cpu"
-    assert select("auto", [Declared("gpu:0")], backends=backends).name == "cuda"
-    backends["cuda"] = failing(DriverError("no library", absent=True))
-    with pytest.raises(StartupError, match="no library"):
-        select("auto", [Declared("gpu:0")], backends=backends)
-
-
-def test_a_backend_that_is_configured_by_name_is_never_replaced() -> None:
-    with pytest.raises(StartupError, match="backend cuda can't be used: no library"):
-        select("cuda", backends={**BACKENDS, "cuda": failing(DriverError("no library", absent=True))})
-
-
-@pytest.mark.real
-def test_auto_finds_a_device_that_can_be_read_on_this_host() -> None:
-    backend = select("auto")
-    try:
-        device, *_ = backend.devices([])
-        assert backend.read(device, 1.0).measured_at == 1.0
-    finally:
-        backend.close()

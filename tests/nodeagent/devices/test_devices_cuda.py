@@ -2,25 +2,20 @@
 
 import logging
 import threading
-from dataclasses import dataclass
+from pathlib import Path
 
 import pynvml
 import pytest
 import trio
 
+from fakes.cgroup_trees import lay
+from fakes.declared import Declared
 from fakes.nvml import GIB, MIG, UUIDS, FakeGpu, FakeNvml, Memory
 from nodeagent.devices.backend import DriverError
 from nodeagent.devices.cuda import CudaBackend
 from nodeagent.devices.nvml_driver import NvmlDriver
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.errors import ConfigError, StartupError
-
-
-@dataclass(frozen=True)
-class Declared:
-    device_id: str
-    threads: int | None = None
-    cpus: frozenset[int] | None = None
 
 
 def three_gpus() -> FakeNvml:
@@ -82,8 +77,10 @@ def test_the_mask_in_the_agents_environment_applies(mask: str | None, devices: l
 def test_a_child_sees_only_its_own_gpu_whatever_the_mask_of_the_agent() -> None:
     backend = backend_on(three_gpus(), "2,1")
     first, second = backend.discover()
-    assert backend.child_env(first) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": UUIDS[2]}
-    assert backend.child_env(second) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": UUIDS[1]}
+    hidden = dict.fromkeys(("GGML_VK_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "")
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert backend.child_env(first) == {**hidden, **order, "CUDA_VISIBLE_DEVICES": UUIDS[2]}
+    assert backend.child_env(second) == {**hidden, **order, "CUDA_VISIBLE_DEVICES": UUIDS[1]}
     assert backend.child_args(first) == []
 
 
@@ -201,6 +198,23 @@ def test_a_gpu_that_fails_while_it_is_read_is_unknown(caplog: pytest.LogCaptureF
     (device,) = backend.discover()
     assert backend.read(device, 1.0) == DeviceMetrics(measured_at=1.0)
     assert caplog.messages == ["gpu:0 can't be measured: NVML: GPU is lost"]
+
+
+def test_a_gpu_that_sleeps_is_not_asked(tmp_path: Path) -> None:
+    nvml = FakeNvml(gpus=[FakeGpu(uuid=UUIDS[0], bus_id="00000000:01:00.0", utilization=0, memory=Memory(GIB, 0))])
+    backend = CudaBackend(NvmlDriver(nvml), {}, root=tmp_path)
+    (device,) = backend.discover()
+    power = "sys/bus/pci/devices/0000:01:00.0/power"
+    lay(tmp_path, f"{power}/control", "auto\n")
+    lay(tmp_path, f"{power}/runtime_status", "suspended\n")
+    assert backend.read(device, 1.0) == DeviceMetrics(measured_at=1.0)
+    lay(tmp_path, f"{power}/runtime_status", "active\n")
+    assert [backend.read(device, now).measured_at for now in (2.0, 4.0, 62.0, 64.0)] == [2.0, 2.0, 62.0, 62.0]
+    nvml.gpus[0].utilization = 90
+    assert [backend.read(device, now).measured_at for now in (122.0, 124.0)] == [122.0, 124.0]
+    lay(tmp_path, f"{power}/control", "on\n")
+    nvml.gpus[0].utilization = 0
+    assert [backend.read(device, now).measured_at for now in (126.0, 128.0)] == [126.0, 128.0]
 
 
 async def test_closing_does_not_wait_for_a_driver_that_hangs() -> None:

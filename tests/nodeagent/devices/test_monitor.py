@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from nodeagent.devices.backend import Backend
-from nodeagent.devices.monitor import INTERVAL_S, DeviceMonitor
+from nodeagent.devices.monitor import INTERVAL_S, DeviceMonitor, Threads
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 
 GIB = 2**30
@@ -146,10 +146,69 @@ class SlowDriver:
     def __init__(self, readings: Sequence[int]) -> None:
         self.answer = threading.Event()
         self._readings = iter(readings)
+        self.asked = 0
 
     def read(self, _device: DeviceRef, now: float) -> DeviceMetrics:
+        self.asked += 1
         self.answer.wait(10)
         return DeviceMetrics(measured_at=now, memory_free_bytes=next(self._readings))
+
+
+class OneHangs:
+    """Of two devices, gpu:0 does not answer until it is let."""
+
+    def __init__(self) -> None:
+        self.hangs = True
+        self.asked: list[tuple[str, float]] = []
+
+    async def read(self, device: DeviceRef, now: float) -> DeviceMetrics:
+        self.asked.append((device.device_id, now))
+        if device.device_id == "gpu:0" and self.hangs:
+            await trio.sleep_forever()
+        return DeviceMetrics(measured_at=now, memory_free_bytes=GIB)
+
+
+async def test_a_driver_that_hangs_costs_the_readings_of_its_device_alone(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = DeviceRef(device_id="gpu:1", backend="vulkan", index=1, name="other")
+    driver = OneHangs()
+    monitor = DeviceMonitor(NO_BACKEND, [device(), other], settle_max_s=1, read=driver.read)
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(monitor.run)
+        assert round(trio.current_time() - began, 6) == 10.0, "the node has to start without its readings"
+        await trio.sleep(60)
+        reading, unread = monitor.latest("gpu:1"), monitor.latest("gpu:0")
+        assert reading is not None
+        assert unread is not None
+        assert reading.memory_free_bytes == GIB
+        assert trio.current_time() - reading.measured_at < 5.0
+        assert unread == DeviceMetrics(measured_at=unread.measured_at)
+        assert caplog.messages == ["gpu:0 can't be measured: no answer from its driver in 20 s"]
+
+        driver.hangs = False
+        await trio.sleep(10)
+        reading = monitor.latest("gpu:0")
+        assert reading is not None
+        assert reading.memory_free_bytes == GIB
+        assert caplog.messages[1:] == ["gpu:0 can be measured again"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_driver_that_hangs_takes_one_thread() -> None:
+    backend = SlowDriver([GIB, GIB])
+    threads = Threads(cast(Backend, backend))
+    try:
+        for _ in range(5):
+            with trio.move_on_after(0.05):
+                await threads.read(device(), 1.0)
+        assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        assert backend.asked == 1
+    finally:
+        backend.answer.set()
+    with trio.fail_after(5):
+        assert (await threads.read(device(), 2.0)).measured_at == 2.0
 
 
 async def test_a_driver_that_hangs_does_not_block_the_event_loop() -> None:

@@ -37,7 +37,9 @@ KNOWN_DEVICE = DeviceStatus(
     ),
     LaneView(1, 1, 3, 2.3456),
     (
-        ServerView(model_id="planner", state=ServerState.READY, generation=7, since=NOW - 90, slots=2),
+        ServerView(
+            model_id="planner", state=ServerState.READY, generation=7, since=NOW - 90, slots=2, slot_ctx_size=4096
+        ),
         ServerView(
             model_id="coder",
             state=ServerState.BACKING_OFF,
@@ -176,6 +178,7 @@ def device_states(sent_at: str) -> list[dict[str, Any]]:
                     "since": since(90),
                     "ready_in_s": None,
                     "slots": 2,
+                    "slot_ctx_size": 4096,
                     "reason": None,
                     "reason_code": None,
                 },
@@ -186,6 +189,7 @@ def device_states(sent_at: str) -> list[dict[str, Any]]:
                     "since": since(1),
                     "ready_in_s": 2.5,
                     "slots": 1,
+                    "slot_ctx_size": None,
                     "reason": "exited with code 1",
                     "reason_code": "exited",
                 },

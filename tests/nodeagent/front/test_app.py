@@ -20,6 +20,7 @@ class BareNode:
     node_id = "box-a"
     max_request_bytes = 1000
     scheduler: Any = None
+    admin_token = "token"
     cors_origins = ()
 
     def cards(self) -> list[ModelCard]:
@@ -50,7 +51,7 @@ async def test_a_stream_of_the_real_application_may_take_hours(autojump_clock: M
     assert trio.current_time() >= 3 * 3600
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", "/v1", "/v1/nothing", "/chat/completions"])
+@pytest.mark.parametrize("path", ["/", "/nothing", "/v1", "/v1/nothing", "/chat"])
 async def test_an_unknown_path_is_told_where_the_paths_are(path: str, autojump_clock: MockClock) -> None:
     exchange = Exchange(method="GET", path=path)
     await exchange.through(create_app(cast(Node, BareNode())))
@@ -68,6 +69,43 @@ async def test_a_wrong_method_is_told_the_methods_that_the_path_allows(autojump_
     message = exchange.content["error"]["message"]
     assert message.startswith("GET is not allowed on '/v1/chat/completions', only: OPTIONS, POST. OpenAI's API is")
     assert exchange.headers["allow"] == "OPTIONS, POST"
+
+
+@pytest.mark.parametrize("path", ["/models", "/v1/models/", "/models/", "//v1/models", "/v1//models//", "/v1/models"])
+async def test_a_path_is_served_however_it_is_spelt_and_never_redirected(path: str, autojump_clock: MockClock) -> None:
+    exchange = Exchange(method="GET", path=path)
+    await exchange.through(create_app(cast(Node, BareNode())))
+    assert (exchange.sent[0]["status"], exchange.content) == (200, {"object": "list", "data": []})
+
+
+@pytest.mark.parametrize("path", ["//", "//nothing//", "/models/x", "/v1/models//x"])
+async def test_an_unknown_path_with_double_slashes_is_not_found(path: str, autojump_clock: MockClock) -> None:
+    exchange = Exchange(method="GET", path=path)
+    await exchange.through(create_app(cast(Node, BareNode())))
+    assert exchange.error()[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/chat/completions", "OPTIONS, POST"),
+        ("/completions/", "OPTIONS, POST"),
+        ("/models", "GET, HEAD, OPTIONS"),
+        ("/health", "GET, HEAD, OPTIONS"),
+        ("/v1/node/drain", "OPTIONS, POST"),
+    ],
+)
+async def test_options_are_told_without_content_and_without_a_token(
+    path: str, allowed: str, autojump_clock: MockClock
+) -> None:
+    exchange = Exchange(method="OPTIONS", path=path)
+    await exchange.through(create_app(cast(Node, BareNode())))
+    assert exchange.sent[0]["status"] == 204
+    assert exchange.headers["allow"] == allowed
+    assert not {"content-length", "content-type"} & set(exchange.headers)
+    unknown = Exchange(method="OPTIONS", path="/nothing")
+    await unknown.through(create_app(cast(Node, BareNode())))
+    assert unknown.error() == (404, "not_found")
 
 
 async def test_a_long_path_is_shortened_in_the_error(autojump_clock: MockClock) -> None:

@@ -9,7 +9,6 @@ import pytest
 import trio
 from quart import Response, request
 from quart_trio import QuartTrio
-from trio.testing import wait_all_tasks_blocked
 
 from fakes.serving import start_serving
 from nodeagent.errors import BackendCrashed, QueueFull
@@ -274,17 +273,19 @@ async def test_the_bodies_of_all_requests_are_bounded_together(chunked: bool, nu
     assert front.body_bytes_held == 0
 
 
-async def test_a_body_that_does_not_fit_is_refused_before_it_is_read(nursery: trio.Nursery, log: Log) -> None:
+async def test_a_body_that_can_not_fit_is_refused_before_it_is_read(nursery: trio.Nursery, log: Log) -> None:
     front = Front(quart_app(log), max_request_bytes=MAX_BYTES, body_budget_bytes=MAX_BYTES)
     announced = b"POST /held HTTP/1.1\r\nHost: n\r\nContent-Length: 600\r\n\r\n"
     with trio.fail_after(5):
         served = await start_serving(nursery, front)
         async with await served.connect() as first, await served.connect() as second:
-            await first.send(announced)
-            await wait_all_tasks_blocked()
+            await first.send(announced + bytes(600))
+            await log.entered.wait()
             assert front.body_bytes_held == 600
             await second.send(announced)
             assert (await second.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 503")
+            log.go_on.set()
+            assert (await first.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
         served.shutdown.set()
         await served.ended.wait()
     assert front.body_bytes_held == 0

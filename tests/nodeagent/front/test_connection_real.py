@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import trio
-from hypercorn.trio.worker_context import WorkerContext
 from trio.testing import open_stream_to_socket_listener, wait_all_tasks_blocked
 
 from fakes.asgi import Held, Receive, Send, Torrent, hello
 from fakes.serving import GET, GET_AND_CLOSE, Peer, assert_serves, quart_app, start_serving
 from nodeagent.front.connection import Connection, Shared
 from nodeagent.front.half_close import HalfClose
+from nodeagent.front.ordinary_road import OrdinaryRoad
 from nodeagent.front.protocol import RequestEvent, RequestParser
-from nodeagent.front.server import ASGIApp, _settings
+from nodeagent.front.server import ASGIApp
 
 
 async def test_an_unexpected_error_ends_its_own_connection_only_and_is_logged_with_the_peer(
@@ -275,10 +275,8 @@ async def test_an_answer_reaches_a_client_that_still_sends_its_body(app: ASGIApp
 async def test_a_connection_is_described_by_its_peer_and_whether_it_is_busy(nursery: trio.Nursery) -> None:
     held = Held()
     shared = Shared(
-        app=held,
+        ordinary_road=OrdinaryRoad(held),
         find_handler=lambda _method, _path: None,
-        config=_settings(),
-        context=WorkerContext(None),
         keep_alive_timeout_s=60,
         send_timeout_s=60,
     )

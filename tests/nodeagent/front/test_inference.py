@@ -1,7 +1,6 @@
 """The life of a request for inference in virtual time: a real scheduler, over servers that answer by a script."""
 
 import json
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -9,57 +8,20 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from fakes.inference_node import REQUEST
+from fakes.inference_node import InferenceNode as Node
 from fakes.upstream import EXIT_SHOWS_AFTER_S, OUT_OF_MEMORY, Act, Loss, Sent, UpstreamServers
 from nodeagent.errors import BackendCrashed, BackendUnavailable, ModelLoadTimeout, PoisonedRequest
-from nodeagent.front.inference import Answer, Inference, InferenceRequest
-from nodeagent.front.ordinary import AbortResponse
+from nodeagent.front.exchange import AbortResponse
+from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.poison import BLOCKED_S
-from nodeagent.llama_server.relay import Upstream
-from nodeagent.scheduling.lane import Lane, LaneRules
-from nodeagent.scheduling.scheduler import Scheduler
 
-RULES = LaneRules(max_pending=4, queue_timeout_s=100, startup_timeout_s=30)
-REQUEST = InferenceRequest(
-    request_id="r1",
-    model_id="a",
-    path="/v1/chat/completions",
-    headers=[(b"content-type", b"application/json")],
-    body=b'{"model": "a"}',
-)
 OTHER = replace(REQUEST, request_id="r2", body=b'{"model": "a", "seed": 1}')
 LOAD_S = 1.0
 
 CRASH = Act(loss=Loss.CRASH)
 CRASH_IN_STREAM = Act(chunks=(b"data: 1\n\n", b"data: 2\n\n"), event_stream=True, loss=Loss.CRASH, lost_after=1)
 STOP = Act(loss=Loss.STOP)
-
-
-class Node:
-    """One device with its lane, and the `Inference` in front of it."""
-
-    def __init__(self, servers: UpstreamServers) -> None:
-        self.servers = servers
-        self.lane: Lane[Upstream] = Lane("cpu:0", servers, RULES)
-        self.scheduler = Scheduler({"cpu:0": self.lane}, {"cpu:0": servers})
-        self.inference = Inference(self.scheduler)
-        servers.fake.on_change = self.lane.nudge
-
-    async def serve(self, request: InferenceRequest = REQUEST, chunks: list[bytes] | None = None) -> Answer:
-        """Serve a request as a client that reads its whole answer; the answer's body goes into `chunks`."""
-        with ExitStack() as stack:
-            answer = await self.inference.serve(request, stack)
-            async for chunk in answer.body:
-                if chunks is not None:
-                    chunks.append(chunk)
-        return answer
-
-    async def body(self, request: InferenceRequest = REQUEST) -> bytes:
-        chunks: list[bytes] = []
-        await self.serve(request, chunks)
-        return b"".join(chunks)
-
-    def assert_nothing_is_held(self) -> None:
-        assert (self.scheduler.admitted, self.servers.in_flight) == (0, 0)
 
 
 @pytest.fixture

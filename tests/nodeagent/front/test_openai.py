@@ -5,7 +5,7 @@ from typing import cast
 import pytest
 
 from nodeagent.errors import InvalidRequest
-from nodeagent.front.openai import conversation_of, headers_of_json, model_of
+from nodeagent.front.openai import conversation_of, headers_of_json, model_of_name
 from nodeagent.front.request_body import BodyFields
 from nodeagent.front.seam import ModelCard, Node
 
@@ -27,13 +27,13 @@ def fields(*, model: str | None = None, conversation: str | None = None) -> Body
 
 def test_a_request_without_a_model_gets_the_nodes_default() -> None:
     node = cast(Node, TwoModels("b"))
-    assert model_of(node, fields()) == "b"
-    assert model_of(node, fields(model="a")) == "a"
+    assert model_of_name(node, None) == "b"
+    assert model_of_name(node, "a") == "a"
 
 
 def test_a_request_without_a_model_is_refused_with_the_models_if_there_is_no_default() -> None:
     with pytest.raises(InvalidRequest) as refused:
-        model_of(cast(Node, TwoModels(None)), fields())
+        model_of_name(cast(Node, TwoModels(None)), None)
     assert refused.value.param == "model"
     assert refused.value.message == "'model' is missing, and this node has no default. It serves: a, b."
 

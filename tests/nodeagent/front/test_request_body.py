@@ -30,6 +30,33 @@ def test_model_and_stream_are_read() -> None:
     assert (fields.model, fields.stream, fields.completions) == ("a", True, 1)
 
 
+@pytest.mark.parametrize("given", ["text", ["a", "b"], [1, 2], [[1], "b"], {"prompt_string": "a"}, [" "], "x" * 5000])
+def test_an_input_is_a_string_or_a_list(given: Any) -> None:
+    assert read_body(encoded(input=given), needs="input").completions == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (True, "'input' must be a string or a list, not true."),
+        (7, "'input' must be a string or a list, not the number 7."),
+        ([], "'input' must not be an empty list."),
+        (None, "'input' is missing."),
+    ],
+)
+def test_an_input_that_the_server_would_fail_on_is_refused(given: Any, message: str) -> None:
+    refused = refusal(encoded(input=given), "input")
+    assert (refused.message, refused.param) == (message, "input")
+
+
+def test_a_body_may_have_another_field_instead() -> None:
+    body = encoded(content="text")
+    assert read_body(body, needs="input", instead="content").model == "a"
+    assert refusal(body, "input").message == "'input' is missing."
+    with pytest.raises(InvalidRequest, match="'input' is missing"):
+        read_body(encoded(), needs="input", instead="content")
+
+
 def test_a_body_may_name_no_model() -> None:
     assert read_body(b'{"messages": [{"role": "user"}]}', needs="messages").model is None
 
@@ -42,6 +69,15 @@ def test_a_body_may_name_no_model() -> None:
         ({"n": 0}, "messages", 1),
         ({"n": "2"}, "messages", 1),
         ({"n": True}, "messages", 1),
+        ({"n": 2.0}, "messages", 2),
+        ({"n": -3}, "messages", 1),
+        ({"n": 1e300}, "messages", int(1e300)),
+        ({"n_cmpl": 2}, "messages", 2),
+        ({"n_cmpl": 2, "n": 1}, "messages", 2),
+        ({"prompt": [{"prompt_string": "a"}, {"prompt_string": "b"}]}, "prompt", 2),
+        ({"prompt": [1, "two"]}, "prompt", 1),
+        ({"prompt": ["one", 2, "three"]}, "prompt", 1),
+        ({"prompt": ["one", [2, 3]]}, "prompt", 2),
         ({"prompt": "once"}, "prompt", 1),
         ({"prompt": ["a", "b", "c"]}, "prompt", 3),
         ({"prompt": [[1, 2], [3]], "n": 2}, "prompt", 4),
@@ -86,6 +122,14 @@ def test_a_bad_body_is_refused_with_the_field_and_what_would_be_right(
     assert message in refused.message
     assert refused.param == param
     assert refused.code == ("invalid_json" if param is None else None)
+
+
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"1" * 400, b"1" * 2000])
+def test_a_number_without_bound_is_judged_by_the_server_or_refused(number: bytes) -> None:
+    body = b'{"n": %b, "prompt_cache_key": %b, "messages": [{"role": %b}]}' % (number, number, number)
+    assert read_body(body, needs="messages").conversation is None
+    assert refusal(b'{"model": %b, "messages": []}' % number).param == "model"
+    assert refusal(b'{"stream": %b, "messages": []}' % number).param == "stream"
 
 
 def test_a_byte_order_mark_is_dropped() -> None:
@@ -141,3 +185,14 @@ def test_any_document_is_read_or_refused(document: Any, ascii_only: bool) -> Non
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
         read_body(body, needs="messages")
+
+
+@pytest.mark.parametrize("body", [b'{"n": 1e999, "messages": []}', b'{"messages": [{"role": 1e999}]}'])
+def test_a_number_beyond_all_bounds_is_left_to_the_server(body: bytes) -> None:
+    fields = read_body(body, needs="messages")
+    assert (fields.completions, fields.conversation) == (1, None)
+
+
+@pytest.mark.parametrize("field", ["model", "stream"])
+def test_a_number_beyond_all_bounds_is_refused_where_something_else_must_be(field: str) -> None:
+    assert refusal(b'{"messages": [], "%s": 1e999}' % field.encode()).param == field

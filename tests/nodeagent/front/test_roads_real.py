@@ -1,7 +1,9 @@
 """Inference on both roads, by real sockets: the fast one and that of the web framework give the same answers."""
 
 import json
+import logging
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ from fakes.serving import Peer, Served, start_serving
 from fakes.upstream import Act, Loss, UpstreamServers
 from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front
+from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.fast_road import FastRoad
 from nodeagent.front.inference import Inference
 from nodeagent.front.seam import ModelCard, Node
@@ -23,6 +26,10 @@ from nodeagent.status import NodeState, NodeStatus
 MAX_BYTES = 2000
 PAGE = "https://chat.example"
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "hello"}]}
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nRIFF\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nalias\r\n--b--\r\n'
+)
 STREAM = Act(chunks=(b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"), event_stream=True)
 ROADS = ["fast", "ordinary"]
 
@@ -34,8 +41,10 @@ class OneModel:
     max_request_bytes = MAX_BYTES
     admin_token = "token"
     default_model_id = "a"
+    stream_ping_s = 0.0
     cors_origins = (PAGE,)
-    allowed_hosts: tuple[str, ...] = ()
+    host_names = {"n"}
+    status = NodeStatus.READY
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.servers = UpstreamServers(nursery)
@@ -49,7 +58,7 @@ class OneModel:
         return [ModelCard("a", ("alias",), 0)]
 
     def state(self) -> NodeState:
-        return NodeState(NodeStatus.READY, (), can_serve=True)
+        return NodeState(self.status, (), can_serve=True)
 
 
 class Road:
@@ -71,8 +80,9 @@ class Road:
         assert held == (0, 0, 0)
 
 
-async def start(nursery: trio.Nursery, road: str) -> Road:
+async def start(nursery: trio.Nursery, road: str, *, stream_ping_s: float = 0.0) -> Road:
     node = OneModel(nursery)
+    node.stream_ping_s = stream_ping_s
     await nursery.start(node.lane.run)
     inference = Inference(node.scheduler)
     this = cast(Node, node)
@@ -84,10 +94,15 @@ async def start(nursery: trio.Nursery, road: str) -> Road:
 
 
 def post(
-    body: Any = CHAT, path: str = "/v1/chat/completions", version: str = "1.1", close: bool = True, **headers: str
+    body: Any = CHAT,
+    path: str = "/v1/chat/completions",
+    version: str = "1.1",
+    close: bool = True,
+    host: str = "n",
+    **headers: str,
 ) -> bytes:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/{version}", "Host: n", f"Content-Length: {len(content)}"]
+    lines = [f"POST {path} HTTP/{version}", f"Host: {host}", f"Content-Length: {len(content)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     lines += ["Connection: close"] if close else []
     return "\r\n".join([*lines, "", ""]).encode() + content
@@ -119,9 +134,32 @@ CHUNKED = (
         (post(), Act(chunks=(b"one", b"two")), 200),
         (post(b"\xef\xbb\xbf" + json.dumps(CHAT).encode()), Act(), 200),
         (post(path="/v1/chat/completions?x=y"), Act(), 200),
+        (post(path="/chat/completions"), Act(), 200),
+        (post(path="//v1///chat/completions/"), Act(), 200),
+        (post({"prompt": "x"}, path="/completions/?x=y"), Act(), 200),
+        (post({"prompt": "x"}, path="/v1/completion"), Act(), 404),
+        (post(path="/v1/models"), Act(), 405),
         (CHUNKED, Act(), 200),
         (post(Origin=PAGE), Act(), 200),
         (post(Origin="https://evil.example"), Act(), 403),
+        (post(Origin=PAGE, host="evil.example"), Act(), 403),
+        (post(Sec_Fetch_Site="same-origin", host="evil.example:8081"), Act(), 403),
+        (post(Sec_Fetch_Site="same-origin", host="127.0.0.1:8081"), Act(), 200),
+        (post(host="evil.example"), Act(), 200),
+        (post({"input": ["x", "y"]}, "/v1/embeddings"), Act(), 200),
+        (post({"input": []}, "/v1/embeddings"), Act(), 400),
+        (post({"query": "x"}, "/rerank"), Act(), 200),
+        (post({"tokens": [1], "stream": True}, "/detokenize/"), Act(), 200),
+        (post({"content": "x"}, "/v1/embeddings", origin="https://evil.example"), Act(), 403),
+        (post(FORM, "/v1/audio/transcriptions", Content_Type="multipart/form-data; boundary=b"), Act(), 200),
+        (post(b"--b", "/v1/audio/transcriptions", Content_Type="multipart/form-data; boundary=b"), Act(), 400),
+        (post({"messages": []}, "/v1/messages"), Act(status=500, chunks=(b'{"error": {"message": "no"}}',)), 500),
+        (post({"model": "b", "messages": []}, "/v1/messages/"), Act(), 404),
+        (
+            post({"messages": [], "stream": True}, "/v1/messages"),
+            Act(chunks=(b"event: a\ndata: 1\n\n",), event_stream=True, loss=Loss.STOP, lost_after=1),
+            200,
+        ),
         (post(b"{"), Act(), 400),
         (post({"model": "a"}), Act(), 400),
         (post(CHAT | {"model": "b"}, Origin=PAGE), Act(), 404),
@@ -152,6 +190,29 @@ async def test_both_roads_give_the_same_answer(request_: bytes, act: Act, status
         sent.append([(one.path, one.headers, one.body) for one in this.node.servers.sent])
     assert answers[0] == answers[1]
     assert sent[0] == sent[1]
+    assert {path for path, _headers, _body in sent[0]} <= set(ENDPOINTS)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("status", [NodeStatus.READY, NodeStatus.STARTING, NodeStatus.DRAINING])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    "target", ["/livez", "/healthz", "/readyz", "/readyz?drain=404", "/readyz?drain=1", "/health", "//v1/health/"]
+)
+async def test_both_roads_give_the_same_health(
+    target: str, method: str, status: NodeStatus, nursery: trio.Nursery
+) -> None:
+    answers = []
+    for road in ROADS:
+        for more in ("", "Origin: https://evil.example\r\nSec-Fetch-Site: none\r\n"):
+            this = await start(nursery, road)
+            this.node.status = status
+            with trio.fail_after(5):
+                head = f"{method} {target} HTTP/1.1\r\nHost: evil.example\r\n{more}Connection: close\r\n\r\n"
+                line, headers, body = await this.ask(head.encode())
+            answers.append((line, comparable(headers), body.replace(headers["x-request-id"].encode(), b"ID")))
+    assert answers[:2] == answers[2:]
+    assert answers[1][0].startswith(b"HTTP/1.1 403"), "a foreign page under a foreign name"
     nursery.cancel_scope.cancel()
 
 
@@ -160,6 +221,56 @@ def whole(body: bytes) -> bytes:
     if not re.match(rb"[0-9a-f]+\r\n", body):
         return body
     return re.sub(rb"(?:^|\r\n)[0-9a-f]+\r\n", b"", body) + (b"" if body.endswith(b"\r\n0\r\n\r\n") else b"<truncated>")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        STREAM,
+        Act(status=400, chunks=(b'{"error": {"message": "bad grammar"}}',)),
+        Act(loss=Loss.STOP),
+    ],
+    ids=["answered", "refused by the server", "lost"],
+)
+async def test_both_roads_keep_the_line_of_a_waiting_stream_open(act: Act, nursery: trio.Nursery) -> None:
+    answers = []
+    for road in ROADS:
+        with trio.fail_after(10):
+            this = await start(nursery, road, stream_ping_s=0.1)
+            this.node.servers.fake.load_s = 0.5
+            this.node.servers.acts.append(act)
+            line, headers, body = await this.ask(post(CHAT | {"stream": True}))
+            this.assert_nothing_is_held()
+        assert line.startswith(b"HTTP/1.1 200")
+        assert (headers["content-type"], headers["x-node-id"]) == ("text/event-stream", "box-a")
+        said = whole(body).replace(headers["x-request-id"].encode(), b"ID")
+        assert said.startswith(b": loading a\n\n")
+        # How many comments there are, and whether one comes later, depends on the machine.
+        answers.append((line, comparable(headers), re.sub(rb"(?m)^: .*\n\n", b"", said)))
+    assert answers[0] == answers[1]
+    assert answers[0][2].rstrip().endswith(b"data: [DONE]" if act is STREAM else b"<truncated>")
+    assert (b'data: {"error"' in answers[0][2]) == (act is not STREAM)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_client_that_leaves_while_its_stream_waits_gives_up_its_request(
+    road: str, nursery: trio.Nursery
+) -> None:
+    with trio.fail_after(10):
+        this = await start(nursery, road, stream_ping_s=0.1)
+        this.node.servers.fake.load_s = 60.0
+        async with await this.served.connect() as peer:
+            await peer.send(post(CHAT | {"stream": True}, close=False))
+            await peer.until(b": loading a")
+            assert this.node.scheduler.admitted == 1
+        for _ in range(500):
+            await trio.sleep(0.01)
+            if not this.node.scheduler.admitted:
+                break
+        this.assert_nothing_is_held()
+        assert this.node.servers.sent == []
+    nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -223,6 +334,78 @@ async def test_a_body_that_breaks_off_is_refused_and_its_request_given_up(road: 
 
 
 @pytest.mark.parametrize("road", ROADS)
+async def test_clients_that_announce_long_bodies_and_send_a_byte_shut_nobody_out(
+    road: str, nursery: trio.Nursery
+) -> None:
+    announced = b"POST /v1/chat/completions HTTP/1.1\r\nHost: n\r\nContent-Length: %d\r\n\r\n{" % MAX_BYTES
+    with trio.fail_after(10):
+        this = await start(nursery, road)
+        peers = [await this.served.connect() for _ in range(20)]
+        for peer in peers:
+            await peer.send(announced)
+        await until(lambda: this.front.body_bytes_held == len(peers))
+        status, _, _ = await this.ask(post())
+        assert status.startswith(b"HTTP/1.1 200")
+        for peer in peers:
+            await peer.stream.aclose()
+        await until(lambda: not this.front.body_bytes_held)
+        this.assert_nothing_is_held()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_the_slowest_body_makes_room_when_the_budget_is_full(road: str, nursery: trio.Nursery) -> None:
+    begun = post(CHAT | {"x": "y" * (MAX_BYTES - 200)}, close=False)[:-100]
+    with trio.fail_after(10):
+        this = await start(nursery, road)  # the budget is four times MAX_BYTES
+        async with await this.served.connect() as slowest:
+            await slowest.send(begun)
+            await until(lambda: this.front.body_bytes_held > 0)
+            await trio.sleep(0.5)
+            others = [await this.served.connect() for _ in range(3)]
+            for peer in others:
+                await peer.send(begun)
+            await until(lambda: this.front.body_bytes_held > 4 * (MAX_BYTES - 400))
+            status, _, _ = await this.ask(post(CHAT | {"x": "y" * (MAX_BYTES - 200)}))
+            assert status.startswith(b"HTTP/1.1 200")
+            refused = await slowest.rest()
+            assert refused.startswith(b"HTTP/1.1 503")
+            assert b"connection: close" in refused.lower()
+            assert b"was arriving the slowest" in refused
+            for peer in others:
+                await peer.send(begun_rest(begun))
+                assert (await peer.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+                await peer.stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        this.assert_nothing_is_held()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_body_that_is_malformed_from_its_first_byte_is_refused_and_logs_nothing(
+    road: str, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: n\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with trio.fail_after(5):
+        this = await start(nursery, road)
+        status, _, _ = await this.ask(head + b"no size\r\n")
+        assert status.startswith(b"HTTP/1.1 400")
+        await trio.testing.wait_all_tasks_blocked()
+        this.assert_nothing_is_held()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    nursery.cancel_scope.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - nothing tells of it
+        await trio.sleep(0.01)
+
+
+def begun_rest(begun: bytes) -> bytes:
+    return post(CHAT | {"x": "y" * (MAX_BYTES - 200)}, close=False)[len(begun) :]
+
+
+@pytest.mark.parametrize("road", ROADS)
 async def test_a_bug_is_a_500_and_the_connection_goes_on(
     road: str, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,6 +435,7 @@ async def rest_of_error(peer: Peer) -> None:
 def test_only_posts_to_the_paths_of_inference_take_the_fast_road() -> None:
     node = cast(Node, SimpleNamespace())
     road = FastRoad(node, cast(Front, None), cast(Inference, None))
-    assert road.find_handler("POST", b"/v1/completions") is not None
-    for method, path in [("GET", b"/v1/completions"), ("POST", b"/v1//completions"), ("POST", b"/v1/node/drain")]:
+    for path in (b"/v1/completions", b"/v1//completions", b"/completions/"):
+        assert road.find_handler("POST", path) is not None
+    for method, path in [("GET", b"/v1/completions"), ("POST", b"/v1/%63ompletions"), ("POST", b"/v1/node/drain")]:
         assert road.find_handler(method, path) is None

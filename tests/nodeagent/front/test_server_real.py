@@ -11,9 +11,11 @@ from trio.testing import wait_all_tasks_blocked
 
 from fakes.asgi import Held, Receive, Send, Torrent, hello
 from fakes.serving import GET, assert_serves, quart_app, start_serving
+from nodeagent import descriptors
 from nodeagent.errors import StartupError
 from nodeagent.front.connection import Connection
-from nodeagent.front.server import _hypercorn_config, bind, serve
+from nodeagent.front.ordinary import _hypercorn_config
+from nodeagent.front.server import bind, serve
 
 
 async def test_shutdown_does_not_wait_for_idle_clients(nursery: trio.Nursery) -> None:
@@ -192,3 +194,22 @@ async def test_hypercorn_puts_no_handler_of_its_own_on_its_loggers(nursery: trio
     with trio.fail_after(5):
         await assert_serves(await start_serving(nursery, hello))
     assert logging.getLogger("hypercorn.error").handlers == logging.getLogger("hypercorn.access").handlers == []
+
+
+async def test_of_idle_connections_the_one_that_has_been_idle_the_longest_is_closed_and_none_that_is_busy(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held()
+    with trio.fail_after(10):
+        served = await start_serving(nursery, held)
+        async with await served.connect() as busy, await served.connect() as early, await served.connect():
+            await busy.send(GET)
+            await busy.until(b"\r\n\r\n")
+            limit = descriptors.in_use() * 4 // 3  # so that all but the reserve is taken
+            monkeypatch.setattr(descriptors, "limit", lambda: limit)
+            async with await served.connect():
+                assert await early.rest() == b""
+            held.finish.set()
+            await busy.until(b"0\r\n\r\n")
+        served.shutdown.set()
+        await served.ended.wait()

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from fakes import tiny_models
 from nodeagent.gguf import file as gguf_file
+from nodeagent.gguf.cache_shape import CacheShape
 from nodeagent.gguf.header import GgufError, GgufHeader, read_header
+from nodeagent.gguf.memory import Settings, estimate
 
 
 def written(path: Path, fill: Callable[[gguf.GGUFWriter], None] | None = None, architecture: str = "llama") -> Path:
@@ -44,78 +46,46 @@ def reason(path: Path) -> str:
 
 def test_a_tiny_model_is_described_as_it_was_made(tiny_model_b: Path) -> None:
     model = tiny_models.TINY_B
+    numbers = (model.heads_kv * model.width // model.heads,) * model.layers
     assert read_header(tiny_model_b) == GgufHeader(
         size_bytes=tiny_model_b.stat().st_size,
         layers=model.layers,
         ctx_train=model.ctx_train,
         embedding_length=model.width,
-        heads_kv=(model.heads_kv,) * model.layers,
-        key_length=model.width // model.heads,
-        value_length=model.width // model.heads,
-        window=None,
-        layers_windowed=0,
+        heads=model.heads,
+        host_bytes=(3 + 256 + model.words) * model.width * 4,
+        cache=CacheShape(keys=numbers, values=numbers, windowed=(False,) * model.layers),
     )
-
-
-def test_the_real_chat_model_is_described_and_estimated_as_llama_server_reports_it(smollm2: Path) -> None:
-    header = read_header(smollm2)
-    assert (header.layers, header.ctx_train, header.embedding_length) == (30, 8192, 576)
-    assert (header.heads_kv, header.key_length, header.value_length) == ((3,) * 30, 64, 64)
-    # Its log (build b10434, -c 8192 -np 1) says: KV buffer 180.00 MiB, compute buffer 21.51 MiB.
-    beside_weights = header.estimate_bytes(8192) - header.size_bytes
-    assert 0.95 * 201.51 * 2**20 < beside_weights <= 201.51 * 2**20
-
-
-def test_the_kv_cache_grows_by_the_bytes_of_a_token(tiny_model: Path) -> None:
-    header = read_header(tiny_model)
-    mask_bytes = 2 * 512  # of the compute buffer, for each token of context
-    grown = header.estimate_bytes(3000) - header.estimate_bytes(2000)
-    # 2 layers, 2 heads, 16 + 16 numbers of 2 bytes
-    assert grown == 1000 * (2 * 2 * 32 * 2 + mask_bytes)
-    smaller = header.estimate_bytes(3000, ubatch_size=256) - header.estimate_bytes(2000, ubatch_size=256)
-    assert smaller == 1000 * (2 * 2 * 32 * 2 + mask_bytes // 2)
-
-
-def test_without_a_configured_context_the_least_one_that_llama_server_picks_is_counted(tmp_path: Path) -> None:
-    long = read_header(
-        written(tmp_path / "long.gguf", lambda writer: writer.add_uint32("llama.context_length", 1 << 20))
-    )
-    short = read_header(written(tmp_path / "short.gguf"))
-    assert long.estimate_bytes() == long.estimate_bytes(4096)
-    assert short.estimate_bytes() == short.estimate_bytes(1024)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "windowed"),
-    [(None, 12), ([True, True, False] * 4, 8), (6, 10), (4, 9)],
-    ids=["none", "flags", "6", "4"],
+    ("architecture", "pooling", "task", "pools"),
+    [
+        ("llama", None, "chat", False),
+        ("llama", gguf.PoolingType.NONE, "chat", False),
+        ("qwen3", gguf.PoolingType.LAST, "embedding", True),
+        ("bert", gguf.PoolingType.CLS, "embedding", True),
+        ("bert", None, "embedding", False),
+        ("bert", gguf.PoolingType.RANK, "rerank", True),
+        ("qwen3", gguf.PoolingType.RANK, "rerank", True),
+    ],
 )
-def test_layers_with_a_window_cache_only_the_window(
-    tmp_path: Path, pattern: list[bool] | int | None, windowed: int
+def test_what_a_model_is_for_follows_from_how_it_pools(
+    architecture: str, pooling: gguf.PoolingType | None, task: str, pools: bool, tmp_path: Path
 ) -> None:
     def fill(writer: gguf.GGUFWriter) -> None:
-        writer.add_uint32("gemma3.block_count", 12)
-        writer.add_sliding_window(512)
-        if pattern is not None:
-            writer.add_sliding_window_pattern(pattern)
+        if pooling is not None:
+            writer.add_pooling_type(pooling)
 
-    header = read_header(written(tmp_path / "model.gguf", fill, "gemma3"))
-    assert (header.window, header.layers_windowed) == (512, windowed)
-    layer_token_bytes = 4 * 32 * 2
-    kv_cache = layer_token_bytes * ((12 - windowed) * 8192 + windowed * (2 * 512 + 512))
-    compute = 512 * (2 * 8192 + 32 * 64)
-    assert header.estimate_bytes(8192, parallel=2) == header.size_bytes + kv_cache + compute
+    header = read_header(written(tmp_path / "m.gguf", fill, architecture))
+    assert (header.task, header.pools) == (task, pools)
 
 
-def test_heads_may_differ_by_layer_and_layers_without_attention_cache_nothing(tmp_path: Path) -> None:
-    by_layer = read_header(written(tmp_path / "list.gguf", lambda writer: writer.add_head_count_kv([0, 2])))
-    assert by_layer.heads_kv == (0, 2)
-
-    def every_second(writer: gguf.GGUFWriter) -> None:
-        writer.add_head_count_kv(2)
-        writer.add_full_attention_interval(2)
-
-    assert read_header(written(tmp_path / "hybrid.gguf", every_second, "qwen3next")).heads_kv == (0, 2)
+def test_the_real_chat_model_is_described(smollm2: Path) -> None:
+    header = read_header(smollm2)
+    assert (header.layers, header.ctx_train, header.embedding_length) == (30, 8192, 576)
+    assert header.cache is not None
+    assert header.cache.keys == header.cache.values == (3 * 64,) * 30
 
 
 def test_lengths_of_keys_and_values_in_the_file_take_precedence(tmp_path: Path) -> None:
@@ -124,7 +94,8 @@ def test_lengths_of_keys_and_values_in_the_file_take_precedence(tmp_path: Path) 
         writer.add_value_length(128)
 
     header = read_header(written(tmp_path / "model.gguf", fill))
-    assert (header.key_length, header.value_length, header.heads_kv) == (192, 128, (4, 4))
+    assert header.cache is not None
+    assert (header.cache.keys, header.cache.values) == ((4 * 192,) * 2, (4 * 128,) * 2)
 
 
 def test_every_kind_of_value_is_skipped(tmp_path: Path) -> None:
@@ -142,7 +113,20 @@ def test_every_kind_of_value_is_skipped(tmp_path: Path) -> None:
         writer.add_key_length(99)
 
     header = read_header(written(tmp_path / "model.gguf", fill))
-    assert header.key_length == 99
+    assert header.cache is not None
+    assert header.cache.keys == (4 * 99,) * 2
+
+
+def test_rows_that_are_looked_up_by_token_stay_on_the_host_unless_they_are_the_output_head_too(tmp_path: Path) -> None:
+    def fill(writer: gguf.GGUFWriter, *names: str) -> None:
+        for name in names:
+            writer.add_tensor(name, numpy.zeros((2, 64), dtype=numpy.float32))
+
+    size = 3 * 64 * 4  # of token_embd.weight
+    tied = read_header(written(tmp_path / "tied.gguf"))
+    untied = read_header(written(tmp_path / "untied.gguf", lambda writer: fill(writer, "output.weight")))
+    by_layer = read_header(written(tmp_path / "layer.gguf", lambda writer: fill(writer, "per_layer_token_embd.weight")))
+    assert (tied.host_bytes, untied.host_bytes, by_layer.host_bytes) == (0, size, 2 * 64 * 4)
 
 
 def test_block_sizes_are_those_of_the_reference() -> None:
@@ -348,5 +332,6 @@ def test_a_damaged_header_gives_a_header_or_a_gguf_error(tmp_path: Path, data: s
         header = read_header(damaged)
     except GgufError:
         return
-    assert header.estimate_bytes(4096) > 0
-    assert header.estimate_bytes() > 0
+    for asked in (Settings(ctx_size=4096), Settings()):
+        needed = estimate(header, asked)
+        assert needed is None or needed.total > 0

@@ -1,10 +1,6 @@
-"""What is known of the model files: whether they can be read, and which models can't fit on a device.
-
-A model is known not to fit only if no setting of llama-server could make it fit.
-"""
+"""What is known of the model files: whether they can be read."""
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,79 +8,18 @@ import pytest
 import trio
 
 from nodeagent.config import ModelConfig
-from nodeagent.devices.values import DeviceRef
 from nodeagent.gguf.header import GgufError, GgufHeader
-from nodeagent.llama_server.catalogue import Catalogue, bytes_on_device, misfit
+from nodeagent.llama_server.catalogue import Catalogue
 
 GIB = 2**30
-GPU = DeviceRef(device_id="gpu:0", backend="cuda", index=0, name="GPU", memory_total_bytes=24 * GIB)
-CPU = DeviceRef(device_id="cpu:0", backend="cpu", index=0, name="CPU", memory_total_bytes=24 * GIB)
 
 
 def header(size_bytes: int) -> GgufHeader:
-    """A model of this size; each token of context takes it 256 KiB."""
-    return GgufHeader(
-        size_bytes=size_bytes,
-        layers=64,
-        ctx_train=262_144,
-        embedding_length=8192,
-        heads_kv=(8,) * 64,
-        key_length=128,
-        value_length=128,
-        window=None,
-        layers_windowed=0,
-    )
+    return GgufHeader(size_bytes=size_bytes, layers=64, ctx_train=262_144, embedding_length=8192)
 
 
 def model(**keys: Any) -> ModelConfig:
     return ModelConfig(model_id="large", path=Path("large.gguf"), **keys)
-
-
-def test_a_model_that_is_larger_than_the_gpu_it_is_configured_for_does_not_fit() -> None:
-    assert misfit(header(40 * GIB), model(gpu_layers=99), GPU) == "needs about 41.1 GiB, and the device has 24.0 GiB"
-    assert misfit(header(40 * GIB), model(gpu_layers="all"), GPU) is not None
-    assert misfit(header(20 * GIB), model(gpu_layers=99), GPU) is None
-
-
-@pytest.mark.parametrize("keys", [{}, {"gpu_layers": 20}, {"gpu_layers": "auto"}, {"gpu_layers": -1}])
-def test_a_model_of_which_llama_server_decides_the_gpu_layers_may_fit(keys: dict[str, Any]) -> None:
-    assert misfit(header(40 * GIB), model(**keys), GPU) is None
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"cpu_moe": True},
-        {"ncmoe": 30},
-        {"ot": "exps=CPU"},
-        {"no_kv_offload": True},
-        {"cache_type_k": "q8_0"},
-    ],
-    ids=str,
-)
-def test_a_model_with_flags_that_reduce_its_memory_on_the_device_may_fit(flags: dict[str, Any]) -> None:
-    assert misfit(header(40 * GIB), model(gpu_layers=99, server_args=flags), GPU) is None
-
-
-def test_mapped_weights_may_be_larger_than_the_hosts_memory() -> None:
-    assert misfit(header(40 * GIB), model(), CPU) is None
-
-
-def test_a_context_that_is_larger_than_the_hosts_memory_does_not_fit() -> None:
-    assert misfit(header(1 * GIB), model(ctx_size=131_072), CPU) is not None
-
-
-def test_any_model_may_fit_on_a_device_whose_memory_is_unknown() -> None:
-    unknown = DeviceRef(device_id="gpu:0", backend="cuda", index=0, name="GPU", memory_total_bytes=None)
-    assert misfit(header(40 * GIB), model(gpu_layers=99), unknown) is None
-
-
-def test_slots_and_batch_size_are_part_of_the_estimate() -> None:
-    windowed = replace(header(1 * GIB), window=1024, layers_windowed=64)
-    one = bytes_on_device(windowed, model(ctx_size=32_768), GPU)
-    assert bytes_on_device(windowed, model(ctx_size=32_768, parallel=2), GPU) > one
-    assert bytes_on_device(windowed, model(ctx_size=32_768, ubatch_size=2048), GPU) > one
-    assert bytes_on_device(windowed, model(ctx_size=32_768), CPU) == one - 1 * GIB
 
 
 async def test_a_problem_is_logged_once_and_gone_when_the_file_is_repaired(caplog: pytest.LogCaptureFixture) -> None:

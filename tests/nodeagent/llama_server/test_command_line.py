@@ -15,6 +15,7 @@ import pytest
 from nodeagent.config import ModelConfig, NodeConfig, parse_config
 from nodeagent.devices.cpu import CpuBackend
 from nodeagent.devices.values import DeviceRef
+from nodeagent.gguf.header import read_header
 from nodeagent.llama_server.command_line import (
     API_KEY_VARIABLE,
     child_spec,
@@ -81,7 +82,7 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
     return args[args.index(flag) + 1] if flag in args else None
 
 
-def test_a_server_gets_its_own_port_on_the_loopback_and_its_alias() -> None:
+def test_a_server_gets_its_own_port_on_the_loopback_and_the_models_id_as_its_name() -> None:
     assert argv() == [
         "/opt/llama-server",
         *("-m", "/m/planner.gguf"),
@@ -106,7 +107,7 @@ def test_the_keys_of_a_model_become_flags() -> None:
 
     flags = ("-a", "-c", "-b", "-ub", "-t", "-tb", "-ngl", "-mg", "-ts", "-fa", "-np", "--threads-http")
     assert [value_of(flag, args) for flag in flags] == [
-        *("plan", "8192", "256", "128", "3", "4", "99", "0", "1,0", "on", "2", "6"),
+        *("planner", "8192", "256", "128", "3", "4", "99", "0", "1,0", "on", "2", "6"),
     ]
 
 
@@ -289,9 +290,7 @@ def wait_loaded(client: httpx.Client) -> None:
         time.sleep(0.01)
 
 
-def test_the_real_server_accepts_every_flag_and_only_its_own_alias_and_key(
-    tiny_model: Path, llama_server: Path
-) -> None:
+def test_the_real_server_accepts_every_flag_and_only_its_own_name_and_key(tiny_model: Path, llama_server: Path) -> None:
     whole = parse_config(
         f"""
 devices: [{{device_id: cpu:0, threads: 1, cpus: [0]}}]
@@ -318,7 +317,7 @@ models:
     )
 
     with running(child) as (_process, client):
-        assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["plan"]
+        assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["planner"]
         assert len(client.get("/slots").json()) == 2
         assert client.get("/metrics").status_code == 200
         assert client.get("/").status_code == 404
@@ -342,3 +341,11 @@ def test_the_real_server_stops_soon_after_sigterm_even_in_a_stream(slow_model: P
             next(chunks)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=8) == 0
+
+
+def test_the_file_of_a_model_decides_on_its_flags(embedder_model: Path) -> None:
+    header = read_header(embedder_model)
+    run = command(model("server_args: {pooling: cls}"), CPU, NO_PINS, BINARY, KV, header=header)
+    assert run.argv[-7:] == ("--embeddings", "-b", "4096", "-ub", "4096", "--pooling", "cls")
+    assert "--embeddings" in model_arguments(model(), header)
+    assert "--embeddings" in describe(config(), [CPU], NO_PINS, BINARY, headers={"planner": header})

@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from fakes.child_process import Fate
-from fakes.one_device import CRASHES, GIB, NEVER_READY, header, running_device
+from fakes.one_device import CRASHES, GIB, NEVER_READY, header, model, running_device
 from nodeagent.config import ModelConfig
 from nodeagent.errors import BackendUnavailable
 from nodeagent.scheduling.seam import ServerState
@@ -51,6 +51,43 @@ async def test_the_server_of_another_model_is_stopped_first_and_the_memory_is_wa
             "before_stop a at 127.0.0.1:1",
             *("before_start b", "after_ready b at 127.0.0.1:2", "after_start cpu:0/b"),
         ]
+
+
+async def test_the_servers_that_are_named_run_on_beside_it(autojump_clock: MockClock) -> None:
+    async with running_device() as device:
+        await device.servers.ensure("a")
+        await device.servers.ensure("b", beside={"a"})
+        assert {view.model_id: view.state for view in device.servers.views()} == {
+            "a": ServerState.READY,
+            "b": ServerState.READY,
+        }
+        assert device.readings.settled_at == [], "nothing was stopped"
+        assert [worker.child_id for worker in device.servers.workers(60)] == ["cpu:0/a", "cpu:0/b"]
+        device.process.kill()
+        await trio.sleep(0.1)
+        assert device.view("a").state is ServerState.READY, "each has a life of its own"
+
+
+async def test_pinned_models_that_leave_no_room_are_an_obstacle(autojump_clock: MockClock) -> None:
+    async with running_device(backend="cuda") as device:
+        device.models = {"a": model("a", pinned=True), "b": model("b")}
+        device.servers.replace(device.models, device.specs, 1000, max_models=1)
+        assert device.servers.obstacle("b") is None, "it is not loaded yet"
+        await device.servers.ensure("a")
+        assert device.view("a").pinned
+        assert device.servers.obstacle("a") is None
+        crowded = device.servers.obstacle("b")
+        assert crowded is not None
+        assert (crowded.reason, crowded.reason_code) == (
+            "all places for models are taken by pinned ones (a)",
+            "no_room_beside_pinned",
+        )
+        device.servers.replace(device.models, device.specs, 1000, max_models=2)
+        assert device.servers.obstacle("b") is None
+        device.files.headers |= {"a": header(size_bytes=5 * GIB), "b": header(size_bytes=4 * GIB)}
+        crowded = device.servers.obstacle("b")
+        assert crowded is not None
+        assert crowded.reason == "the pinned models (a) leave too little memory"
 
 
 async def test_a_start_that_fails_is_refused_with_the_time_of_the_restart(autojump_clock: MockClock) -> None:
@@ -210,6 +247,23 @@ async def test_a_copy_has_room_if_its_estimate_fits_into_the_free_memory(
         assert device.servers.has_room("b"), "nothing is known of its file"
 
 
+async def test_what_a_load_took_beats_the_estimate(autojump_clock: MockClock) -> None:
+    async with running_device(backend="cuda", gpu_layers=99) as device:
+        device.files.headers["a"] = header(size_bytes=9 * GIB)
+        device.readings.is_read, device.readings.free_bytes = True, 6 * GIB
+        assert device.servers.obstacle("a") is not None
+        device.measured.bytes["a"] = 5 * GIB
+        device.measured.changes += 1
+        assert device.servers.obstacle("a") is None
+        assert device.servers.has_room("a")
+        device.measured.bytes["a"] = 7 * GIB
+        device.measured.changes += 1
+        assert device.servers.obstacle("a") is None
+        assert not device.servers.has_room("a")
+        device.measured.seconds["b"] = 3.5
+        assert device.servers.measured_loads_s() == {"b": 3.5}
+
+
 async def test_the_memory_of_the_server_that_would_be_stopped_counts_as_free(autojump_clock: MockClock) -> None:
     async with running_device(backend="cuda") as device:
         device.files.headers |= {"a": header(size_bytes=4 * GIB), "b": header(size_bytes=5 * GIB)}
@@ -219,6 +273,14 @@ async def test_the_memory_of_the_server_that_would_be_stopped_counts_as_free(aut
         assert device.servers.has_room("b")
         device.servers.replace({"b": device.models["b"]}, {"b": device.specs["b"]}, 1000)
         assert not device.servers.has_room("b"), "the file of a model that was removed is unknown"
+
+
+async def test_the_context_of_a_server_is_shown_once_it_is_known(autojump_clock: MockClock) -> None:
+    async with running_device() as device:
+        await device.servers.ensure("a")
+        assert device.view().slot_ctx_size is None
+        device.upstream().slot_ctx_size = 2048
+        assert device.view().slot_ctx_size == 2048
 
 
 async def test_a_server_that_is_stopped_says_so_to_its_requests_and_one_that_crashes_does_not(
@@ -251,6 +313,33 @@ async def test_a_server_that_the_kernel_killed_for_want_of_memory_says_so_to_its
         assert killed.blameless_end == blameless_end
         restarted = device.view().state is not ServerState.FAILED
         assert restarted is (limit is None), "with the same arguments it would run out of memory again"
+
+
+async def test_a_server_that_ran_out_of_the_devices_memory_fails_with_the_figures(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(ready_after_s=None, exits_after_s=5.0), backend="cuda") as device:
+        device.files.headers["a"] = header(size_bytes=4 * GIB)
+        device.readings.is_read, device.readings.free_bytes = True, 3 * GIB
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def exits() -> None:
+                await trio.sleep(1)
+                device.process.output.feed(b"cudaMalloc failed: out of memory\n")
+
+            said = (await device.refused()).reason
+        figures = (
+            "the model needs about 4.2 GiB (4.0 GiB of weights + 160 MiB of KV cache + 5 MiB of compute buffer), "
+            "the device has 8.0 GiB, 3.0 GiB are free now"
+        )
+        assert said == f"cpu:0: out of device memory: it exited with code 1; {figures}"
+        await trio.sleep(1)
+        view = device.view()
+        assert (view.state, view.reason_code) == (ServerState.FAILED, "out_of_device_memory")
+        assert len(device.spawner.processes) == 1, "not tried again with the same arguments"
+        obstacle = device.servers.obstacle("a")
+        assert obstacle is not None
+        assert obstacle.reason.endswith(figures)
+        assert (await device.refused()).reason.endswith(figures)
 
 
 async def test_a_server_that_is_stopped_before_it_was_ready_has_no_requests(autojump_clock: MockClock) -> None:

@@ -4,7 +4,7 @@ import trio
 from trio.testing import MockClock
 
 from fakes.child_process import Fate
-from fakes.one_device import CRASHES, running_device, spec
+from fakes.one_device import CRASHES, GIB, header, model, running_device, spec
 from nodeagent.scheduling.seam import ServerState
 
 
@@ -45,6 +45,30 @@ async def test_the_running_server_of_a_model_that_is_removed_is_named_and_still_
         await device.servers.stop("a")
         assert device.servers.views() == []
         assert device.hooks.calls[-1] == "after_start cpu:0/a"
+
+
+async def test_what_is_said_of_a_ready_server_follows_the_configuration(autojump_clock: MockClock) -> None:
+    async with running_device(parallel=4) as device:
+        await device.servers.ensure("a")
+        before = device.view()
+        assert (before.slots, before.idle_unload_s) == (4, None)
+        assert device.view() is before, "every request looks at it"
+        models = device.models | {"a": model("a", parallel=4, idle_unload_s=60)}
+        device.servers.replace(models, device.specs, 1000)
+        assert device.view().idle_unload_s == 60
+
+
+async def test_whether_a_model_fits_follows_its_file_and_the_configuration(autojump_clock: MockClock) -> None:
+    async with running_device(backend="cuda", gpu_layers=99) as device:
+        assert device.servers.obstacle("a") is None, "nothing is known of its file"
+        device.files.headers["a"] = header(size_bytes=8 * GIB)
+        assert device.servers.obstacle("a") is not None
+        device.servers.replace(device.models | {"a": model("a", gpu_layers=1)}, device.specs, 1000)
+        assert device.servers.obstacle("a") is None
+        device.servers.replace(device.models, device.specs, 1000)
+        assert device.servers.obstacle("a") is not None
+        device.files.headers["a"] = header(size_bytes=4 * GIB)
+        assert device.servers.obstacle("a") is None
 
 
 async def test_a_model_that_has_failed_may_be_started_at_once_if_its_configuration_changes(

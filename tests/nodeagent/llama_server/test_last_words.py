@@ -2,7 +2,7 @@
 
 import pytest
 
-from nodeagent.llama_server.last_words import last_words
+from nodeagent.llama_server.last_words import last_error, last_words
 
 # Recorded from build b10068.
 WRONG_NUMBER = """\
@@ -76,3 +76,17 @@ def test_an_error_after_a_usage_text_is_told() -> None:
 @pytest.mark.parametrize("lines", [[], ["", " "], ["usage:", "  -h"], ["to show complete usage, run with -h"]])
 def test_nothing_is_told_where_nothing_was_said(lines: list[str]) -> None:
     assert last_words(lines) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        (["loading", *WRONG_NUMBER], WRONG_NUMBER[0]),
+        (["error 1", "error 2", "end"], "error 2"),
+        (["one", "two", "usage:", "  -h"], "two"),
+        (["usage:", "  -h"], None),
+    ],
+    ids=["before a usage text", "the last of two", "no error", "nothing said"],
+)
+def test_the_log_shows_the_last_error(lines: list[str], shown: str | None) -> None:
+    assert last_error(lines) == shown

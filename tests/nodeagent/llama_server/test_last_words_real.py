@@ -28,7 +28,7 @@ class NotPinned:
 async def reason_of_a_start(model: ModelConfig, llama_server: Path, state_dir: Path) -> tuple[str, str]:
     """Why the server did not start, for operators: as the refused load has it, and the inventory."""
     config = NodeConfig(models=(model,), state_dir=state_dir)
-    probe = LlamaServerProbe(model.server_name, "key")
+    probe = LlamaServerProbe(model.model_id, "key")
     child = child_spec(model, DEVICE, NotPinned(), llama_server, config=config, probe=probe, api_key="key")
     supervisor = Supervisor(on_event=lambda event: servers.handle(event))
     servers = DeviceServers(

@@ -156,6 +156,36 @@ async def test_an_early_refusal_of_a_long_body_is_read_and_its_connection_not_us
     finish(nursery)
 
 
+@pytest.mark.parametrize("size", [2, 20 * 2**20], ids=["short", "long"])
+async def test_a_wait_for_a_response_that_was_cancelled_goes_on_where_it_was(size: int, nursery: trio.Nursery) -> None:
+    read = trio.Event()
+    requests: list[bytes] = []
+
+    async def slow(stream: trio.SocketStream) -> None:
+        await read.wait()
+        requests.append(await read_request(stream))
+        for byte in PLAIN:
+            await stream.send_all(bytes([byte]))
+            await trio.sleep(0.001)
+
+    upstream = await serving(nursery, slow)
+    sent = upstream.request("POST", "/", [], b"x" * size)
+    waits, response = 0, None
+    with trio.fail_after(30):
+        while response is None:
+            waits += 1
+            if waits == 3:
+                read.set()
+            with trio.move_on_after(0.01):
+                response = await sent.response()
+            assert upstream.in_flight == 1
+        assert await body_of(response) == b"hello world"
+    assert waits > 3
+    assert [request.partition(b"\r\n\r\n")[2] for request in requests] == [b"x" * size]
+    assert upstream.in_flight == 0
+    finish(nursery)
+
+
 async def test_an_interim_response_is_skipped(nursery: trio.Nursery) -> None:
     upstream = await serving(nursery, answering(b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN))
     with trio.fail_after(5):

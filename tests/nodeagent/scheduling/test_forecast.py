@@ -2,7 +2,8 @@ import pytest
 
 from nodeagent.scheduling.estimates import LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
-from nodeagent.scheduling.queueing import FirstCome, LaneSnapshot, QueuedRequest, ServerUse
+from nodeagent.scheduling.queueing import FirstCome, LaneSnapshot, QueuedRequest
+from nodeagent.scheduling.room import ServerUse
 from nodeagent.scheduling.swap_aware import SwapAware
 
 
@@ -38,6 +39,12 @@ def test_the_loaded_models_requests_are_expected_to_pass() -> None:
 
 def test_a_load_under_way_is_waited_for() -> None:
     assert forecast(SwapAware(), lane("bb", {}, loading="b"), [], load_left_s=2.5) == pytest.approx([2.5, 5.5])
+
+
+def test_a_request_that_wants_more_slots_than_there_are_frees_no_more_than_it_has() -> None:
+    a = ServerUse(ready=True, slots=2, in_flight=2, since=0.0)
+    starts = forecast(SwapAware(), lane("aaa", {"a": a}), [Running("a", 0.0, slots=9)])
+    assert starts == pytest.approx([1, 1, 2])
 
 
 def test_slots_start_side_by_side() -> None:

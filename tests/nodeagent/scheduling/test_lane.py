@@ -1,5 +1,6 @@
 """A lane in virtual time, over servers that are a table."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,58 @@ async def test_the_first_request_loads_its_model_and_is_granted(
     assert trio.current_time() == pytest.approx(1.0)
     assert lease.load_s == pytest.approx(1.0)
     assert lease.queued_s == pytest.approx(0.0)
+
+
+async def test_a_request_is_granted_as_it_is_submitted_if_nothing_is_in_its_way(
+    servers: FakeServers, lane: Lane[str], autojump_clock: MockClock
+) -> None:
+    servers.slots = 2
+    await lane.submit("r1", "a").granted()
+    beside = lane.submit("r2", "a")
+    assert (beside.state, lane.view().in_flight) == (TicketState.GRANTED, 2)
+    no_slot = lane.submit("r3", "a")
+    assert no_slot.state is TicketState.WAITING
+    no_slot.close()
+    await trio.testing.wait_all_tasks_blocked()
+    looks = servers.looks
+    beside.close()
+    await trio.testing.wait_all_tasks_blocked()
+    assert servers.looks == looks, "its task has nothing to do while another request runs on the model"
+
+
+async def test_a_request_that_needs_no_slot_waits_for_none_and_keeps_its_server(
+    servers: FakeServers, lane: Lane[str], autojump_clock: MockClock
+) -> None:
+    lane.rules = replace(RULES, max_pending=9)
+    running = lane.submit("r1", "a")
+    await running.granted()
+    count = lane.submit("r2", "a", slots=0)
+    assert count.state is TicketState.GRANTED
+    waiting = lane.submit("r2", "a")
+    another = lane.submit("r2", "a", slots=0)
+    assert (waiting.state, another.state) == (TicketState.WAITING, TicketState.GRANTED)
+    assert waiting.passed_since is None
+    for ticket in (waiting, another):
+        ticket.close()
+    running.close()
+    other = lane.submit("r3", "b")
+    await trio.sleep(5)
+    assert (other.state, servers.history) == (TicketState.WAITING, ["start a"])
+    served_s = lane.times.service_s("a")
+    count.close()
+    assert lane.times.service_s("a") == served_s, "it says nothing of how long a slot is in use"
+    await other.granted()
+
+
+async def test_a_request_that_could_be_granted_does_not_pass_those_that_are_queued(
+    servers: FakeServers, lane: Lane[str], autojump_clock: MockClock
+) -> None:
+    servers.slots = 2
+    lane.rules = replace(RULES, policy=FirstCome())
+    await lane.submit("r1", "a").granted()
+    queued, later = lane.submit("r2", "b"), lane.submit("r3", "a")
+    await trio.testing.wait_all_tasks_blocked()
+    assert (queued.state, later.state) == (TicketState.WAITING, TicketState.WAITING)
 
 
 async def test_one_is_in_flight_and_the_others_follow_in_order(lane: Lane[str], autojump_clock: MockClock) -> None:
@@ -317,7 +370,7 @@ async def test_a_fault_of_our_own_in_a_load_is_told_and_does_not_end_the_lane(
 ) -> None:
     real_ensure = servers.ensure
 
-    async def faulty(model_id: str) -> None:
+    async def faulty(model_id: str, beside: Collection[str] = ()) -> None:
         raise ZeroDivisionError(model_id)
 
     servers.ensure = faulty  # type: ignore[method-assign]

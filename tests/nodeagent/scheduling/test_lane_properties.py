@@ -42,7 +42,13 @@ VISITS = st.builds(
     service_s=TIMES,
     patience_s=TIMES,
     priority=st.sampled_from(Priority),
-    slots=st.sampled_from([1, 1, 2, 5]),
+    slots=st.sampled_from([0, 1, 1, 2, 5]),
+)
+TOTAL_BYTES = 4
+ROOMS = st.tuples(
+    st.sampled_from([1, 1, 2, 3]),
+    st.booleans(),
+    st.fixed_dictionaries({model_id: st.integers(0, TOTAL_BYTES) for model_id in "abc"}),
 )
 
 
@@ -58,6 +64,7 @@ VISITS = st.builds(
     hesitates_s=st.sampled_from([0.0, 0.25]),
     policy=POLICIES,
     grace_s=st.sampled_from([0.3, 30.0]),
+    room=ROOMS,
 )
 @settings(max_examples=3 * settings().max_examples, deadline=None)
 def test_a_lane_always_comes_to_rest(
@@ -72,11 +79,25 @@ def test_a_lane_always_comes_to_rest(
     hesitates_s: float,
     policy: Policy,
     grace_s: float,
+    room: tuple[int, bool, dict[str, int]],
 ) -> None:
+    max_models, concurrent, sizes = room
     servers = FakeServers(
-        load_s=load_s, slots=slots, broken=broken, idle_unload_s=idle_unload_s, hesitates_s=hesitates_s
+        load_s=load_s,
+        slots=slots,
+        broken=broken,
+        idle_unload_s=idle_unload_s,
+        hesitates_s=hesitates_s,
+        sizes=sizes,
+        total_bytes=TOTAL_BYTES,
     )
-    rules = replace(RULES, policy=CheckedPolicy(policy), abandoned_load_grace_s=grace_s)
+    rules = replace(
+        RULES,
+        policy=CheckedPolicy(policy),
+        abandoned_load_grace_s=grace_s,
+        max_models=max_models,
+        concurrent_models=concurrent,
+    )
     scenario = partial(_scenario, servers, rules, visits, crashes, unloads, visits_of_operators)
     trio.run(scenario, clock=MockClock(autojump_threshold=0))
 
@@ -92,17 +113,20 @@ async def _scenario(
     slots = servers.slots
     lane: Lane[str] = Lane("cpu:0", servers, rules)
     served = 0
-    running: list[Lease[str]] = []
-    slots_of: dict[int, int] = {}
+    running: dict[str, Lease[str]] = {}  # by client: two leases may be equal
+    slots_of: dict[str, int] = {}
 
     def on_change() -> None:
         lane.nudge()
-        if servers.history and servers.history[-1].startswith("crash"):
-            running.clear()  # what they were granted is gone already
-        current = servers.current
-        for lease in running:
-            assert current is not None, "stopped under a lease"
-            assert (current.model_id, current.generation) == (lease.model_id, lease.generation), "swapped under a lease"
+        assert len(servers.servers) <= rules.max_models
+        assert len(servers.servers) <= 1 or (servers.memory_free_bytes() or 0) >= 0, "more than the device has"
+        last = servers.history[-1] if servers.history else ""
+        if last.startswith("crash"):  # what they were granted is gone already
+            for name in [name for name, lease in running.items() if lease.model_id == last.removeprefix("crash ")]:
+                del running[name]
+        for lease in running.values():
+            assert lease.model_id in servers.servers, "stopped under a lease"
+            assert servers.servers[lease.model_id].generation == lease.generation, "swapped under a lease"
 
     servers.on_change = on_change
 
@@ -118,15 +142,16 @@ async def _scenario(
             try:
                 lease = await ticket.granted()
                 assert lease.model_id == visit.model_id
-                running.append(lease)
-                slots_of[id(lease)] = min(visit.slots, slots)
-                assert sum(slots_of[id(it)] for it in running) <= slots
+                running[str(number)] = lease
+                slots_of[str(number)] = min(visit.slots, slots)
+                beside = [name for name, it in running.items() if it.model_id == visit.model_id]
+                assert sum(slots_of[name] for name in beside) <= slots
+                assert rules.concurrent_models or len(beside) == len(running)
                 try:
                     await trio.sleep(visit.service_s)
                     served += 1
                 finally:
-                    if lease in running:
-                        running.remove(lease)
+                    running.pop(str(number), None)
             except Refusal:
                 pass
             finally:
@@ -134,8 +159,9 @@ async def _scenario(
 
     async def crash(at: float) -> None:
         await trio.sleep(at)
-        if servers.current is not None and servers.current.endpoint is not None:
-            servers.crash()
+        ready = [it.model_id for it in servers.views() if it.endpoint is not None]
+        if ready:
+            servers.crash(ready[0])
 
     async def unload(at: float, model_id: str) -> None:
         await trio.sleep(at)

@@ -34,7 +34,7 @@ def test_another_copy_is_loaded_once_the_queue_is_long_enough_to_pay_for_it() ->
 
 
 def test_what_would_be_evicted_counts_as_a_load_more() -> None:
-    other = device("b", Residency.OTHER_MODEL, start_s=5, evicts_s=3)
+    other = device("b", Residency.OTHER_MODEL, start_s=5, delays_s=3)
     assert chosen(device("a", Residency.READY, 1, start_s=7), other) == "a"
     assert chosen(device("a", Residency.READY, 1, start_s=9), other) == "b"
 

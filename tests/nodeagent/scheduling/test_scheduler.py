@@ -120,6 +120,35 @@ async def test_a_request_whose_server_died_is_tried_again_on_a_device_that_is_fr
     assert trio.current_time() == began
 
 
+async def test_preloads_have_a_device_each_and_then_share(
+    scheduler: Scheduler[str], devices: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    assert scheduler.preload(["a", "b", "c"]) == ["c"]
+    for lane in scheduler.lanes.values():
+        lane.rules = replace(lane.rules, max_models=2)
+    devices["gpu:1"].obstacles["d"] = Obstacle("does not fit")
+    assert scheduler.preload(["d", "e", "f"]) == []
+    await trio.sleep(60)
+    assert devices["gpu:0"].servers.keys() >= {"d"}
+    assert all(len(device.servers) == 2 for device in devices.values())
+
+
+async def test_a_request_for_a_model_that_is_loaded_beside_another_goes_there(
+    scheduler: Scheduler[str], devices: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    for lane in scheduler.lanes.values():
+        lane.rules = replace(lane.rules, max_models=2, concurrent_models=True)
+        lane.preload("a")
+    scheduler.lanes["gpu:1"].preload("b")
+    await trio.sleep(60)
+    busy = [scheduler.admit("", "a") for _device in devices]
+    assert scheduler.place("b") == "gpu:1"
+    ticket = scheduler.admit("", "b")
+    assert ticket.state is TicketState.GRANTED
+    for other in (*busy, ticket):
+        other.close()
+
+
 async def test_when_every_lane_is_full_the_soonest_place_is_told(
     scheduler: Scheduler[str], autojump_clock: MockClock
 ) -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from nodeagent.scheduling.estimates import LaneTimes
-from nodeagent.scheduling.queueing import Decision, Grant, LaneSnapshot, Load, Priority, QueuedRequest, ServerUse, Wait
+from nodeagent.scheduling.queueing import Decision, Grant, LaneSnapshot, Load, Priority, QueuedRequest, Wait
+from nodeagent.scheduling.room import ServerUse
 from nodeagent.scheduling.swap_aware import SwapAware
 
 POLICY = SwapAware(swap_fairness_s=30, min_residency_s=2)

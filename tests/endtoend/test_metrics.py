@@ -1,0 +1,110 @@
+"""The metrics of the agent as a process, with real llama-servers, read by Prometheus' own parser and tools."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from fakes.agent_process import AgentProcess, running_agent, write_config
+
+HELLO: Any = [{"role": "user", "content": "hello there"}]
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture(scope="module")
+def agent(
+    llama_server: Path, tiny_model: Path, tiny_model_b: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AgentProcess]:
+    models = [{"model_id": "a", "path": str(tiny_model)}, {"model_id": "b", "path": str(tiny_model_b)}]
+    with running_agent(write_config(tmp_path_factory.mktemp("agent"), llama_server, models)) as agent:
+        yield agent
+
+
+def scrape(agent: AgentProcess) -> str:
+    answer = httpx.get(f"{agent.base_url}/metrics", trust_env=False)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return answer.text
+
+
+def samples(agent: AgentProcess) -> Samples:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(scrape(agent))
+        for sample in family.samples
+    }
+
+
+def value(of: Samples, name: str, **labels: str) -> float:
+    return of.get((f"nodeagent_{name}", frozenset(labels.items())), 0.0)
+
+
+def chat(agent: AgentProcess, model: str = "a", **more: Any) -> httpx.Response:
+    body = {"model": model, "messages": HELLO, "max_tokens": 4, **more}
+    return httpx.post(f"{agent.base_url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+
+
+def test_requests_and_their_tokens_are_counted(agent: AgentProcess) -> None:
+    before = samples(agent)
+    assert chat(agent).status_code == 200
+    assert chat(agent, stream=True).status_code == 200
+    after = samples(agent)
+
+    def grown(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert grown("requests_total", model="a", code="200", reason="") == 2
+    assert grown("generation_tokens_total", model="a") == 8
+    assert grown("prompt_tokens_total", model="a") + grown("cached_prompt_tokens_total", model="a") > 8
+    for name in ("request_duration_seconds", "time_to_first_token_seconds", "queue_wait_seconds"):
+        assert grown(f"{name}_count", model="a") == 2
+        assert grown(f"{name}_bucket", model="a", le="+Inf") == 2
+    assert value(after, "backend_state", device="cpu:0", model="a", state="ready") == 1
+    assert value(after, "num_requests_running") == 0
+
+
+def test_no_counter_goes_back_and_every_sample_is_finite_through_switches_and_crashes(agent: AgentProcess) -> None:
+    last = samples(agent)
+    for number in range(4):
+        chat(agent, "ab"[number % 2])
+        if number == 2:
+            os.kill(agent.wait_child().pid, signal.SIGKILL)
+            until = time.monotonic() + 20
+            while not value(
+                samples(agent), "backend_exits_total", device="cpu:0", model="a", reason="killed_by_signal"
+            ):
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        now = samples(agent)
+        assert all(math.isfinite(it) for it in now.values())
+        counters = [key for key in last if key[0].endswith(("_total", "_count", "_sum", "_bucket"))]
+        assert all(now[key] >= last[key] for key in counters)
+        last = now
+
+
+def test_openmetrics_is_spoken_to_those_who_ask_for_it(agent: AgentProcess) -> None:
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    answer = httpx.get(f"{agent.base_url}/metrics", headers=accept, trust_env=False)
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    names = {family.name for family in parse_openmetrics(answer.text)}  # type: ignore[no-untyped-call]
+    assert {"nodeagent_requests", "nodeagent_build", "nodeagent_status"} <= names
+
+
+def test_promtool_finds_nothing_to_complain_about(agent: AgentProcess) -> None:
+    promtool = shutil.which("promtool", path=os.environ["PATH"] + ":/usr/sbin:/usr/bin")
+    assert promtool is not None, "promtool is missing: install Debian's package prometheus"
+    chat(agent)
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=scrape(agent), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

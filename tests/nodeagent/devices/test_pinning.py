@@ -1,0 +1,93 @@
+"""The variables that keep a child to one device."""
+
+import pytest
+
+from nodeagent.devices.pinning import entries, pin
+
+
+@pytest.mark.parametrize(
+    ("backend", "environ", "count", "names"),
+    [
+        ("vulkan", {}, 2, ["0", "1"]),
+        # Vulkan's list is in the order of the mask, and an entry may repeat.
+        ("vulkan", {"GGML_VK_VISIBLE_DEVICES": "3,1"}, 2, ["3", "1"]),
+        ("vulkan", {"GGML_VK_VISIBLE_DEVICES": "0,0"}, 2, ["0", "0"]),
+        ("vulkan", {"GGML_VK_VISIBLE_DEVICES": "0,7"}, 1, None),
+        ("rocm", {"ROCR_VISIBLE_DEVICES": "2,1"}, 2, ["2", "1"]),
+        ("rocm", {"ROCR_VISIBLE_DEVICES": "GPU-5f0c2a1b3d4e5f60"}, 1, ["GPU-5f0c2a1b3d4e5f60"]),
+        # The second mask counts what the first one left.
+        ("rocm", {"ROCR_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": "1"}, 1, ["3"]),
+        ("rocm", {"HIP_VISIBLE_DEVICES": "1"}, 1, ["1"]),
+        # HIP obeys CUDA's mask where it has none of its own.
+        ("rocm", {"CUDA_VISIBLE_DEVICES": "1"}, 1, ["1"]),
+        ("rocm", {"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "1"}, 1, ["0"]),
+        ("rocm", {"ROCR_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": "5"}, 1, None),
+        ("sycl", {"ONEAPI_DEVICE_SELECTOR": "level_zero:1;level_zero:0"}, 2, ["1", "0"]),
+        ("sycl", {"ONEAPI_DEVICE_SELECTOR": "level_zero:1,2"}, 2, ["1", "2"]),
+        ("sycl", {"ONEAPI_DEVICE_SELECTOR": "*:gpu"}, 1, None),
+        ("cuda", {"CUDA_VISIBLE_DEVICES": "1"}, 1, ["1"]),
+        ("metal", {}, 1, ["0"]),
+    ],
+)
+def test_a_device_is_called_what_the_masks_of_the_agent_call_it(
+    backend: str, environ: dict[str, str], count: int, names: list[str] | None
+) -> None:
+    assert entries(backend, environ, count) == names
+
+
+@pytest.mark.parametrize(
+    ("backend", "listed", "entry", "shown", "args"),
+    [
+        ("vulkan", "Vulkan1", "1", {"GGML_VK_VISIBLE_DEVICES": "1"}, ("--device", "Vulkan0")),
+        (
+            "rocm",
+            "ROCm2",
+            "2",
+            {"ROCR_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"},
+            ("--device", "ROCm0"),
+        ),
+        (
+            "sycl",
+            "SYCL1",
+            "1",
+            {
+                "ONEAPI_DEVICE_SELECTOR": "level_zero:1",
+                "ZES_ENABLE_SYSMAN": "1",
+                "UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS": "1",
+            },
+            ("--device", "SYCL0"),
+        ),
+        (
+            "cuda",
+            "CUDA1",
+            "GPU-a",
+            {"CUDA_VISIBLE_DEVICES": "GPU-a", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            ("--device", "CUDA0"),
+        ),
+    ],
+)
+def test_a_child_sees_its_own_device_and_those_of_no_other_backend(
+    backend: str, listed: str, entry: str, shown: dict[str, str], args: tuple[str, ...]
+) -> None:
+    found = pin(backend, listed, entry)
+    assert {name: value for name, value in found.env.items() if value} == shown
+    hidden = {name for name, value in found.env.items() if not value}
+    assert hidden | set(shown) >= {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"}
+    assert found.args == args
+
+
+def test_without_a_number_of_the_vendors_only_the_list_pins() -> None:
+    assert pin("vulkan", "Vulkan1", None).args == ("--device", "Vulkan1")
+    assert pin("vulkan", "Vulkan1", None).env == {}
+    assert pin("sycl", "SYCL1", None).env == {
+        "ZES_ENABLE_SYSMAN": "1",
+        "UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS": "1",
+    }
+    # An inherited mask stays as it is: the list was made with it.
+    assert "HIP_VISIBLE_DEVICES" not in pin("rocm", "ROCm1", None).env
+
+
+def test_there_is_nothing_to_hide_from_metal() -> None:
+    assert pin("metal", "MTL0", "0").args == ("--device", "MTL0")
+    assert pin("metal", "Metal", "0").args == ("--device", "Metal")
+    assert pin("metal", "MTL0", "0").env == {}
