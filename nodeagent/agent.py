@@ -5,6 +5,7 @@ lock the state folder, bind the address, find the devices
 ├── node            background work that requests start
 ├── monitor         reads the devices
 ├── load meter      measures what loads took
+├── API keys        reads them again when they change, keeps their sums
 ├── lanes           one task per device
 ├── stall watch     reports busy servers that make no progress to the supervisor
 ├── front           hypercorn and the Quart-Trio app
@@ -29,7 +30,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from nodeagent import descriptors, host_names, reload, state_dir
-from nodeagent.config import NodeConfig, find_llama_server, read_token
+from nodeagent.access.gate import Gate
+from nodeagent.config import ApiKeyConfig, NodeConfig, find_llama_server, guarding_keys, read_token
 from nodeagent.devices.backend import Backend, Build
 from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
@@ -91,6 +93,7 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
     binary = find_llama_server(config)
     _warn_of_supervisord()
     with state_dir.locked(config.state_dir):
+        keys = guarding_keys(config)
         sweep(state_dir.children_file(config.state_dir))
         listeners, port = await bind(config.listen_host, config.listen_port)
         backend = await trio.to_thread.run_sync(select, config.backend, config.devices, Build(binary))
@@ -101,7 +104,7 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
             if cpus.usable < cpus.host:
                 logger.info("servers may use %s", cpus)
             devices = with_reserve(devices, config)
-            agent = Agent(config, backend, devices, binary, port)
+            agent = Agent(config, backend, devices, binary, port, keys)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             await agent.run(listeners, signals, on_ready)
         finally:
@@ -111,7 +114,15 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
 class Agent:
     """The parts of the node, and the nursery in which they run."""
 
-    def __init__(self, config: NodeConfig, backend: Backend, devices: list[DeviceRef], binary: Path, port: int) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        backend: Backend,
+        devices: list[DeviceRef],
+        binary: Path,
+        port: int,
+        keys: Mapping[str, ApiKeyConfig],
+    ) -> None:
         self._config = config
         records = Records(state_dir.children_file(config.state_dir))
         self._supervisor = Supervisor(
@@ -134,7 +145,8 @@ class Agent:
         )
         managed = {device.device_id: self._managed(device, backend, binary) for device in devices}
         identity = _identity(config, port)
-        self.node = Node(config, identity, managed, catalogue=self._catalogue, monitor=self._monitor)
+        self._gate = Gate(state_dir.admin_token(config.state_dir), config.state_dir, keys)
+        self.node = Node(config, identity, managed, catalogue=self._catalogue, monitor=self._monitor, gate=self._gate)
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
         self._stop_front = trio.Event()
@@ -165,6 +177,7 @@ class Agent:
             signals.on_reload = node.reload_soon
             await nursery.start(self._monitor.run, name="monitor")
             await nursery.start(self._meter.run, name="load meter")
+            await nursery.start(self._gate.run, node.read_api_keys, name="API keys")
             for device_id, device in node.devices.items():
                 await nursery.start(device.lane.run, name=f"lane {device_id}")
             nursery.start_soon(self._learn_host_name, name="look up the host's name")
@@ -306,7 +319,6 @@ def _identity(config: NodeConfig, port: int) -> NodeIdentity:
         incarnation=uuid.uuid4().hex,
         started_at=datetime.now(UTC),
         version=version("rolemesh-node-agent"),
-        admin_token=state_dir.admin_token(config.state_dir),
         host_names=host_names.known(base_url, local_url),
     )
 

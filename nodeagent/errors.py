@@ -26,6 +26,11 @@ NodeAgentError
     ├── ShuttingDown         an order that makes no sense for a node that is about to stop
     ├── PoisonedRequest      two servers crashed on the same body
     ├── Unauthorized         the admin token is missing or wrong
+    ├── InvalidApiKey        the API key is missing or wrong
+    ├── RoleForbidden        the API key is not for this path
+    ├── ModelForbidden       the API key is not for this model
+    ├── KeyLimitReached      the API key has too many requests for the moment
+    ├── KeyQuotaUsedUp       the API key has used up its tokens of the day
     ├── OriginForbidden      a web page sent a request that it may not send
     ├── HostForbidden        a browser's request names the node by a name that is not its own
     ├── NoSuchDevice
@@ -262,6 +267,53 @@ class PoisonedRequest(Refusal):
 
 class Unauthorized(Refusal):
     """The path needs the admin token, and the request has none or a wrong one."""
+
+
+class InvalidApiKey(Refusal):
+    """The node has API keys, and the request has none (`is_missing`) or one that is not valid."""
+
+    def __init__(self, *, is_missing: bool) -> None:
+        self.is_missing = is_missing
+        super().__init__("no API key" if is_missing else "an API key that is not valid")
+
+
+class RoleForbidden(Refusal):
+    """The request's API key, of that name, lacks the role that the path needs."""
+
+    def __init__(self, name: str, role: str) -> None:
+        self.name = name
+        self.role = role
+        super().__init__(f"API key {name!r} lacks the role {role}")
+
+
+class ModelForbidden(Refusal):
+    """The request's API key, of that name, is not for the model. `allowed` are those that it is for."""
+
+    def __init__(self, name: str, model_id: str, allowed: list[str]) -> None:
+        self.name = name
+        self.model_id = model_id
+        self.allowed = allowed
+        super().__init__(f"API key {name!r} may not use {model_id!r}, only {', '.join(allowed) or 'none'}")
+
+
+class KeyLimitReached(Refusal):
+    """The API key has as many requests as it may for the moment; `what` names the limit as the configuration does."""
+
+    def __init__(self, name: str, what: str, limit: int, retry_after_s: float | None) -> None:
+        self.name = name
+        self.what = what
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+        super().__init__(f"API key {name!r} is at its limit of {limit} {what}")
+
+
+class KeyQuotaUsedUp(Refusal):
+    """The API key has used up its tokens of the day."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.name = name
+        self.limit = limit
+        super().__init__(f"API key {name!r} has used up its {limit} tokens of the day")
 
 
 class OriginForbidden(Refusal):

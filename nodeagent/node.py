@@ -17,7 +17,8 @@ from typing import Protocol
 import trio
 
 from nodeagent import events, logs, reload
-from nodeagent.config import ModelConfig, NodeConfig
+from nodeagent.access.gate import Gate
+from nodeagent.config import ApiKeyConfig, ModelConfig, NodeConfig, read_api_keys
 from nodeagent.containment import Containment
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register
@@ -61,7 +62,6 @@ class NodeIdentity:
     incarnation: str
     started_at: datetime
     version: str
-    admin_token: str
     host_names: frozenset[str] = frozenset()
 
 
@@ -82,6 +82,7 @@ class Node:
         *,
         catalogue: Catalogue,
         monitor: DeviceMonitor,
+        gate: Gate,
     ) -> None:
         self.identity = identity
         self.devices = devices
@@ -98,6 +99,7 @@ class Node:
         self._config = config
         self._catalogue = catalogue
         self._monitor = monitor
+        self._gate = gate
         self._phase = Phase.STARTING
         self._last_state: NodeState | None = None
         self._preloading: set[str] = set()
@@ -128,8 +130,8 @@ class Node:
         return self._config.max_request_bytes
 
     @property
-    def admin_token(self) -> str:
-        return self.identity.admin_token
+    def gate(self) -> Gate:
+        return self._gate
 
     @property
     def default_model_id(self) -> str | None:
@@ -240,12 +242,17 @@ class Node:
     async def reload(self) -> Reloaded:
         async with self._reloading:  # one at a time, in the order of the requests
             try:
-                config = await trio.to_thread.run_sync(reload.read_again, self._config)
+                config, keys = await trio.to_thread.run_sync(reload.read_again, self._config)
             except ConfigError as error:
                 problems = [str(problem) for problem in error.problems]
                 logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
                 raise ReloadRefused(problems) from error
+            self._gate.replace(keys)
             return await self._reconfigure(config)
+
+    def read_api_keys(self) -> dict[str, ApiKeyConfig]:
+        """Every API key by its SHA-256. Blocks on the disk; raises ConfigError."""
+        return read_api_keys(self._config)
 
     def register(self) -> bool:
         if self.dispatcher is None:

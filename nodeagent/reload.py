@@ -5,7 +5,7 @@
 
 import logging
 
-from nodeagent.config import NodeConfig, find_llama_server, load_config, with_keys
+from nodeagent.config import ApiKeyConfig, NodeConfig, find_llama_server, guarding_keys, load_config, with_keys
 from nodeagent.errors import ConfigError, Problem
 from nodeagent.front.seam import Reloaded
 
@@ -31,14 +31,14 @@ FIXED_KEYS = (
 )
 
 
-def read_again(config: NodeConfig) -> NodeConfig:
-    """Read the file that this configuration came from, and look for the server's binary. Blocks on the disk; raises
-    ConfigError."""
+def read_again(config: NodeConfig) -> tuple[NodeConfig, dict[str, ApiKeyConfig]]:
+    """Read the file that this configuration came from, with its API keys, and look for the server's binary. Blocks on
+    the disk; raises ConfigError."""
     if config.source.file is None:
         raise ConfigError([Problem("this configuration did not come from a file")])
     again = load_config(config.source.file)
     find_llama_server(again)
-    return again
+    return again, guarding_keys(again)
 
 
 def compare(before: NodeConfig, after: NodeConfig) -> Reloaded:

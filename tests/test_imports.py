@@ -33,6 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.gguf": {"nodeagent.errors"},
     # The configuration: nothing that runs.
     "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf"},
+    # Who may use the node: no HTTP.
+    "nodeagent.access": {"nodeagent.config", "nodeagent.containment", "nodeagent.errors"},
     # Vendors: no HTTP, no children.
     "nodeagent.devices": {"nodeagent.containment", "supervisor.cgroups", *VALUES},
     # Policy: no vendor, no process, no HTTP.
@@ -67,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The two faces: no process, no GPU, no configuration file.
     "nodeagent.front": {
+        "nodeagent.access",
         "nodeagent.containment",
         "nodeagent.descriptors",
         "nodeagent.events",
@@ -92,6 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "nodeagent.node": {
         "nodeagent",
+        "nodeagent.access",
         "nodeagent.config",
         "nodeagent.containment",
         "nodeagent.devices.monitor",
@@ -135,6 +139,7 @@ HTTP = {"h11", "hypercorn", "http", "httptools", "httpx", "quart", "quart_trio",
 PROCESSES = {"multiprocessing", "psutil", "subprocess"}
 GPUS = {"pynvml"}
 NEVER: dict[str, set[str]] = {
+    "nodeagent.access": HTTP | PROCESSES | GPUS,
     "nodeagent.devices": HTTP,
     "nodeagent.scheduling": HTTP | PROCESSES | GPUS,
     "nodeagent.front": PROCESSES | GPUS | {"httpx"},

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nodeagent import logs
-from nodeagent.cli import demo, devices, operations
+from nodeagent.cli import demo, devices, keys, operations
 from nodeagent.config import (
     NodeConfig,
     check_config,
@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     schema.set_defaults(command=_schema)
 
     devices.add_command(commands)
+    keys.add_command(commands)
     operations.add_commands(commands)
     return parser
 

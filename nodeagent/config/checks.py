@@ -24,6 +24,7 @@ def check_document(document: Document) -> Iterator[Finding]:
     yield from _devices(document)
     yield from _model_names(document)
     yield from _default_models(document)
+    yield from _api_keys(document)
     for index, model in _entries(document, "models"):
         if model.get("pinned") is True and model.get("idle_unload_s") is not None:
             yield ("models", index, "idle_unload_s"), "contradicts `pinned: true`; remove one of them"
@@ -99,6 +100,25 @@ def _default_models(document: Document) -> Iterator[Finding]:
     defaults = [index for index, model in _entries(document, "models") if model.get("default") is True]
     for index in defaults[1:]:
         yield ("models", index, "default"), f"is true for models[{defaults[0]}] already; one model can be the default"
+
+
+def _api_keys(document: Document) -> Iterator[Finding]:
+    models = [model.get("model_id") for _index, model in _entries(document, "models")]
+    first: dict[str, int] = {}
+    for index, entry in _entries(document, "api_keys"):
+        name = entry.get("name")
+        if isinstance(name, str):
+            if name in first:
+                yield ("api_keys", index, "name"), f"{name!r} is already the name of api_keys[{first[name]}]"
+            first.setdefault(name, index)
+        allowed = entry.get("models")
+        for number, model in enumerate(allowed if isinstance(allowed, list) else []):
+            if isinstance(model, str) and model not in models:
+                known = ", ".join(str(one) for one in models)
+                yield (
+                    ("api_keys", index, "models", number),
+                    f"must be the model_id of a model ({known}), found {model!r}",
+                )
 
 
 def _server_args(model: Document) -> Iterator[Finding]:

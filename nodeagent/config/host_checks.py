@@ -13,13 +13,15 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from nodeagent.config.keys import ModelConfig, NodeConfig
+from nodeagent.config.api_keys import ApiKeyConfig, read_digests
+from nodeagent.config.key_file import read_key_file
+from nodeagent.config.keys import PROGRAM, ModelConfig, NodeConfig
 from nodeagent.config.loading import in_order, read_source, validated
 from nodeagent.config.problems import shown
 from nodeagent.config.server_flags import file_args, must_exist
-from nodeagent.config.values import AbsolutePath
+from nodeagent.config.values import AbsolutePath, is_loopback
 from nodeagent.config.yaml_source import KeyPath, Source, where
-from nodeagent.errors import ConfigError, Problem
+from nodeagent.errors import ConfigError, Problem, StartupError
 from nodeagent.gguf.header import Companion, GgufError, read_companion, read_header
 
 # The package of the `demo` extra that brings a prebuilt llama-server.
@@ -89,6 +91,38 @@ def _token_error(config: NodeConfig, message: str) -> ConfigError:
     return ConfigError([config.problem(("dispatcher_token_file",), message)])
 
 
+def read_api_keys(config: NodeConfig) -> dict[str, ApiKeyConfig]:
+    """Every API key by its SHA-256: those of the configuration, and those that were made by command.
+
+    Raises ConfigError if one can't be read.
+    """
+    keys, problems = read_digests(config.api_keys, config.problem)
+    try:
+        made = read_key_file(config.state_dir)
+    except StartupError as error:
+        raise ConfigError([*problems, config.problem(("state_dir",), str(error))]) from error
+    names = {entry.name for entry in config.api_keys}
+    for entry in made:
+        if entry.name in names:
+            problems.append(config.problem(("api_keys",), f"{entry.name!r} was made by command too; keep one of them"))
+        keys.setdefault(entry.sha256 or "", entry)
+    if problems:
+        raise ConfigError(problems)
+    return keys
+
+
+def guarding_keys(config: NodeConfig) -> dict[str, ApiKeyConfig]:
+    """As `read_api_keys`; raises ConfigError also if there is none and others can reach the node."""
+    keys = read_api_keys(config)
+    if not keys and not config.allow_unauthenticated and not is_loopback(config.listen_host):
+        message = (
+            f"others can reach {config.listen_host}, and there is no API key: make one by `{PROGRAM} keys add NAME "
+            f"--config {config.source.file or 'FILE'}`, or set `allow_unauthenticated: true`"
+        )
+        raise ConfigError([config.problem(("listen_host",), message)])
+    return keys
+
+
 def missing_models(config: NodeConfig) -> list[Problem]:
     """A problem for each model whose file, or one beside it, is missing, unreadable, cut short or no GGUF."""
     return list(_missing(config.source, _files_of_models(config.models)))
@@ -131,7 +165,7 @@ def _unreadable(path: Path) -> str | None:
 def host_problems(config: NodeConfig) -> list[Problem]:
     """What the configuration names and this host lacks: the binary, the token file, CPUs, models."""
     problems = [*_missing_cpus(config), *_missing_binaries(config), *missing_models(config), *missing_files(config)]
-    for look in (find_llama_server, read_token):
+    for look in (find_llama_server, read_token, guarding_keys):
         try:
             look(config)
         except ConfigError as error:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import platformdirs
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, field_validator
 
+from nodeagent.config.api_keys import ApiKeyConfig
+from nodeagent.config.base import Keys
 from nodeagent.config.checks import MAX_SLOTS
 from nodeagent.config.problems import DEVICE_ID, MODEL_NAME, NODE_ID
 from nodeagent.config.server_flags import FlagValue, with_files
@@ -75,12 +77,6 @@ def no_home(state_dir: Path) -> str | None:
     if state_dir.is_absolute():
         return None
     return "must be set: this user has no home folder (HOME is not set, and there is no passwd entry)"
-
-
-class Keys(BaseModel):
-    """Strict, closed and frozen."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DeviceConfig(Keys):
@@ -422,6 +418,16 @@ class NodeConfig(Keys):
         description="How long a load goes on after the last request that waited for it has left, in seconds.",
     )
     max_request_bytes: int = Field(default=64 * 2**20, ge=1, le=64 * _GIB, description="Largest request body in bytes.")
+    api_keys: Annotated[tuple[ApiKeyConfig, ...], AsTuple] = Field(
+        default=(),
+        description="Who may use the node. With at least one key, here or made by `rolemesh-node-agent keys add`, "
+        "every request but a health check needs one.",
+    )
+    allow_unauthenticated: bool = Field(
+        default=False,
+        description="Allow a `listen_host` that is not on loopback without any API key. Whoever reaches the node may "
+        "then use it.",
+    )
     cors_origins: Annotated[tuple[Origin, ...], AsTuple] = Field(
         default=(), description="Web pages that may use the API, by origin, like https://chat.example; none by default."
     )

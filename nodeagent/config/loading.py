@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from nodeagent.config.api_keys import ApiKeyConfig
+from nodeagent.config.base import Keys
 from nodeagent.config.checks import Document, check_document, is_slot_count, server_args_parallel
 from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig, no_home
 from nodeagent.config.problems import explain, shown
@@ -83,9 +85,8 @@ def _in_words(error: ValidationError, source: Source) -> Iterator[Problem]:
 
 def _keys_beside(path: KeyPath) -> Iterable[str]:
     """The known keys of the mapping that holds this key."""
-    if len(path) > 1 and path[0] in ("models", "devices"):
-        return (ModelConfig if path[0] == "models" else DeviceConfig).model_fields
-    return NodeConfig.model_fields
+    entries: dict[str, type[Keys]] = {"models": ModelConfig, "devices": DeviceConfig, "api_keys": ApiKeyConfig}
+    return entries.get(str(path[0]) if len(path) > 1 else "", NodeConfig).model_fields
 
 
 def _with_parallel_lifted(document: Document) -> Document:

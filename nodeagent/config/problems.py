@@ -26,7 +26,14 @@ MODEL_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}$"
 NODE_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 DEVICE_ID: Final = r"^(cpu|gpu|cuda|rocm|sycl|vulkan|metal):(0|[1-9][0-9]{0,2})$"
 
+KEY_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
+SHA256: Final = "^[0-9a-f]{64}$"
+VARIABLE: Final = "^[A-Za-z_][A-Za-z0-9_]{0,127}$"
+
 _PATTERNS = {
+    KEY_NAME: "a name of letters, digits and . _ @ - that starts with a letter or digit (at most 64)",
+    SHA256: "64 hexadecimal digits in lower case",
+    VARIABLE: "the name of an environment variable",
     MODEL_NAME: "a name of letters, digits and . _ : @ / + - that starts with a letter or digit (at most 200)",
     NODE_ID: "a name of letters, digits and . _ - that starts with a letter or digit (at most 128)",
     DEVICE_ID: "cpu:0, cpu:1, ... or gpu:0, gpu:1, ... (or of one backend: cuda:0, rocm:0, sycl:0, vulkan:0, metal:0)",

@@ -11,6 +11,7 @@ _SECTIONS = (
     ("ModelConfig", "`models[]`"),
     ("LoraConfig", "`models[].loras[]`"),
     ("DeviceConfig", "`devices[]`"),
+    ("ApiKeyConfig", "`api_keys[]`"),
     ("RestartConfig", "`restart`, of the node or of one model"),
 )
 # A default that depends on the host or on another key: its description says which.

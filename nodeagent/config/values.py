@@ -99,6 +99,14 @@ def is_host(value: str) -> bool:
     return True
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches that address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def is_unspecified(host: str) -> bool:
     """Whether this address means all addresses of the host (0.0.0.0, ::)."""
     try:

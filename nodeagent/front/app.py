@@ -8,7 +8,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import health, metrics, models, node, openai, origins
+from nodeagent.front import guard, health, metrics, models, node, openai, origins
 from nodeagent.front.asgi import request_id
 from nodeagent.front.error_shapes import dialect_of
 from nodeagent.front.inference import Inference
@@ -42,6 +42,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     ):
         app.register_blueprint(routes)
     origins.guard(app, of)
+    guard.guard(app, of)
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:

@@ -12,6 +12,7 @@ from nodeagent.front.answer import Answer
 from nodeagent.front.asgi import Front, answer_to
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.exchange import AbortResponse, Exchange, Handler
+from nodeagent.front.guard import enter, given_key
 from nodeagent.front.half_close import HalfClose
 from nodeagent.front.hosts import refuse_foreign_host
 from nodeagent.front.inference import Inference
@@ -75,6 +76,8 @@ class FastRoad:
                 if page is not None or site is not None:
                     refuse_foreign_host(self._node, _text(headers.get(b"host")), origin=page, fetch_site=_text(site))
                     origins.refuse_foreign(self._node, request.method, path, page)
+                key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
+                enter(self._node, request.method, path, key, stack)
                 content = exchange.whole_body()
                 if content is None:
                     content = await body.read()

@@ -12,6 +12,7 @@ import trio
 from quart import Blueprint, Response, request
 
 from nodeagent.errors import BackendUnavailable, ModelNotLoaded, UpstreamLost
+from nodeagent.front.accounts import may_use
 from nodeagent.front.openai import model_of_name
 from nodeagent.front.seam import ModelCard, ModelDetails, Node, find_card
 from nodeagent.llama_server.relay import Upstream
@@ -30,7 +31,10 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_json(card, node.details(card.model_id)) for card in node.cards()]}
+        return {
+            "object": "list",
+            "data": [_json(card, node.details(card.model_id)) for card in node.cards() if may_use(card.model_id)],
+        }
 
     @routes.get("/v1/models/<path:model>")
     async def show_model(model: str) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """The node's own paths: its inventory and queues, and what operators can do.
 
-A path that changes something, or shows more than a client needs (events, logs), requires the admin token. Web pages
-may not use it: a request with an Origin is refused there, whatever its token. The inventory is for everybody, but what
-servers printed is in it for operators only.
+A path that changes something, or shows more than a client needs (events, logs), is for operators (`guard.py`). Web
+pages may not use it: a request with an Origin is refused there, whatever its token. What servers printed is in the
+inventory for operators only.
 """
 
-import hmac
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,8 +12,11 @@ from typing import Any
 import trio
 from quart import Blueprint, Response, request
 
-from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
+from nodeagent.access.gate import Account
+from nodeagent.access.sums import account_json
+from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden
 from nodeagent.events import NodeEvent, Ring
+from nodeagent.front.guard import given_key
 from nodeagent.front.seam import Node, find_card
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane
@@ -30,12 +32,14 @@ def blueprint(node: Node) -> Blueprint:
     admin = Blueprint("admin", __name__)
 
     @admin.before_request
-    async def authenticate() -> None:
-        _authenticate(node.admin_token)
+    async def refuse_pages() -> None:
+        origin = request.headers.get("Origin")
+        if origin is not None:
+            raise OriginForbidden(origin)
 
     @routes.get("/v1/node/inventory")
     async def inventory() -> Response:
-        content = node.inventory_json(for_operators=_is_operator(node.admin_token))
+        content = node.inventory_json(for_operators=_is_operator(node))
         return Response(content, content_type="application/json")
 
     @routes.get("/v1/node/queue")
@@ -102,6 +106,10 @@ def blueprint(node: Node) -> Blueprint:
             "needs_restart": list(what.needs_restart),
         }
 
+    @admin.get("/v1/node/keys")
+    async def keys() -> dict[str, Any]:
+        return {"keys": [_account_json(account) for account in node.gate.accounts]}
+
     @admin.post("/v1/node/register")
     async def register() -> dict[str, Any]:
         return {"registering": node.register()}
@@ -110,18 +118,11 @@ def blueprint(node: Node) -> Blueprint:
     return routes
 
 
-def _authenticate(token: str) -> None:
-    origin = request.headers.get("Origin")
-    if origin is not None:
-        raise OriginForbidden(origin)
-    if request.method != "OPTIONS" and not _is_operator(token):
-        raise Unauthorized
-
-
-def _is_operator(token: str) -> bool:
-    """Whether the request has the admin token and comes from no web page."""
-    given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-    return "Origin" not in request.headers and hmac.compare_digest(given, f"Bearer {token}".encode())
+def _is_operator(node: Node) -> bool:
+    """Whether the request is an operator's and comes from no web page."""
+    headers = dict(request.scope["headers"])
+    key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
+    return b"origin" not in headers and node.gate.is_operator(key)
 
 
 async def _load(node: Node, model_id: str, device_id: str | None) -> str:
@@ -242,6 +243,10 @@ def _lane_json(lane: Lane[Upstream]) -> dict[str, Any]:
             for ticket in lane.queue()
         ],
     }
+
+
+def _account_json(account: Account) -> dict[str, Any]:
+    return {**account_json(account.entry, account.sums), "in_flight": account.meter.in_flight}
 
 
 def _state_json(node: Node) -> dict[str, Any]:

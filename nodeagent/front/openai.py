@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from nodeagent.errors import InvalidRequest, WrongTask
+from nodeagent.front.accounts import account_var, may_use
 from nodeagent.front.asgi import exit_stack, on_half_close, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Endpoint, Slots
 from nodeagent.front.first_bytes import InferenceRequest
@@ -65,7 +66,7 @@ def read_request(
     return InferenceRequest(
         request_id=request_id,
         model_id=card.model_id,
-        priority=read_priority(_text(values.get(b"x-priority"))),
+        priority=allowed_priority(read_priority(_text(values.get(b"x-priority")))),
         conversation=conversation_of(_text(values.get(b"x-session-id")), fields) if several else None,
         slots=_SLOTS.get(endpoint.slots, fields.completions),
         ping_s=node.stream_ping_s if fields.stream and endpoint.streams else 0.0,
@@ -80,7 +81,7 @@ def model_of_name(node: Node, named: str | None) -> str:
     """The model of that name, else the node's default. Raises InvalidRequest if there is none."""
     model = named or node.default_model_id
     if model is None:
-        known = ", ".join(card.model_id for card in node.cards())
+        known = ", ".join(card.model_id for card in node.cards() if may_use(card.model_id))
         raise InvalidRequest(f"'model' is missing, and this node has no default. It serves: {known}.", param="model")
     return model
 
@@ -106,6 +107,12 @@ def headers_of_json(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes,
     """The headers for the server. The body is JSON, whatever type the client gave it; the server looks at the type."""
     others = [header for header in forwardable(headers) if header[0] != b"content-type"]
     return [(b"content-type", b"application/json"), *others]
+
+
+def allowed_priority(wanted: Priority) -> Priority:
+    """The priority that a request gets: at most that of its API key."""
+    account = account_var.get()
+    return wanted if account is None else max(wanted, Priority[account.entry.priority.upper()])
 
 
 def read_priority(header: str | None) -> Priority:

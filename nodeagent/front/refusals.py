@@ -19,7 +19,11 @@ from nodeagent.errors import (
     BodyTooSlow,
     Draining,
     HostForbidden,
+    InvalidApiKey,
     InvalidRequest,
+    KeyLimitReached,
+    KeyQuotaUsedUp,
+    ModelForbidden,
     ModelLoadTimeout,
     ModelNotFound,
     ModelNotLoaded,
@@ -30,6 +34,7 @@ from nodeagent.errors import (
     QueueTimeout,
     Refusal,
     ReloadRefused,
+    RoleForbidden,
     ServerBusy,
     ShuttingDown,
     Unauthorized,
@@ -221,6 +226,58 @@ REFUSALS: dict[type[Refusal], Row] = {
         when="an operator's path, without the admin token",
         client="send the token",
     ),
+    InvalidApiKey: Row(
+        status=401,
+        type="invalid_request_error",
+        code="invalid_api_key",
+        message=lambda it: (
+            ("This node needs an API key" if it.is_missing else "The API key is not valid on this node")
+            + ", as 'Authorization: Bearer ...' or 'x-api-key: ...'. Its operator makes keys by "
+            "'rolemesh-node-agent keys add'."
+        ),
+        when="the node has API keys, and the request has none or a wrong one",
+        client="send a valid key",
+    ),
+    RoleForbidden: Row(
+        status=403,
+        type="invalid_request_error",
+        code="role_forbidden",
+        message=lambda it: f"The API key {it.name!r} lacks the role {it.role!r}, which this path needs.",
+        when="the API key lacks the role that the path needs",
+        client="use another key",
+    ),
+    ModelForbidden: Row(
+        status=403,
+        type="invalid_request_error",
+        code="model_forbidden",
+        message=lambda it: (
+            f"The API key {it.name!r} may not use the model {it.model_id!r}, only: {', '.join(it.allowed) or 'none'}."
+        ),
+        param="model",
+        when="the API key is not for the model; the message lists those that it is for",
+        client="use one of them, or another key",
+    ),
+    KeyLimitReached: Row(
+        status=429,
+        type="rate_limit_error",
+        code="rate_limit_exceeded",
+        message=lambda it: f"The API key {it.name!r} is at its limit of {it.limit} ({it.what}). Retry later.",
+        retry_after_s=_BUSY_RETRY_S,
+        when="the API key is at its `requests_per_minute` or `concurrent_requests`",
+        client="retry after the wait",
+    ),
+    KeyQuotaUsedUp: Row(
+        status=429,
+        type="rate_limit_error",
+        code="insufficient_quota",
+        message=lambda it: (
+            f"The API key {it.name!r} has used up its {it.limit} tokens of today (tokens_per_day). The day ends at "
+            "midnight UTC."
+        ),
+        final=True,
+        when="the API key has used up its `tokens_per_day`",
+        client="wait for the next day of UTC, or use another key",
+    ),
     OriginForbidden: Row(
         status=403,
         type="invalid_request_error",
@@ -303,6 +360,8 @@ def refusal_response(error: Refusal, request_id: str, dialect: Dialect = Dialect
         headers.append(("retry-after-ms", str(round(retry_after_s * 1000))))
     if row.final:
         headers.append(("x-should-retry", "false"))
+    if row.status == HTTPStatus.UNAUTHORIZED:
+        headers.append(("www-authenticate", "Bearer"))  # required by RFC 9110, 15.5.2
     return row.status, headers, _refusal_json(row, error, request_id, dialect)
 
 

@@ -4,8 +4,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from nodeagent.access.gate import Gate
 from nodeagent.errors import ModelNotFound
 from nodeagent.events import NodeEvent, Ring
+from nodeagent.front.accounts import check_model, may_use
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.status import NodeState
@@ -93,8 +95,8 @@ class Node(Protocol):
         """How many servers have ended, by device, model and cause."""
 
     @property
-    def admin_token(self) -> str:
-        """The token by which operators authenticate."""
+    def gate(self) -> Gate:
+        """Who may use the node."""
 
     @property
     def events(self) -> Ring[NodeEvent]:
@@ -127,9 +129,10 @@ class Node(Protocol):
 
 
 def find_card(node: Node, model: str) -> ModelCard:
-    """The model of that id or alias. Raises ModelNotFound."""
+    """The model of that id or alias. Raises ModelNotFound, and ModelForbidden if this request's key is not for it."""
     cards = node.cards()
     for card in cards:
         if model == card.model_id or model in card.aliases:
+            check_model(card.model_id, [one.model_id for one in cards])
             return card
-    raise ModelNotFound(model, [card.model_id for card in cards])
+    raise ModelNotFound(model, [card.model_id for card in cards if may_use(card.model_id)])

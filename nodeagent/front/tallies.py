@@ -1,10 +1,9 @@
 """What was served, in sums, for `/metrics`: the requests for inference, how long they took, and their tokens.
 
-They are counted as the answers pass, without a look into more than the last bytes of each: llama-server says there how
-many tokens there were (`timings`).
+They are counted as the answers pass, without a look into more than the first and the last bytes of each: llama-server
+says there how many tokens there were (`usage.py`).
 """
 
-import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ from typing import Final
 import trio
 
 from nodeagent.errors import Refusal
+from nodeagent.front.accounts import account_var
 from nodeagent.front.refusals import code_of
+from nodeagent.front.usage import HEAD_BYTES, TAIL_BYTES, usage_of
 
 # Upper bounds of the buckets, in seconds. Of vLLM's, which dashboards for model servers know.
 DURATIONS_S: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -27,10 +28,6 @@ CLIENT_CLOSED: Final = 499
 # Why a request ended that is neither complete nor refused.
 CLIENT_LEFT: Final = "client_left"
 SERVER_LOST: Final = "server_lost"
-
-# The numbers that llama-server ends an answer with. Inside a string of JSON the quotes would have a backslash.
-_TIMING: Final = re.compile(rb'(?<!\\)"(cache_n|prompt_n|predicted_n|predicted_per_token_ms)":([0-9.]{1,20})')
-_TAIL_BYTES: Final = 4096
 
 
 class Histogram:
@@ -70,12 +67,15 @@ class RequestTally:
     def __init__(self, tallies: Tallies, model_id: str) -> None:
         self._tallies = tallies
         self._model_id = model_id
+        self._account = account_var.get()
         self._began_at = trio.current_time()
         self._status = CLIENT_CLOSED
         self._reason = CLIENT_LEFT
         # The last pieces of the answer. The very last one may only say that the stream is over.
         self._last = b""
         self._before = b""
+        self._first = b""
+        self._pieces = 0
 
     def granted(self, queued_s: float) -> None:
         """It has its turn, for which it waited that long, the load of its model not counted."""
@@ -90,6 +90,9 @@ class RequestTally:
         """These bytes of its answer are passed on."""
         if chunk:
             self._before, self._last = self._last, chunk
+            self._pieces += 1
+            if self._pieces == 1:
+                self._first = chunk[:HEAD_BYTES]
 
     def refused(self, refusal: Refusal) -> None:
         """It is refused."""
@@ -108,10 +111,13 @@ class RequestTally:
         tallies, model_id = self._tallies, self._model_id
         tallies.requests[model_id, self._status, self._reason] += 1
         tallies.duration_s[model_id].observe(trio.current_time() - self._began_at)
-        found = _TIMING.findall((self._before[-_TAIL_BYTES:] + self._last)[-_TAIL_BYTES:])
-        timings = {name: float(value) for name, value in found if value.count(b".") <= 1}
-        tallies.prompt_tokens[model_id] += int(timings.get(b"prompt_n", 0))
-        tallies.cached_tokens[model_id] += int(timings.get(b"cache_n", 0))
-        tallies.generated_tokens[model_id] += int(timings.get(b"predicted_n", 0))
-        if timings.get(b"predicted_n", 0) > 1 and b"predicted_per_token_ms" in timings:
-            tallies.per_token_s[model_id].observe(timings[b"predicted_per_token_ms"] / 1000)
+        usage = usage_of(self._first, (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:])
+        tallies.prompt_tokens[model_id] += usage.prompt
+        tallies.cached_tokens[model_id] += usage.cached
+        tallies.generated_tokens[model_id] += usage.generated
+        if usage.generated > 1 and usage.per_token_s is not None:
+            tallies.per_token_s[model_id].observe(usage.per_token_s)
+        if self._account is not None:
+            # An answer that was cut short does not tell its tokens. Each piece of it had one at least.
+            generated = usage.generated or (self._pieces if self._reason else 0)
+            self._account.count_tokens(usage.prompt + usage.cached, generated)

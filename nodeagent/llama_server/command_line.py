@@ -45,7 +45,7 @@ _SLOT_CHOICE = ("slot-prompt-similarity", "cache-ram")
 # What a server must not inherit from the agent's environment: llama-server's settings (each of its flags can be set
 # there), and what systemd set for the agent.
 _NOT_INHERITED_PREFIXES = ("LLAMA_", "WATCHDOG_", "LISTEN_")
-_NOT_INHERITED = frozenset({"NOTIFY_SOCKET"})
+_NOT_INHERITED = frozenset({"NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY"})
 
 
 # What llama-server leaves free by itself when it fits a model into a device's memory (--fit-target).
@@ -136,6 +136,8 @@ def child_spec(
     """
     run = command(model, device, backend, binary, kv_folder(config.state_dir), dialect_of, header)
     inherited = inherited_env(os.environ if environ is None else environ)
+    for entry in config.api_keys:
+        inherited.pop(entry.env or "", None)
     return ChildSpec(
         child_id=str(ServerId(device.device_id, model.model_id)),
         group=device.device_id,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import trio
 
 from fakes.child_process import FakeSpawner, Fate, FateProbe
+from nodeagent.access.gate import Gate
 from nodeagent.config import ModelConfig, NodeConfig, load_config
 from nodeagent.devices.backend import Backend
 from nodeagent.devices.monitor import DeviceMonitor
@@ -107,7 +108,10 @@ class NodeWithFakes:
         ]
         self._monitor = DeviceMonitor(cast(Backend, None), refs, settle_max_s=1)
         devices = {ref.device_id: self._managed(ref, SavedCaches(folder / "kv")) for ref in refs}
-        self.node = Node(self.config, IDENTITY, devices, catalogue=self.catalogue, monitor=self._monitor)
+        self.gate = Gate("token", self.config.state_dir, {})
+        self.node = Node(
+            self.config, IDENTITY, devices, catalogue=self.catalogue, monitor=self._monitor, gate=self.gate
+        )
 
     def write_config(self, **keys: Any) -> NodeConfig:
         """Write the file anew with these keys changed, and read it."""
@@ -172,7 +176,6 @@ IDENTITY = NodeIdentity(
     incarnation="b1d0",
     started_at=STARTED_AT,
     version="1.2.3",
-    admin_token="token",
 )
 
 

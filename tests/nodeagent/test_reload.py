@@ -81,7 +81,7 @@ def test_the_file_is_read_again(tmp_path: Path) -> None:
     write(file)
     before = load_config(file)
     write(file, queue_timeout_s=7)
-    assert read_again(before).queue_timeout_s == 7
+    assert read_again(before)[0].queue_timeout_s == 7
 
 
 def test_reading_again_fails_if_the_file_is_bad_or_the_server_is_missing(tmp_path: Path) -> None:

@@ -160,7 +160,11 @@ def test_a_hostile_file_is_a_warning_and_no_process_is_killed(
 
 
 # In a container, a group or a session that began outside of it has the id 0, which is no process.
-@pytest.mark.parametrize("pid", sorted({1, os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0)} - {0}))
+# The leader of a group or session may have ended.
+@pytest.mark.parametrize(
+    "pid",
+    sorted(pid for pid in {1, os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0)} - {0} if psutil.pid_exists(pid)),
+)
 def test_a_record_that_matches_ourselves_our_group_or_the_first_process_is_damaged(pid: int, tmp_path: Path) -> None:
     process = psutil.Process(pid)
     record = {"pid": pid, "started_at": process.create_time(), "argv": process.cmdline() or ["init"]}

@@ -93,6 +93,8 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         "concurrent_models": False,
         "abandoned_load_grace_s": 30.0,
         "max_request_bytes": 64 * 1024 * 1024,
+        "api_keys": (),
+        "allow_unauthenticated": False,
         "cors_origins": (),
         "allowed_hosts": (),
         "preload_ready_timeout_s": 300.0,

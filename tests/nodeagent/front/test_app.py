@@ -9,6 +9,7 @@ from quart import Response
 from trio.testing import MockClock
 
 from fakes.asgi import Exchange
+from fakes.gates import open_gate
 from nodeagent.front.app import create_app
 from nodeagent.front.seam import ModelCard, Node
 from nodeagent.status import NodeState, NodeStatus
@@ -20,7 +21,7 @@ class BareNode:
     node_id = "box-a"
     max_request_bytes = 1000
     scheduler: Any = None
-    admin_token = "token"
+    gate = open_gate()
     cors_origins = ()
 
     def cards(self) -> list[ModelCard]:

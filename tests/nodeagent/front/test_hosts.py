@@ -7,6 +7,7 @@ import pytest
 from trio.testing import MockClock
 
 from fakes.asgi import Exchange
+from fakes.gates import open_gate
 from nodeagent.errors import HostForbidden
 from nodeagent.front.app import create_app
 from nodeagent.front.hosts import name_of, refuse_foreign_host
@@ -22,7 +23,7 @@ class BareNode:
     node_id = "box-a"
     max_request_bytes = 1000
     scheduler: Any = SimpleNamespace(lanes={})
-    admin_token = "token"
+    gate = open_gate()
     cors_origins = (PAGE,)
     host_names = ("box", "models.example")
 

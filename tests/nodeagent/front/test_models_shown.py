@@ -7,6 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from fakes.asgi import Exchange
+from fakes.gates import open_gate
 from fakes.upstream import Act, Loss, UpstreamServers
 from nodeagent.front.app import create_app
 from nodeagent.front.seam import ModelCard, ModelDetails, Node
@@ -20,6 +21,7 @@ class Shown:
     scheduler: Any = None
     cors_origins = ()
     default_model_id = "a"
+    gate = open_gate()
 
     def __init__(self, server: Upstream | None) -> None:
         self._server = server

@@ -7,6 +7,7 @@ import pytest
 from trio.testing import MockClock
 
 from fakes.asgi import Exchange
+from fakes.gates import open_gate
 from nodeagent.front.app import create_app
 from nodeagent.front.seam import ModelCard, Node
 from nodeagent.status import NodeState, NodeStatus
@@ -21,7 +22,7 @@ class BareNode:
     node_id = "box-a"
     max_request_bytes = 1000
     scheduler: Any = SimpleNamespace(lanes={})
-    admin_token = "token"
+    gate = open_gate()
     default_model_id = None
 
     def __init__(self, *origins: str) -> None:

@@ -12,7 +12,11 @@ from nodeagent.errors import (
     BodyTooSlow,
     Draining,
     HostForbidden,
+    InvalidApiKey,
     InvalidRequest,
+    KeyLimitReached,
+    KeyQuotaUsedUp,
+    ModelForbidden,
     ModelLoadTimeout,
     ModelNotFound,
     ModelNotLoaded,
@@ -23,6 +27,7 @@ from nodeagent.errors import (
     QueueTimeout,
     Refusal,
     ReloadRefused,
+    RoleForbidden,
     ServerBusy,
     ShuttingDown,
     Unauthorized,
@@ -73,6 +78,18 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
     (BackendUnavailable("m", "it is too large", 7.0), 503, "server_error", "backend_unavailable", ["it is too large"]),
     (BackendCrashed("m", "gpu:0", "signal 9"), 502, "server_error", "backend_crashed", ["gpu:0", "signal 9"]),
     (PoisonedRequest("m", 42.0), 502, "server_error", "backend_crashed", ["'m'", "42 s"]),
+    (InvalidApiKey(is_missing=True), 401, "invalid_request_error", "invalid_api_key", ["needs an API key", "keys add"]),
+    (InvalidApiKey(is_missing=False), 401, "invalid_request_error", "invalid_api_key", ["is not valid", "x-api-key"]),
+    (RoleForbidden("al", "admin"), 403, "invalid_request_error", "role_forbidden", ["'al' lacks the role 'admin'"]),
+    (ModelForbidden("al", "m", ["n"]), 403, "invalid_request_error", "model_forbidden", ["'al'", "'m'", "only: n"]),
+    (
+        KeyLimitReached("al", "requests_per_minute", 60, 0.5),
+        429,
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        ["'al'", "60 (requests_per_minute)"],
+    ),
+    (KeyQuotaUsedUp("al", 9), 429, "rate_limit_error", "insufficient_quota", ["'al'", "9 tokens", "midnight UTC"]),
     (Unauthorized(), 401, "invalid_request_error", "invalid_admin_token", ["admin.token", "Bearer"]),
     (OriginForbidden("http://evil"), 403, "invalid_request_error", "origin_forbidden", ["http://evil"]),
     (HostForbidden("evil"), 403, "invalid_request_error", "host_forbidden", ["'evil'", "allowed_hosts"]),
@@ -164,13 +181,13 @@ def test_the_wait_is_rounded_up_to_seconds_within_what_clients_accept(
 
 def test_retry_after_is_sent_exactly_where_a_retry_may_help() -> None:
     waits = {type(error).__name__ for error, *_ in CASES if "retry-after" in headers_of(error)}
-    assert waits == {"ServerBusy", "QueueFull", "ModelLoadTimeout", "BackendUnavailable", "Draining"}
+    assert waits == {"ServerBusy", "QueueFull", "KeyLimitReached", "ModelLoadTimeout", "BackendUnavailable", "Draining"}
     assert headers_of(BackendUnavailable("m", "no such file", None))["retry-after"] == "30"
 
 
 def test_clients_are_told_not_to_retry_a_body_that_crashed_two_servers() -> None:
     final = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
-    assert final == {"BackendCrashed", "PoisonedRequest"}
+    assert final == {"BackendCrashed", "PoisonedRequest", "KeyQuotaUsedUp"}
 
 
 def test_what_a_client_sent_is_echoed_short_and_safe() -> None:

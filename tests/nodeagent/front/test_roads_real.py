@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import trio
 
+from fakes.gates import open_gate
 from fakes.serving import Peer, Served, start_serving
 from fakes.upstream import Act, Loss, UpstreamServers
 from nodeagent.front.app import create_app
@@ -39,7 +40,7 @@ class OneModel:
 
     node_id = "box-a"
     max_request_bytes = MAX_BYTES
-    admin_token = "token"
+    gate = open_gate()
     default_model_id = "a"
     stream_ping_s = 0.0
     cors_origins = (PAGE,)

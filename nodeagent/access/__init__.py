@@ -1,0 +1,1 @@
+"""Who may use the node, and how much: API keys, their limits and their sums."""

@@ -1,0 +1,84 @@
+"""The limits of one API key. Pure: it takes the time and answers at once."""
+
+from dataclasses import dataclass
+from datetime import date
+
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a key may have; None is no limit."""
+
+    requests_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    tokens_per_day: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exceeded:
+    """A request is too much: `what` names the key of the configuration, `retry_after_s` says when it may come again,
+    None if nobody knows."""
+
+    what: str
+    limit: int
+    retry_after_s: float | None = None
+
+
+class Meter:
+    """Counts one key's requests against its limits.
+
+    Requests come out of a bucket that holds `requests_per_minute` and fills evenly. A burst may use up the requests of
+    a minute; then one follows each 60 / n seconds.
+
+    What changes: `in_flight` in `begin` and `end`, `_available` and `_filled_at` in `begin`, `limits` in the owner.
+    """
+
+    def __init__(self, limits: Limits, now: float) -> None:
+        self.limits = limits
+        self.in_flight = 0
+        self._available = float(limits.requests_per_minute or 0)
+        self._filled_at = now
+
+    def begin(self, now: float, tokens_today: int) -> Exceeded | None:
+        """Count one more request, or say which limit it exceeds. Each that is counted has to `end`."""
+        limits = self.limits
+        if limits.tokens_per_day is not None and tokens_today >= limits.tokens_per_day:
+            return Exceeded("tokens_per_day", limits.tokens_per_day)
+        if limits.concurrent_requests is not None and self.in_flight >= limits.concurrent_requests:
+            return Exceeded("concurrent_requests", limits.concurrent_requests)
+        if limits.requests_per_minute is not None:
+            per_s = limits.requests_per_minute / _MINUTE_S
+            filled = self._available + (now - self._filled_at) * per_s
+            self._available, self._filled_at = min(filled, float(limits.requests_per_minute)), now
+            if self._available < 1:
+                return Exceeded("requests_per_minute", limits.requests_per_minute, (1 - self._available) / per_s)
+            self._available -= 1
+        self.in_flight += 1
+        return None
+
+    def end(self) -> None:
+        """A counted request has ended."""
+        self.in_flight -= 1
+
+
+@dataclass(slots=True)
+class Sums:
+    """What a key has used: since it was made, and on the last day of UTC on which it was used."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    day: str = ""
+    tokens_of_day: int = 0
+
+    def tokens_on(self, day: date) -> int:
+        """The tokens of that day, which is today."""
+        return self.tokens_of_day if self.day == day.isoformat() else 0
+
+    def add_tokens(self, day: date, prompt: int, generated: int) -> None:
+        """Count a request's tokens on that day."""
+        self.tokens_of_day = self.tokens_on(day) + prompt + generated
+        self.day = day.isoformat()
+        self.prompt_tokens += prompt
+        self.generated_tokens += generated
