@@ -157,21 +157,28 @@ class Gate:
         # Whoever tries keys can't choose their digests, so the time that the search takes tells nothing of a key.
         return self._accounts.get(digest_of(given.decode("utf-8", "surrogateescape")))
 
-    async def run(self, read_keys: ReadKeys, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self,
+        read_keys: ReadKeys,
+        *,
+        look_s: float = _LOOK_S,
+        write_s: float = _WRITE_S,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
         """Read the keys again when their file has changed, and write the sums, until cancelled; then a last time."""
         task_status.started()
         seen = _stamp(key_file(self._state_dir))
-        write_at = trio.current_time() + _WRITE_S
+        write_at = trio.current_time() + write_s
         try:
             while True:
-                await trio.sleep(_LOOK_S)
+                await trio.sleep(look_s)
                 with self._containment:
                     stamp = _stamp(key_file(self._state_dir))
                     if stamp != seen:
                         seen = stamp
                         await self._read_again(read_keys)
                     if trio.current_time() >= write_at:
-                        write_at = trio.current_time() + _WRITE_S
+                        write_at = trio.current_time() + write_s
                         await self._write()
         finally:
             self.write_sums(encode_sums(self._sums))
