@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 # Of a request: what says how to read the body and what the response may be. Everything else is between the client and
 # this node, above all Authorization: the child has a key of its own.
-_FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"x-request-id"})
+_FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"x-request-id", b"traceparent", b"tracestate"})
 
 # Of a response: all but those of the connection (RFC 9110, 7.6.1), those about the child itself, and those that the
 # front sets for every child.

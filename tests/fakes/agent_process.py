@@ -134,9 +134,9 @@ def write_config(folder: Path, llama_server: Path, models: list[dict[str, Any]],
 
 
 @contextmanager
-def running_agent(config: Path) -> Iterator[AgentProcess]:
+def running_agent(config: Path, **env: str) -> Iterator[AgentProcess]:
     """A ready agent; afterwards it is stopped, and must have ended well and left no child."""
-    agent = AgentProcess(config)
+    agent = AgentProcess(config, **env)
     try:
         agent.wait_ready()
         yield agent

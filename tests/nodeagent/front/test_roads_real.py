@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +14,9 @@ import trio
 from fakes.gates import open_gate
 from fakes.serving import Peer, Served, start_serving
 from fakes.upstream import Act, Loss, UpstreamServers
+from nodeagent.access.gate import Gate
+from nodeagent.config import ApiKeyConfig
+from nodeagent.config.api_keys import digest_of
 from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front
 from nodeagent.front.endpoints import ENDPOINTS
@@ -40,14 +44,14 @@ class OneModel:
 
     node_id = "box-a"
     max_request_bytes = MAX_BYTES
-    gate = open_gate()
     default_model_id = "a"
     stream_ping_s = 0.0
     cors_origins = (PAGE,)
     host_names = {"n"}
     status = NodeStatus.READY
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery, gate: Gate | None = None) -> None:
+        self.gate = gate or open_gate()
         self.servers = UpstreamServers(nursery)
         rules = LaneRules(max_pending=2, queue_timeout_s=100, startup_timeout_s=30)
         self.lane: Lane[Upstream] = Lane("cpu:0", self.servers, rules)
@@ -81,8 +85,8 @@ class Road:
         assert held == (0, 0, 0)
 
 
-async def start(nursery: trio.Nursery, road: str, *, stream_ping_s: float = 0.0) -> Road:
-    node = OneModel(nursery)
+async def start(nursery: trio.Nursery, road: str, *, stream_ping_s: float = 0.0, gate: Gate | None = None) -> Road:
+    node = OneModel(nursery, gate)
     node.stream_ping_s = stream_ping_s
     await nursery.start(node.lane.run)
     inference = Inference(node.scheduler)
@@ -192,6 +196,80 @@ async def test_both_roads_give_the_same_answer(request_: bytes, act: Act, status
     assert answers[0] == answers[1]
     assert sent[0] == sent[1]
     assert {path for path, _headers, _body in sent[0]} <= set(ENDPOINTS)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({}, 401, "invalid_api_key"),
+        ({"Authorization": "Bearer wrong"}, 401, "invalid_api_key"),
+        ({"Authorization": "Basic alice"}, 401, "invalid_api_key"),
+        ({"Authorization": "Bearer"}, 401, "invalid_api_key"),
+        ({"x-api-key": "\xff"}, 401, "invalid_api_key"),
+        ({"Authorization": "Bearer alice"}, 200, None),
+        ({"Authorization": "bearer  alice "}, 200, None),
+        ({"x-api-key": "alice"}, 200, None),
+        ({"Authorization": "Bearer wrong", "x-api-key": "alice"}, 401, "invalid_api_key"),
+        ({"Authorization": "Bearer token"}, 200, None),
+        ({"Authorization": "Bearer other"}, 403, "model_forbidden"),
+        ({"Authorization": "Bearer scraper"}, 403, "role_forbidden"),
+        ({"Authorization": "Bearer used-up"}, 429, "insufficient_quota"),
+        ({"Authorization": "Bearer wrong", "Origin": "https://evil.example"}, 403, "origin_forbidden"),
+    ],
+)
+async def test_both_roads_ask_for_the_same_key(
+    headers: dict[str, str], status: int, code: str | None, nursery: trio.Nursery
+) -> None:
+    answers = []
+    for road in ROADS:
+        this = await start(nursery, road, gate=gate_with_keys())
+        with trio.fail_after(5):
+            line, found, body = await this.ask(post(**cast(Any, headers)))
+        this.assert_nothing_is_held()
+        assert line.startswith(b"HTTP/1.1 %d" % status)
+        assert ("www-authenticate" in found) == (status == 401)
+        if code is not None:
+            assert json.loads(body)["error"]["code"] == code
+            assert this.node.servers.sent == [], "a refused request reached a server"
+        answers.append((line, comparable(found), body.replace(found["x-request-id"].encode(), b"ID")))
+        sent = [name for one in this.node.servers.sent for name, _value in one.headers]
+        assert not {b"authorization", b"x-api-key"} & set(sent), "the client's key reached the server"
+    assert answers[0] == answers[1]
+    nursery.cancel_scope.cancel()
+
+
+def gate_with_keys() -> Gate:
+    entries = [
+        ApiKeyConfig(name="alice", sha256=digest_of("alice"), concurrent_requests=1),
+        ApiKeyConfig(name="other", sha256=digest_of("other"), models=("b",)),
+        ApiKeyConfig(name="scraper", sha256=digest_of("scraper"), roles=("metrics",)),
+        ApiKeyConfig(name="used-up", sha256=digest_of("used-up"), tokens_per_day=1),
+    ]
+    gate = Gate("token", Path("/nonexistent"), {entry.sha256 or "": entry for entry in entries})
+    gate.accounts[-1].count_tokens(1, 0)
+    return gate
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_key_is_refused_before_the_body_is_read_and_its_requests_at_once_are_counted(
+    road: str, nursery: trio.Nursery
+) -> None:
+    this = await start(nursery, road, gate=gate_with_keys())
+    this.node.servers.acts.append(Act(chunks=(b"data: 1\n\n",) * 1000, chunk_s=0.05, event_stream=True))
+    key: Any = {"Authorization": "Bearer alice"}
+    with trio.fail_after(5):
+        async with await this.served.connect() as peer:
+            await peer.send(post(CHAT | {"stream": True}, close=False, **key))
+            await peer.until(b"data: 1")
+            head, _, _body = post(**key).partition(b"\r\n\r\n")
+            line, headers, body = await this.ask(head + b"\r\n\r\n")
+            assert (line[:12], headers["retry-after"]) == (b"HTTP/1.1 429", "1")
+            assert json.loads(body)["error"]["message"].startswith("The API key 'alice' is at its limit of 1")
+        await trio.sleep(0.5)
+        line, _headers, _body = await this.ask(post(**key))
+        assert line.startswith(b"HTTP/1.1 200")
+    this.assert_nothing_is_held()
     nursery.cancel_scope.cancel()
 
 

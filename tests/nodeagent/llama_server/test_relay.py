@@ -277,8 +277,9 @@ async def test_llama_servers_response_while_it_loads_is_recognized(
 
 
 def test_of_a_clients_headers_only_what_the_child_needs_is_forwarded() -> None:
-    others = [(b"authorization", b"Bearer secret"), (b"cookie", b"x"), (b"host", b"h")]
-    assert forwardable([(b"content-type", b"application/json"), *others]) == [(b"content-type", b"application/json")]
+    others = [(b"authorization", b"Bearer secret"), (b"x-api-key", b"secret"), (b"cookie", b"x"), (b"host", b"h")]
+    kept = [(b"content-type", b"application/json"), (b"traceparent", b"00-1-2-01"), (b"tracestate", b"a=b")]
+    assert forwardable([*others, *kept]) == kept
 
 
 async def test_the_repr_of_an_upstream_names_its_address_its_requests_and_its_idle_connections(

@@ -1,0 +1,123 @@
+"""Which role each path of the application needs, and what a key sees."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from trio.testing import MockClock
+
+from fakes.asgi import Exchange
+from nodeagent.access.gate import Gate
+from nodeagent.config import ApiKeyConfig
+from nodeagent.config.api_keys import digest_of
+from nodeagent.front.app import create_app
+from nodeagent.front.endpoints import ENDPOINTS
+from nodeagent.front.guard import given_key, role_for
+from nodeagent.front.health import PATHS
+from nodeagent.front.seam import ModelCard, ModelDetails, Node
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ((None, None), None),
+        ((b"Bearer k", None), b"k"),
+        ((b"BEARER  k  ", b"x"), b"k"),
+        ((b"Bearer ", None), b""),
+        ((b"Bearerk", None), None),
+        ((b"Basic abc", b"x"), b"x"),
+        ((None, b"x"), b"x"),
+    ],
+)
+def test_the_key_is_in_authorization_or_in_anthropics_header(
+    headers: tuple[bytes | None, bytes | None], key: bytes | None
+) -> None:
+    assert given_key(*headers) == key
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "role"),
+    [
+        *(("GET", path, None) for path in PATHS),
+        ("OPTIONS", "/v1/node/drain", None),
+        ("GET", "/metrics", "metrics"),
+        ("GET", "/v1/node/inventory", "metrics"),
+        ("GET", "/v1/node/queue", "metrics"),
+        ("GET", "/v1/node/events", "admin"),
+        ("POST", "/v1/node/models/inventory/load", "admin"),
+        ("POST", "/upstream/a/livez", "admin"),
+        ("GET", "/v1/models", "inference"),
+        ("GET", "/nowhere", "inference"),
+        *(("POST", path, "inference") for path in ENDPOINTS),
+    ],
+)
+def test_each_path_needs_one_role(method: str, path: str, role: str | None) -> None:
+    assert role_for(method, path) == role
+
+
+class Keyed:
+    """What `create_app` needs of a node with two models and these keys."""
+
+    max_request_bytes = 1000
+    scheduler: Any = None
+    cors_origins = ()
+    default_model_id = None
+    node_id = "box"
+
+    def __init__(self) -> None:
+        entries = [
+            ApiKeyConfig(name="one", sha256=digest_of("one"), models=("a",)),
+            ApiKeyConfig(name="all", sha256=digest_of("all")),
+            ApiKeyConfig(name="root", sha256=digest_of("root"), roles=("admin",)),
+            ApiKeyConfig(name="scraper", sha256=digest_of("scraper"), roles=("metrics",)),
+        ]
+        self.gate = Gate("token", Path("/nonexistent"), {entry.sha256 or "": entry for entry in entries})
+
+    def cards(self) -> list[ModelCard]:
+        return [ModelCard("a", ("small",), 7, "chat"), ModelCard("b", ("large",), 7, "chat")]
+
+    def details(self, model_id: str) -> ModelDetails:
+        return ModelDetails(state="unloaded", failed=False)
+
+
+async def asked(path: str, key: str | None = None, method: str = "GET") -> Exchange:
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    exchange = Exchange(*headers, method=method, path=path)
+    await exchange.through(create_app(cast(Node, Keyed())))
+    return exchange
+
+
+async def test_every_route_but_health_is_closed_without_a_key_and_to_keys_of_another_role(
+    autojump_clock: MockClock,
+) -> None:
+    for rule in create_app(cast(Node, Keyed())).url_map.iter_rules():
+        path = rule.rule.replace("<path:model>", "a").replace("<device_id>", "cpu:0")
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            role = role_for(method, path)
+            if role is None:
+                continue
+            for key in (None, "wrong"):
+                assert (await asked(path, key, method)).sent[0]["status"] == 401, (method, path)
+            others = {"inference": "scraper", "metrics": "all", "admin": "all"}
+            assert "lacks the role" in str((await asked(path, others[role], method)).content), (method, path)
+
+
+async def test_a_key_sees_only_its_models(autojump_clock: MockClock) -> None:
+    assert [model["id"] for model in (await asked("/v1/models", "one")).content["data"]] == ["a"]
+    assert [model["id"] for model in (await asked("/v1/models", "all")).content["data"]] == ["a", "b"]
+    assert (await asked("/v1/models/small", "one")).content["id"] == "a"
+    refused = await asked("/v1/models/large", "one")
+    assert refused.error() == (403, "model_forbidden")
+    assert "only: a." in refused.content["error"]["message"]
+    unknown = await asked("/v1/models/c", "one")
+    assert unknown.error() == (404, "model_not_found")
+    assert unknown.content["error"]["message"] == "The model 'c' is not served here. It serves: a."
+
+
+async def test_operators_see_the_keys_without_their_secrets(autojump_clock: MockClock) -> None:
+    for key in ("root", "token"):
+        answer = await asked("/v1/node/keys", key)
+        assert [one["name"] for one in answer.content["keys"]] == ["one", "all", "root", "scraper"]
+        assert answer.content["keys"][0]["models"] == ["a"]
+        assert answer.content["keys"][0]["used"]["requests"] == 0
+        assert digest_of("one") not in str(answer.content)
