@@ -18,6 +18,7 @@ around all of it, from the start to the end (`signals`).
 import gc
 import logging
 import secrets
+import ssl
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -31,7 +32,7 @@ import trio
 
 from nodeagent import descriptors, host_names, reload, state_dir
 from nodeagent.access.gate import Gate
-from nodeagent.config import ApiKeyConfig, NodeConfig, find_llama_server, guarding_keys, read_token
+from nodeagent.config import ApiKeyConfig, NodeConfig, find_llama_server, guarding_keys, read_token, tls_context
 from nodeagent.devices.backend import Backend, Build
 from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
@@ -93,7 +94,7 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
     binary = find_llama_server(config)
     _warn_of_supervisord()
     with state_dir.locked(config.state_dir):
-        keys = guarding_keys(config)
+        keys, tls = guarding_keys(config), tls_context(config)
         sweep(state_dir.children_file(config.state_dir))
         listeners, port = await bind(config.listen_host, config.listen_port)
         backend = await trio.to_thread.run_sync(select, config.backend, config.devices, Build(binary))
@@ -104,8 +105,9 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
             if cpus.usable < cpus.host:
                 logger.info("servers may use %s", cpus)
             devices = with_reserve(devices, config)
-            agent = Agent(config, backend, devices, binary, port, keys)
+            agent = Agent(config, backend, devices, binary, port, keys, tls)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
+            state_dir.write_certificate(config.state_dir, config.tls_cert)
             await agent.run(listeners, signals, on_ready)
         finally:
             backend.close()
@@ -122,6 +124,7 @@ class Agent:
         binary: Path,
         port: int,
         keys: Mapping[str, ApiKeyConfig],
+        tls: ssl.SSLContext | None,
     ) -> None:
         self._config = config
         records = Records(state_dir.children_file(config.state_dir))
@@ -146,7 +149,9 @@ class Agent:
         managed = {device.device_id: self._managed(device, backend, binary) for device in devices}
         identity = _identity(config, port)
         self._gate = Gate(state_dir.admin_token(config.state_dir), config.state_dir, keys)
-        self.node = Node(config, identity, managed, catalogue=self._catalogue, monitor=self._monitor, gate=self._gate)
+        self.node = Node(
+            config, identity, managed, catalogue=self._catalogue, monitor=self._monitor, gate=self._gate, tls=tls
+        )
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
         self._stop_front = trio.Event()
@@ -219,6 +224,7 @@ class Agent:
                 shutdown=self._stop_front,
                 find_handler=FastRoad(node, front, inference).find_handler,
                 graceful_timeout_s=_LAST_BYTES_S,
+                find_tls=lambda: node.tls,
                 task_status=task_status,
             )
         finally:
@@ -311,8 +317,9 @@ class _ChildSpecs(Mapping[str, ChildSpec]):
 
 
 def _identity(config: NodeConfig, port: int) -> NodeIdentity:
-    base_url = config.advertise_url or _base_url(config.listen_host, port)
-    local_url = _base_url(_reachable_here(config.listen_host), port)
+    scheme = "https" if config.tls_cert else "http"
+    base_url = config.advertise_url or _base_url(scheme, config.listen_host, port)
+    local_url = _base_url(scheme, _reachable_here(config.listen_host), port)
     return NodeIdentity(
         base_url=base_url,
         local_url=local_url,
@@ -354,8 +361,8 @@ def _reachable_here(listen_host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen_host, listen_host)
 
 
-def _base_url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _base_url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _warn_of_supervisord() -> None:

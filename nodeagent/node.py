@@ -5,6 +5,7 @@
 
 import logging
 import math
+import ssl
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -71,7 +72,8 @@ class Node:
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
     which a drained node still accepts requests) in `drain`, `backend_exits` in `on_child_event`; `_cards` in `cards`;
-    `dispatcher` and `full_host_name` (with its domain; "" until it has been looked up) once, by `agent`.
+    `tls` in `reload`; `dispatcher` and `full_host_name` (with its domain; "" until it has been looked up) once, by
+    `agent`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Node:
         catalogue: Catalogue,
         monitor: DeviceMonitor,
         gate: Gate,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.identity = identity
         self.devices = devices
@@ -100,6 +103,7 @@ class Node:
         self._catalogue = catalogue
         self._monitor = monitor
         self._gate = gate
+        self.tls = tls
         self._phase = Phase.STARTING
         self._last_state: NodeState | None = None
         self._preloading: set[str] = set()
@@ -242,13 +246,15 @@ class Node:
     async def reload(self) -> Reloaded:
         async with self._reloading:  # one at a time, in the order of the requests
             try:
-                config, keys = await trio.to_thread.run_sync(reload.read_again, self._config)
+                again = await trio.to_thread.run_sync(reload.read_again, self._config)
             except ConfigError as error:
                 problems = [str(problem) for problem in error.problems]
                 logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
                 raise ReloadRefused(problems) from error
-            self._gate.replace(keys)
-            return await self._reconfigure(config)
+            self._gate.replace(again.keys)
+            if (again.tls is None) == (self.tls is None):  # else clients would have another kind of address
+                self.tls = again.tls
+            return await self._reconfigure(again.config)
 
     def read_api_keys(self) -> dict[str, ApiKeyConfig]:
         """Every API key by its SHA-256. Blocks on the disk; raises ConfigError."""

@@ -4,10 +4,22 @@
 """
 
 import logging
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from nodeagent.config import ApiKeyConfig, NodeConfig, find_llama_server, guarding_keys, load_config, with_keys
+from nodeagent.config import (
+    ApiKeyConfig,
+    NodeConfig,
+    find_llama_server,
+    guarding_keys,
+    load_config,
+    tls_context,
+    with_keys,
+)
 from nodeagent.errors import ConfigError, Problem
 from nodeagent.front.seam import Reloaded
+from nodeagent.state_dir import write_certificate
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +41,28 @@ FIXED_KEYS = (
     "backend",
     "devices",
 )
+TLS_KEYS = ("tls_cert", "tls_key", "tls_client_ca")
 
 
-def read_again(config: NodeConfig) -> tuple[NodeConfig, dict[str, ApiKeyConfig]]:
-    """Read the file that this configuration came from, with its API keys, and look for the server's binary. Blocks on
+@dataclass(frozen=True, slots=True)
+class Again:
+    """What a reload reads: the configuration, its API keys by SHA-256, and its TLS."""
+
+    config: NodeConfig
+    keys: Mapping[str, ApiKeyConfig]
+    tls: ssl.SSLContext | None
+
+
+def read_again(config: NodeConfig) -> Again:
+    """Read the file that this configuration came from and what it names, and look for the server's binary. Blocks on
     the disk; raises ConfigError."""
     if config.source.file is None:
         raise ConfigError([Problem("this configuration did not come from a file")])
     again = load_config(config.source.file)
     find_llama_server(again)
-    return again, guarding_keys(again)
+    if again.tls_cert is not None and config.tls_cert is not None:
+        write_certificate(config.state_dir, again.tls_cert)
+    return Again(again, guarding_keys(again), tls_context(again))
 
 
 def compare(before: NodeConfig, after: NodeConfig) -> Reloaded:
@@ -49,13 +73,19 @@ def compare(before: NodeConfig, after: NodeConfig) -> Reloaded:
         added=tuple(model_id for model_id in new if model_id not in old),
         changed=tuple(model_id for model_id in new if old.get(model_id, new[model_id]) != new[model_id]),
         removed=tuple(model_id for model_id in old if model_id not in new),
-        needs_restart=tuple(key for key in FIXED_KEYS if getattr(after, key) != getattr(before, key)),
+        needs_restart=tuple(key for key in _fixed(before, after) if getattr(after, key) != getattr(before, key)),
     )
 
 
 def merge(before: NodeConfig, after: NodeConfig) -> NodeConfig:
     """`after`, with the keys that need a restart as they are in `before`."""
-    return with_keys(after, {key: getattr(before, key) for key in FIXED_KEYS})
+    return with_keys(after, {key: getattr(before, key) for key in _fixed(before, after)})
+
+
+def _fixed(before: NodeConfig, after: NodeConfig) -> tuple[str, ...]:
+    """The keys that a reload leaves as they are. Certificates may change, but not whether the address speaks TLS."""
+    toggled = (before.tls_cert is None) != (after.tls_cert is None)
+    return (*FIXED_KEYS, *TLS_KEYS) if toggled else FIXED_KEYS
 
 
 def log_warnings(config: NodeConfig) -> None:

@@ -97,6 +97,25 @@ def write_address(state_dir: Path, base_url: str) -> None:
         logger.warning("%s can't be written, so commands may not find this agent: %s", path, error.strerror)
 
 
+def certificate_file(state_dir: Path) -> Path:
+    """A copy of the certificate that the agent shows, by which the command line knows it."""
+    return state_dir / "certificate.pem"
+
+
+def write_certificate(state_dir: Path, certificate: Path | None) -> None:
+    """Copy the agent's certificate, or remove the copy. If that fails, log a warning."""
+    copy = certificate_file(state_dir)
+    scratch = copy.with_suffix(".new")
+    try:
+        if certificate is None:
+            copy.unlink(missing_ok=True)
+        else:
+            scratch.write_bytes(certificate.read_bytes())
+            scratch.replace(copy)
+    except OSError as error:
+        logger.warning("%s can't be written, so commands may not trust this agent: %s", copy, error.strerror)
+
+
 def read_address(state_dir: Path) -> str:
     """The address of this folder's agent. Raises StartupError if no agent has run with it."""
     try:

@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "nodeagent.dispatcher": {"nodeagent.containment", "nodeagent.scheduling.seam", "nodeagent.status", *VALUES},
     # The node: what runs on each device, and the operations on all of it.
-    "nodeagent.reload": {"nodeagent.config", "nodeagent.errors", "nodeagent.front.seam"},
+    "nodeagent.reload": {"nodeagent.config", "nodeagent.errors", "nodeagent.front.seam", "nodeagent.state_dir"},
     "nodeagent.managed_device": {
         "nodeagent.config",
         "nodeagent.devices",

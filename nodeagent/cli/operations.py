@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import ssl
 import stat
 import sys
 import threading
@@ -20,7 +21,7 @@ from nodeagent.cli.discovery import find_state_dir
 from nodeagent.cli.events_table import event_line
 from nodeagent.errors import NodeAgentError, StartupError
 from nodeagent.logs import printable
-from nodeagent.state_dir import admin_token, read_address
+from nodeagent.state_dir import admin_token, certificate_file, read_address
 
 if TYPE_CHECKING:
     import httpx
@@ -238,13 +239,27 @@ def _agent(args: argparse.Namespace) -> "Iterator[httpx.Client]":
     base_url = read_address(state_dir)
     headers = {"Authorization": f"Bearer {admin_token(state_dir)}"}
     try:
-        with httpx.Client(base_url=base_url, headers=headers, timeout=_TIMEOUT_S, trust_env=False) as http:
+        verify = _trusts(certificate_file(state_dir)) if base_url.startswith("https:") else True
+        with httpx.Client(
+            base_url=base_url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, verify=verify
+        ) as http:
             yield http
     except httpx.HTTPError as error:
         raise StartupError(
             f"no agent answers at {base_url} ({_in_words(error)}): is it running? "
             f"Its address was read from {state_dir / 'address'}"
         ) from error
+
+
+def _trusts(certificate: Path) -> ssl.SSLContext:
+    """TLS with whoever has this certificate's key, whatever its names: the agent is asked at its local address."""
+    try:
+        context = ssl.create_default_context(cafile=certificate)
+    except OSError as error:
+        raise StartupError(f"the certificate of this agent can't be read: {certificate}: {error}") from error
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 def _in_words(error: "httpx.HTTPError") -> str:

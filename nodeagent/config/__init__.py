@@ -17,6 +17,7 @@ from nodeagent.config.key_file import key_file, read_key_file
 from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
 from nodeagent.config.loading import json_schema, load_config, parse_config, with_keys
 from nodeagent.config.reference import markdown_reference
+from nodeagent.config.tls import tls_context
 
 __all__ = [
     "ApiKeyConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "read_api_keys",
     "read_key_file",
     "read_token",
+    "tls_context",
     "unknown_to_binary",
     "with_keys",
 ]

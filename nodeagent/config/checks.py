@@ -25,6 +25,7 @@ def check_document(document: Document) -> Iterator[Finding]:
     yield from _model_names(document)
     yield from _default_models(document)
     yield from _api_keys(document)
+    yield from _tls(document)
     for index, model in _entries(document, "models"):
         if model.get("pinned") is True and model.get("idle_unload_s") is not None:
             yield ("models", index, "idle_unload_s"), "contradicts `pinned: true`; remove one of them"
@@ -100,6 +101,12 @@ def _default_models(document: Document) -> Iterator[Finding]:
     defaults = [index for index, model in _entries(document, "models") if model.get("default") is True]
     for index in defaults[1:]:
         yield ("models", index, "default"), f"is true for models[{defaults[0]}] already; one model can be the default"
+
+
+def _tls(document: Document) -> Iterator[Finding]:
+    for key, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert")):
+        if document.get(key) is not None and document.get(needed) is None:
+            yield (key,), f"needs {needed} as well"
 
 
 def _api_keys(document: Document) -> Iterator[Finding]:

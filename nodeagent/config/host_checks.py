@@ -19,6 +19,7 @@ from nodeagent.config.keys import PROGRAM, ModelConfig, NodeConfig
 from nodeagent.config.loading import in_order, read_source, validated
 from nodeagent.config.problems import shown
 from nodeagent.config.server_flags import file_args, must_exist
+from nodeagent.config.tls import tls_context
 from nodeagent.config.values import AbsolutePath, is_loopback
 from nodeagent.config.yaml_source import KeyPath, Source, where
 from nodeagent.errors import ConfigError, Problem, StartupError
@@ -165,7 +166,7 @@ def _unreadable(path: Path) -> str | None:
 def host_problems(config: NodeConfig) -> list[Problem]:
     """What the configuration names and this host lacks: the binary, the token file, CPUs, models."""
     problems = [*_missing_cpus(config), *_missing_binaries(config), *missing_models(config), *missing_files(config)]
-    for look in (find_llama_server, read_token, guarding_keys):
+    for look in (find_llama_server, read_token, guarding_keys, tls_context):
         try:
             look(config)
         except ConfigError as error:

@@ -428,6 +428,19 @@ class NodeConfig(Keys):
         description="Allow a `listen_host` that is not on loopback without any API key. Whoever reaches the node may "
         "then use it.",
     )
+    tls_cert: AbsolutePath | None = Field(
+        default=None,
+        description="PEM file with the node's certificate, followed by those between it and its authority. The address "
+        "then speaks TLS only. Read again on reload.",
+    )
+    tls_key: AbsolutePath | None = Field(
+        default=None, description="PEM file with the private key of `tls_cert`, without a passphrase."
+    )
+    tls_client_ca: AbsolutePath | None = Field(
+        default=None,
+        description="PEM file of certificate authorities. Clients must show a certificate of one of them; those on "
+        "this host need none.",
+    )
     cors_origins: Annotated[tuple[Origin, ...], AsTuple] = Field(
         default=(), description="Web pages that may use the API, by origin, like https://chat.example; none by default."
     )

@@ -11,9 +11,11 @@ the reading is cancelled, then one place closes the socket. All decisions are sy
 a request can't lose a keep-alive timer or a close.
 """
 
+import ipaddress
 import logging
 import os
 import socket
+import ssl
 import struct
 import uuid
 from contextlib import suppress
@@ -28,6 +30,7 @@ from nodeagent.front.ordinary_road import OrdinaryRoad
 from nodeagent.front.protocol import BadRequest, EndOfBody, RequestEvent, RequestHead, RequestParser
 from nodeagent.front.refusals import error_response
 from nodeagent.front.response import ResponseWriter
+from nodeagent.front.tls import FindContext, Tls, no_tls
 
 if TYPE_CHECKING:
     from nodeagent.front.ordinary import OrdinaryRequest
@@ -53,6 +56,7 @@ class Shared:
     find_handler: FindHandler
     keep_alive_timeout_s: float
     send_timeout_s: float
+    find_tls: FindContext = no_tls
     draining: trio.Event = field(default_factory=trio.Event)
 
 
@@ -88,6 +92,10 @@ class Connection:
         self._input_ended = False
         self._working = trio.CancelScope()
         self._work: trio.Event | None = None  # for which the worker waits
+        context = shared.find_tls()
+        self._tls = None if context is None else Tls(context)
+        self.secure = self._tls is not None
+        self._early = b""  # what came with the end of the handshake
         self._nursery: trio.Nursery
 
     def __repr__(self) -> str:
@@ -127,6 +135,8 @@ class Connection:
     async def _read(self) -> bool:
         """Read requests until the connection ends; return whether the client ended it."""
         with self.reading:
+            if self._tls is not None and not await self._shake_hands(self._tls):
+                return True
             while True:
                 data = await self._receive()
                 if data is None:
@@ -140,14 +150,54 @@ class Connection:
 
     async def _receive(self) -> bytes | None:
         """What the client has sent, b"" at the end of its input, None if the connection is broken."""
+        if self._early:
+            data, self._early = self._early, b""
+            return data
+        tls = self._tls
         while True:
+            if tls is not None and tls.ended:
+                return b""
             try:
                 await trio.lowlevel.wait_readable(self.socket)
-                return os.read(self.socket.fileno(), _RECEIVE_BYTES)
+                data = os.read(self.socket.fileno(), _RECEIVE_BYTES)
+                if tls is None or not data:
+                    return data
+                if data := tls.decode(data):
+                    return data
             except BlockingIOError:
                 continue
             except (OSError, trio.ClosedResourceError):
                 return None
+
+    async def _shake_hands(self, tls: Tls) -> bool:
+        """Begin TLS; return whether that worked. A client that speaks plain HTTP is told so."""
+        done = False
+        while not done:
+            received = await self._stream.receive_some()
+            try:
+                done, reply = tls.shake_hands(received)
+                if not received:
+                    return False
+                await self._stream.send_all(reply)
+            except ssl.SSLError as error:
+                await self._refuse_tls(tls, error)
+                return False
+        self._early = tls.decode(b"")
+        if tls.lacks_certificate and not _is_this_host(self.socket.getpeername()[0]):
+            complaint = "This node serves only clients that show a certificate of its authority (tls_client_ca)."
+            await self._refuse(BadRequest(status=403, complaint=complaint, answers_head=False))
+            return False
+        return True
+
+    async def _refuse_tls(self, tls: Tls, error: ssl.SSLError) -> None:
+        logger.debug("%s: TLS failed: %s", self.peer.name, error)
+        alert = tls.goodbye()
+        if error.reason == "HTTP_REQUEST":
+            self._tls = None
+            complaint = "This address speaks TLS: use https:// instead of http://."
+            await self._refuse(BadRequest(status=400, complaint=complaint, answers_head=False))
+        else:
+            await self._stream.send_all(alert)
 
     async def _take(self, event: RequestEvent) -> None:
         match event:
@@ -322,6 +372,8 @@ class Connection:
             return
         complete = False
         try:
+            if self._tls is not None:
+                data = self._tls.encode(data)
             written = 0 if self._send_lock.locked() else self._write_now(data)
             if written < len(data):
                 await self._write_rest(memoryview(data)[written:])
@@ -367,6 +419,7 @@ class Connection:
             return
         with trio.move_on_after(_LINGER_S):
             try:
+                self._say_goodbye()
                 async with self._send_lock:
                     await self._stream.send_eof()
                 while await self._receive():
@@ -377,7 +430,14 @@ class Connection:
     def _close(self) -> None:
         if self._last is not None and self._last.response.ends_by_closing:
             self._reset()
+        self._say_goodbye()
         self.socket.close()
+
+    def _say_goodbye(self) -> None:
+        """Tell a client of TLS that the answer ends as it should; without that, it may take it for truncated."""
+        if self._tls is not None and self.socket.fileno() != -1 and not self._send_lock.locked():
+            with suppress(OSError):
+                os.write(self.socket.fileno(), self._tls.goodbye())
 
     def _reset(self) -> None:
         """Close so that the client can't mistake a truncated answer for a complete one."""
@@ -385,3 +445,9 @@ class Connection:
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.socket.close()
+
+
+def _is_this_host(address: str) -> bool:
+    """Whether a client's address is one of loopback; an IPv4 client of a socket for both has one of IPv6 around it."""
+    found = ipaddress.ip_address(address)
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback

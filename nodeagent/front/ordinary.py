@@ -27,6 +27,8 @@ _STREAM_ID = 1
 class OrdinaryLine(Line, Protocol):
     """What an ordinary request needs of its connection besides."""
 
+    secure: bool
+
     def answered(self, request: "OrdinaryRequest") -> None:
         """The answer is over, complete or not."""
 
@@ -52,7 +54,7 @@ class OrdinaryRequest:
             config,
             WorkerContext(max_requests=None),
             cast(TaskGroup, self),
-            False,  # ssl
+            line.secure,
             line.peer.client,
             line.peer.server,
             self._write,

@@ -16,6 +16,7 @@ from nodeagent.front.accepting import Acceptor
 from nodeagent.front.connection import Connection, Shared
 from nodeagent.front.exchange import AbortResponse, ASGIApp, FindHandler
 from nodeagent.front.ordinary_road import OrdinaryRoad
+from nodeagent.front.tls import FindContext, no_tls
 
 __all__ = ["ASGIApp", "AbortResponse", "bind", "serve"]
 
@@ -88,6 +89,7 @@ async def serve(
     keep_alive_timeout_s: float = 75.0,
     graceful_timeout_s: float = 30.0,
     send_timeout_s: float = 60.0,
+    find_tls: FindContext = no_tls,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` (ASGI 3, scope `http` only: no lifespan, no WebSockets) until `shutdown`, then drain.
@@ -99,7 +101,8 @@ async def serve(
 
     `keep_alive_timeout_s` is how long a connection may be without a complete request head, from its start or from its
     last answer. It must be longer than the idle timeout of load balancers in front, or they send requests on
-    connections that have just closed. `send_timeout_s` is how long a client may take to read 64 KiB.
+    connections that have just closed. `send_timeout_s` is how long a client may take to read 64 KiB. `find_tls` has the
+    TLS of each new connection.
 
     Cancelling closes everything at once, uncleanly. The listeners are closed however this ends.
     """
@@ -109,6 +112,7 @@ async def serve(
             find_handler=find_handler,
             keep_alive_timeout_s=keep_alive_timeout_s,
             send_timeout_s=send_timeout_s,
+            find_tls=find_tls,
         )
     )
     async with trio.open_nursery() as connections:

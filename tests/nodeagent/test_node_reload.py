@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.node_with_fakes import FakeDispatcherClient, NodeWithFakes, loaded, request_in_flight
+from nodeagent.config.api_keys import digest_of
 from nodeagent.errors import ReloadRefused
 
 
@@ -50,6 +51,20 @@ async def test_what_streams_and_browsers_may_expect_is_changed_by_a_reload(
     node.full_host_name = "box.lan"
     await node.reload()
     assert (node.stream_ping_s, set(node.host_names)) == (0, {"new.example", "box.lan"})
+
+
+async def test_a_reload_changes_the_api_keys(autojump_clock: MockClock, nursery: trio.Nursery, tmp_path: Path) -> None:
+    parts = NodeWithFakes(tmp_path)
+    node = await parts.start(nursery)
+    assert node.gate.enter("inference", None) is None
+    parts.write_config(api_keys=[{"name": "alice", "sha256": digest_of("secret")}])
+    await node.reload()
+    assert [account.name for account in node.gate.accounts] == ["alice"]
+    assert {entry.name for entry in node.read_api_keys().values()} == {"alice"}
+    parts.write_config(api_keys=[{"name": "alice", "env": "NOT_SET_ANYWHERE"}])
+    with pytest.raises(ReloadRefused, match="NOT_SET_ANYWHERE is not set"):
+        await node.reload()
+    assert [account.name for account in node.gate.accounts] == ["alice"]
 
 
 async def test_a_reload_leaves_unchanged_models_alone_and_lets_requests_on_changed_ones_end(

@@ -71,6 +71,22 @@ def test_a_key_that_only_a_restart_changes_keeps_its_old_value_and_is_named(key:
     assert merged.source is after.source
 
 
+TLS = {"tls_cert": "/cert", "tls_key": "/key"}
+
+
+@pytest.mark.parametrize(("old", "new"), [({}, TLS), (TLS, {})])
+def test_whether_the_address_speaks_tls_only_a_restart_changes(old: dict[str, str], new: dict[str, str]) -> None:
+    before, after = config_of(A, **old), config_of(A, **new)
+    assert compare(before, after).needs_restart == ("tls_cert", "tls_key")
+    assert merge(before, after).tls_cert == before.tls_cert
+
+
+def test_a_reload_may_change_the_certificate() -> None:
+    before, after = config_of(A, **TLS), config_of(A, **(TLS | {"tls_cert": "/new"}))
+    assert compare(before, after).needs_restart == ()
+    assert merge(before, after).tls_cert == Path("/new")
+
+
 def write(file: Path, **keys: Any) -> None:
     file.write_text(json.dumps({"models": [A], "llama_server_bin": "./llama-server"} | keys))
 
@@ -81,7 +97,7 @@ def test_the_file_is_read_again(tmp_path: Path) -> None:
     write(file)
     before = load_config(file)
     write(file, queue_timeout_s=7)
-    assert read_again(before)[0].queue_timeout_s == 7
+    assert read_again(before).config.queue_timeout_s == 7
 
 
 def test_reading_again_fails_if_the_file_is_bad_or_the_server_is_missing(tmp_path: Path) -> None:

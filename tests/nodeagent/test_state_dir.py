@@ -111,6 +111,18 @@ def test_the_address_is_found_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["address"]
 
 
+def test_the_copy_of_the_certificate_follows_the_certificate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificate = tmp_path / "node.pem"
+    for content in ("one", "two"):
+        certificate.write_text(content)
+        state_dir.write_certificate(tmp_path, certificate)
+        assert state_dir.certificate_file(tmp_path).read_text() == content
+    state_dir.write_certificate(tmp_path, None)
+    assert not state_dir.certificate_file(tmp_path).exists()
+    state_dir.write_certificate(tmp_path / "missing", certificate)
+    assert "commands may not trust this agent" in caplog.text
+
+
 def test_an_address_that_can_not_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state_dir.write_address(tmp_path / "missing", "http://127.0.0.1:8081")
     [record] = caplog.records
