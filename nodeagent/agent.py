@@ -5,6 +5,7 @@ lock the state folder, bind the address, find the devices
 ├── node            background work that requests start
 ├── monitor         reads the devices
 ├── load meter      measures what loads took
+├── activity file   writes what requests took, where a file is configured
 ├── API keys        reads them again when they change, keeps their sums
 ├── lanes           one task per device
 ├── stall watch     reports busy servers that make no progress to the supervisor
@@ -38,6 +39,7 @@ from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.selection import devices_of, select
 from nodeagent.devices.values import DeviceRef
+from nodeagent.front.activity import Activity
 from nodeagent.front.asgi import Front
 from nodeagent.front.exchange import ASGIApp
 from nodeagent.front.fast_road import FastRoad
@@ -154,6 +156,7 @@ class Agent:
         )
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
+        self._activity = Activity(config.activity.max_records)
         self._stop_front = trio.Event()
         self._front_ended = trio.Event()
 
@@ -182,6 +185,8 @@ class Agent:
             signals.on_reload = node.reload_soon
             await nursery.start(self._monitor.run, name="monitor")
             await nursery.start(self._meter.run, name="load meter")
+            if self._config.activity.path is not None:
+                await self._keep_activity(nursery, self._config.activity.path)
             await nursery.start(self._gate.run, node.read_api_keys, name="API keys")
             for device_id, device in node.devices.items():
                 await nursery.start(device.lane.run, name=f"lane {device_id}")
@@ -201,6 +206,13 @@ class Agent:
             await self._stop()
             nursery.cancel_scope.cancel()  # the supervisor stops the children before its task ends
 
+    async def _keep_activity(self, nursery: trio.Nursery, path: Path) -> None:
+        from nodeagent.front.activity_file import ActivityFile  # with SQLite, which other nodes don't need
+
+        file = ActivityFile(path, self._activity)
+        await trio.to_thread.run_sync(file.open)
+        await nursery.start(file.run, name="activity file")
+
     async def _learn_host_name(self) -> None:
         self.node.full_host_name = await host_names.full_name()
 
@@ -214,7 +226,7 @@ class Agent:
 
     async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
         node = self.node
-        inference = Inference(node.scheduler)
+        inference = Inference(node.scheduler, self._activity)
         app = LazyApp(partial(_web_application, node, inference))
         front = Front(app, max_request_bytes=node.max_request_bytes, node_id=node.node_id)
         try:

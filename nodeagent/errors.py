@@ -96,7 +96,9 @@ class UpstreamLost(NodeAgentError):
 
 
 class Refusal(NodeAgentError):
-    """A request that is answered with an error instead of being served."""
+    """A request that is answered with an error instead of being served. `is_counted` is whether that was counted."""
+
+    is_counted = False
 
 
 class InvalidRequest(Refusal):

@@ -38,6 +38,7 @@ FIXED_KEYS = (
     "memory_settle_timeout_s",
     "memory_reserve_bytes",
     "max_request_bytes",
+    "activity",
     "backend",
     "devices",
 )

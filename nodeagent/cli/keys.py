@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from nodeagent.access.limits import Sums
 from nodeagent.access.sums import account_json, read_sums, sums_file
 from nodeagent.cli.discovery import find_state_dir
+from nodeagent.cli.operations import columns
 from nodeagent.config import ApiKeyConfig, NodeConfig, load_config, read_key_file
 from nodeagent.config.api_keys import PRIORITIES, ROLES, digest_of
 from nodeagent.config.key_file import changing, write_key_file
@@ -120,9 +121,7 @@ def _list(args: argparse.Namespace) -> int:
         print("There is no key. Make one by: keys add NAME")
         return 0
     table = [("NAME", "ROLES", "MODELS", "PRIORITY", "LIMITS", "REQUESTS", "TOKENS"), *map(_cells, rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(columns(table))
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nodeagent.cli.discovery import find_state_dir
-from nodeagent.cli.events_table import event_line
+from nodeagent.cli.events_table import ACTIVITY_HEAD, activity_line, event_line
 from nodeagent.errors import NodeAgentError, StartupError
 from nodeagent.logs import printable
 from nodeagent.state_dir import admin_token, certificate_file, read_address
@@ -72,6 +72,11 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="ID",
         help="only events after this one (default: all that the agent keeps)",
     )
+    requests = _command(commands, "activity", "print what the last requests took", activity)
+    requests.add_argument("--limit", type=int, default=20, metavar="N", help="the last N (default: %(default)s)")
+    requests.add_argument("--model", metavar="MODEL_ID", help="of this model only")
+    requests.add_argument("--json", action="store_true", help="one JSON object per line, for programs")
+    requests.add_argument("--follow", "-f", action="store_true", help="then print new ones as they end")
     lines = _command(commands, "logs", "print the output of a device's servers", logs)
     lines.add_argument("device", metavar="DEVICE", help="for example cpu:0")
     lines.add_argument("--lines", type=int, default=100, metavar="N", help="the last N lines (default: %(default)s)")
@@ -169,6 +174,27 @@ def events(args: argparse.Namespace) -> int:
             if line.startswith("data: "):
                 data = line.removeprefix("data: ")
                 print(data if args.json else event_line(json.loads(data)), flush=True)
+    return 0
+
+
+def activity(args: argparse.Namespace) -> int:
+    _end_with_reader()
+    params = {"limit": str(args.limit), **({"model_id": args.model} if args.model else {})}
+    show = json.dumps if args.json else activity_line
+    with _agent(args) as http:
+        records = _answer(http.get("/v1/node/activity", params=params))["activity"]
+        if not args.json:
+            print(ACTIVITY_HEAD)
+        for record in reversed(records):
+            print(show(record), flush=True)
+        if not args.follow:
+            return 0
+        params |= {"follow": "true", "since": str(records[0]["id"] if records else 0)}
+        with http.stream("GET", "/v1/node/activity", params=params, timeout=None) as it:
+            _refused(it)
+            for line in it.iter_lines():
+                if line.startswith("data: "):
+                    print(show(json.loads(line.removeprefix("data: "))), flush=True)
     return 0
 
 

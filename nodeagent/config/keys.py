@@ -285,6 +285,18 @@ class ModelConfig(Keys):
         return {name: with_files(name, one, lambda path: absolute(path, folder)) for name, one in value.items()}
 
 
+class ActivityConfig(Keys):
+    """`activity`: what each request took. Bodies are never kept."""
+
+    max_records: int = Field(
+        default=1000, ge=1, le=100_000, description="Requests that `/v1/node/activity` can look back on."
+    )
+    path: AbsolutePath | None = Field(
+        default=None,
+        description="SQLite file in which the last 100,000 outlast the agent; they are in memory only by default.",
+    )
+
+
 class NodeConfig(Keys):
     """The whole configuration. Durations are in seconds, sizes in bytes."""
 
@@ -448,6 +460,9 @@ class NodeConfig(Keys):
         default=(),
         description="Names, besides the host's own, by which browsers may reach this node: those that a reverse proxy "
         "passes on in Host. IP addresses and localhost always work.",
+    )
+    activity: ActivityConfig = Field(
+        default_factory=ActivityConfig, description="Records of what each request took, without its content."
     )
     preload_ready_timeout_s: float = Field(
         default=300.0, ge=0, le=_DAY_S, description="How long /readyz waits for the models with `preload`, in seconds."

@@ -12,10 +12,11 @@ _SECTIONS = (
     ("LoraConfig", "`models[].loras[]`"),
     ("DeviceConfig", "`devices[]`"),
     ("ApiKeyConfig", "`api_keys[]`"),
+    ("ActivityConfig", "`activity`"),
     ("RestartConfig", "`restart`, of the node or of one model"),
 )
 # A default that depends on the host or on another key: its description says which.
-_COMPUTED = ("node_id", "node_name", "state_dir", "llama_server_startup_limit_s", "restart")
+_COMPUTED = ("node_id", "node_name", "state_dir", "llama_server_startup_limit_s", "restart", "activity")
 
 
 def markdown_reference() -> str:

@@ -10,6 +10,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, Reque
 from nodeagent.errors import BodyTooLarge, Refusal
 from nodeagent.front import guard, health, metrics, models, node, openai, origins
 from nodeagent.front.asgi import request_id
+from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.error_shapes import dialect_of
 from nodeagent.front.inference import Inference
 from nodeagent.front.paths import canonical
@@ -37,7 +38,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
         openai.blueprint(of, inference),
         models.blueprint(of),
         metrics.blueprint(of, inference.tallies),
-        node.blueprint(of),
+        node.blueprint(of, inference.tallies.activity),
         health.blueprint(of),
     ):
         app.register_blueprint(routes)
@@ -46,6 +47,8 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:
+        if request.method == "POST" and request.path in ENDPOINTS:
+            inference.tallies.refused_early(request.path, request_id(), request.scope["headers"], refusal)
         return _response(*refusal_response(refusal, request_id(), dialect_of(request.path)))
 
     @app.errorhandler(RequestEntityTooLarge)

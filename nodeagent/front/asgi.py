@@ -8,7 +8,7 @@ status, anything else with a 500 that names the request's id.
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any
@@ -193,6 +193,15 @@ def answer_to(
     if begun:
         logger.warning("request %s: answer truncated: %s", identity, refusal)
     return refusal_response(refusal, identity, dialect_of(path))
+
+
+def refusals_in(failures: BaseExceptionGroup[Exception]) -> Iterator[Refusal]:
+    """Every refusal in the group, however deep."""
+    for failure in failures.exceptions:
+        if isinstance(failure, BaseExceptionGroup):
+            yield from refusals_in(failure)
+        elif isinstance(failure, Refusal):
+            yield failure
 
 
 def _plainest(error: BaseException) -> BaseException:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from nodeagent.errors import Refusal
 from nodeagent.front import health, origins
 from nodeagent.front.answer import Answer
-from nodeagent.front.asgi import Front, answer_to
+from nodeagent.front.asgi import Front, answer_to, refusals_in
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.exchange import AbortResponse, Exchange, Handler
 from nodeagent.front.guard import enter, given_key
@@ -88,6 +88,8 @@ class FastRoad:
         except* AbortResponse:
             raise
         except* Exception as failures:
+            for refusal in refusals_in(failures):
+                self._inference.tallies.refused_early(path, identity, request.headers, refusal)
             error = answer_to(failures, request.method, path, identity, begun=exchange.response.started)
         if error is not None and not exchange.response.started:
             status, fields, content = error

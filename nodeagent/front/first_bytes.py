@@ -40,7 +40,7 @@ class InferenceRequest:
 
     `slots` is how many of the server's slots it needs: one for each completion that it asks for. `ping_s` is how long
     its client may be left without a byte, 0 for ever: a stream can say something while it waits.
-    `dialect` is the shape of errors.
+    `streamed` is whether it asks for a stream. `dialect` is the shape of errors.
     """
 
     request_id: str
@@ -49,6 +49,7 @@ class InferenceRequest:
     conversation: str | None = None
     slots: int = 1
     ping_s: float = 0.0
+    streamed: bool = False
     dialect: Dialect = Dialect.OPENAI
     path: str
     headers: list[tuple[bytes, bytes]]
@@ -91,7 +92,7 @@ class FirstBytes:
             lease = self.lease
             if lease is None:
                 lease = self.lease = await self.ticket.granted()
-                self.tally.granted(lease.queued_s)
+                self.tally.granted(lease.device_id, lease.queued_s, lease.load_s)
                 # While it waited, other requests with the same body may have crashed servers.
                 refuse_poison(self.request, self.poison)
             try:

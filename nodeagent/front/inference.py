@@ -16,6 +16,7 @@ from contextlib import ExitStack
 import trio
 
 from nodeagent.errors import Refusal
+from nodeagent.front.activity import Activity
 from nodeagent.front.answer import STREAM_HEADERS, Answer, AnswerBody, WholeBody, answer_headers
 from nodeagent.front.first_bytes import FirstBytes, InferenceRequest, refuse_poison
 from nodeagent.front.poison import PoisonGuard
@@ -34,11 +35,11 @@ class Inference:
     """Serves requests for inference on the scheduler's devices. Counts them in `tallies`, and remembers the bodies that
     crash servers."""
 
-    def __init__(self, scheduler: Scheduler[Upstream]) -> None:
+    def __init__(self, scheduler: Scheduler[Upstream], activity: Activity | None = None) -> None:
         self._scheduler = scheduler
         self._poison = PoisonGuard()
         self._progress = Progress()
-        self.tallies = Tallies()
+        self.tallies = Tallies(activity)
 
     async def serve(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
         """Queue the request, send it to the server that it gets, and return once the answer's first bytes are here, or
@@ -47,7 +48,7 @@ class Inference:
         `exit_stack` gives back the place in the queue, the lease and the connection to the server when it closes. So
         the caller may be cancelled at any time. Raises a Refusal if the request can't be served.
         """
-        tally = RequestTally(self.tallies, request.model_id)
+        tally = RequestTally(self.tallies, request)
         exit_stack.callback(tally.close)
         try:
             return await self._serve(request, exit_stack, tally)

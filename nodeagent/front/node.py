@@ -16,6 +16,8 @@ from nodeagent.access.gate import Account
 from nodeagent.access.sums import account_json
 from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden
 from nodeagent.events import NodeEvent, Ring
+from nodeagent.front import activity_routes
+from nodeagent.front.activity import Activity
 from nodeagent.front.guard import given_key
 from nodeagent.front.seam import Node, find_card
 from nodeagent.llama_server.relay import Upstream
@@ -26,7 +28,7 @@ _PING_S = 15.0
 _LINES_MAX = 1000
 
 
-def blueprint(node: Node) -> Blueprint:
+def blueprint(node: Node, activity: Activity) -> Blueprint:
     """The routes under `/v1/node`."""
     routes = Blueprint("node", __name__)
     admin = Blueprint("admin", __name__)
@@ -114,6 +116,7 @@ def blueprint(node: Node) -> Blueprint:
     async def register() -> dict[str, Any]:
         return {"registering": node.register()}
 
+    activity_routes.add_routes(admin, activity)
     routes.register_blueprint(admin)
     return routes
 

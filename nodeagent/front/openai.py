@@ -70,6 +70,7 @@ def read_request(
         conversation=conversation_of(_text(values.get(b"x-session-id")), fields) if several else None,
         slots=_SLOTS.get(endpoint.slots, fields.completions),
         ping_s=node.stream_ping_s if fields.stream and endpoint.streams else 0.0,
+        streamed=fields.stream and endpoint.streams,
         dialect=endpoint.dialect,
         path=path,
         headers=forwardable(headers) if endpoint.is_form else headers_of_json(headers),

@@ -4,18 +4,23 @@ They are counted as the answers pass, without a look into more than the first an
 says there how many tokens there were (`usage.py`).
 """
 
+import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from nodeagent.errors import Refusal
+from nodeagent.errors import InvalidApiKey, Refusal
 from nodeagent.front.accounts import account_var
+from nodeagent.front.activity import Activity, user_agent_of
 from nodeagent.front.refusals import code_of
-from nodeagent.front.usage import HEAD_BYTES, TAIL_BYTES, usage_of
+from nodeagent.front.usage import HEAD_BYTES, TAIL_BYTES, Usage, usage_of
+
+if TYPE_CHECKING:
+    from nodeagent.front.first_bytes import InferenceRequest
 
 # Upper bounds of the buckets, in seconds. Of vLLM's, which dashboards for model servers know.
 DURATIONS_S: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -50,7 +55,7 @@ class Tallies:
     Only requests that were admitted, or refused for want of a place, count: until then they may name any model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, activity: Activity | None = None) -> None:
         self.requests: Counter[tuple[str, int, str]] = Counter()
         self.duration_s = defaultdict[str, Histogram](partial(Histogram, DURATIONS_S))
         self.first_token_s = defaultdict[str, Histogram](partial(Histogram, FIRST_TOKENS_S))
@@ -59,32 +64,64 @@ class Tallies:
         self.prompt_tokens: Counter[str] = Counter()
         self.cached_tokens: Counter[str] = Counter()
         self.generated_tokens: Counter[str] = Counter()
+        self.activity = Activity() if activity is None else activity
+
+    def refused_early(
+        self, path: str, request_id: str, headers: Iterable[tuple[bytes, bytes]], refusal: Refusal
+    ) -> None:
+        """Note a request for inference in the activity that was refused before it was known which model it is for.
+
+        Those without a valid key are not: whoever sends many would leave no room for the others.
+        """
+        if refusal.is_counted or isinstance(refusal, InvalidApiKey):
+            return
+        status, code = code_of(refusal)
+        account = account_var.get()
+        self.activity.add(
+            request_id=request_id,
+            began_at=time.time(),
+            path=path,
+            key_name=None if account is None else account.name,
+            duration_ms=0.0,
+            status=status,
+            error=code,
+            user_agent=user_agent_of(headers),
+        )
 
 
 class RequestTally:
-    """What is noted of one request until `close` adds it to the sums. What changes: everything, in each method."""
+    """What is noted of one request until `close` adds it to the sums and to the activity. What changes: everything, in
+    each method."""
 
-    def __init__(self, tallies: Tallies, model_id: str) -> None:
+    def __init__(self, tallies: Tallies, request: "InferenceRequest") -> None:
         self._tallies = tallies
-        self._model_id = model_id
+        self._request = request
+        self._model_id = request.model_id
         self._account = account_var.get()
         self._began_at = trio.current_time()
+        self._began_on = time.time()
         self._status = CLIENT_CLOSED
         self._reason = CLIENT_LEFT
+        self._device_id: str | None = None
+        self._queued_s: float | None = None
+        self._load_s: float | None = None
+        self._first_token_s: float | None = None
         # The last pieces of the answer. The very last one may only say that the stream is over.
         self._last = b""
         self._before = b""
         self._first = b""
         self._pieces = 0
 
-    def granted(self, queued_s: float) -> None:
-        """It has its turn, for which it waited that long, the load of its model not counted."""
+    def granted(self, device_id: str, queued_s: float, load_s: float) -> None:
+        """It has its turn there, for which it waited that long, and then for the load of its model."""
+        self._device_id, self._queued_s, self._load_s = device_id, queued_s, load_s
         self._tallies.queue_wait_s[self._model_id].observe(queued_s)
 
     def answered(self, status: int) -> None:
         """The first bytes of its answer are here."""
         self._status = status
-        self._tallies.first_token_s[self._model_id].observe(trio.current_time() - self._began_at)
+        self._first_token_s = trio.current_time() - self._began_at
+        self._tallies.first_token_s[self._model_id].observe(self._first_token_s)
 
     def passed(self, chunk: bytes) -> None:
         """These bytes of its answer are passed on."""
@@ -97,6 +134,7 @@ class RequestTally:
     def refused(self, refusal: Refusal) -> None:
         """It is refused."""
         self._status, self._reason = code_of(refusal)
+        refusal.is_counted = True
 
     def lost(self) -> None:
         """Its server is lost in mid-answer."""
@@ -107,10 +145,11 @@ class RequestTally:
         self._reason = ""
 
     def close(self) -> None:
-        """Add it to the sums."""
+        """Add it to the sums, and to the activity."""
         tallies, model_id = self._tallies, self._model_id
+        duration_s = trio.current_time() - self._began_at
         tallies.requests[model_id, self._status, self._reason] += 1
-        tallies.duration_s[model_id].observe(trio.current_time() - self._began_at)
+        tallies.duration_s[model_id].observe(duration_s)
         usage = usage_of(self._first, (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:])
         tallies.prompt_tokens[model_id] += usage.prompt
         tallies.cached_tokens[model_id] += usage.cached
@@ -121,3 +160,39 @@ class RequestTally:
             # An answer that was cut short does not tell its tokens. Each piece of it had one at least.
             generated = usage.generated or (self._pieces if self._reason else 0)
             self._account.count_tokens(usage.prompt + usage.cached, generated)
+        self._record(duration_s, usage)
+
+    def _record(self, duration_s: float, usage: Usage) -> None:
+        request = self._request
+        has_usage = bool(usage.prompt or usage.cached or usage.generated)
+        self._tallies.activity.add(
+            request_id=request.request_id,
+            began_at=self._began_on,
+            path=request.path,
+            key_name=None if self._account is None else self._account.name,
+            model_id=self._model_id,
+            device_id=self._device_id,
+            queue_ms=_as_ms(self._queued_s),
+            load_ms=_as_ms(self._load_s),
+            first_token_ms=_as_ms(self._first_token_s),
+            duration_ms=round(duration_s * 1000, 1),
+            prompt_tokens=usage.prompt + usage.cached if has_usage else None,
+            completion_tokens=usage.generated if has_usage else None,
+            cached_tokens=usage.cached if has_usage else None,
+            tokens_per_s=self._tokens_per_s(duration_s, usage),
+            status=CLIENT_CLOSED if self._reason == CLIENT_LEFT else self._status,
+            error=self._reason or None,
+            streamed=request.streamed,
+            user_agent=user_agent_of(request.headers),
+        )
+
+    def _tokens_per_s(self, duration_s: float, usage: Usage) -> float | None:
+        """How fast its tokens came: by what the server says, else by when they came."""
+        if usage.per_token_s:
+            return round(1 / usage.per_token_s, 2)
+        took_s = duration_s - (self._first_token_s or 0.0)
+        return round(usage.generated / took_s, 2) if usage.generated > 1 and took_s > 0 and self._pieces > 1 else None
+
+
+def _as_ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)

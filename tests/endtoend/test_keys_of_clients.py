@@ -81,6 +81,28 @@ def test_the_clients_of_openai_and_anthropic_get_in_by_their_keys_and_their_toke
     assert after["tokens_of_day"] >= prompt
 
 
+def test_the_activity_tells_who_asked_for_what_and_what_it_took(
+    agent: AgentProcess, config: Path, alices_key: str
+) -> None:
+    with openai.OpenAI(base_url=f"{agent.base_url}/v1", api_key=alices_key, max_retries=0) as client:
+        client.chat.completions.create(model="chat", messages=HELLO, max_tokens=4)
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="missing", messages=HELLO)
+    answer = httpx.get(
+        f"{agent.base_url}/v1/node/activity?key=alice&limit=2", headers=agent.operator_headers(), trust_env=False
+    )
+    refused, served = answer.json()["activity"]
+    assert (refused["status"], refused["error"], refused["model_id"]) == (404, "model_not_found", None)
+    assert (served["status"], served["model_id"], served["device_id"]) == (200, "chat", "cpu:0")
+    assert served["completion_tokens"] <= 4
+    assert served["tokens_per_s"] > 0
+    assert served["duration_ms"] >= served["first_token_ms"] > 0
+    assert served["user_agent"].startswith("OpenAI/Python")
+    argv = [sys.executable, "-m", "nodeagent", "activity", "--limit", "1", "--json", "--config", str(config)]
+    shown = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert json.loads(shown)["error"] == "model_not_found"
+
+
 def test_without_a_valid_key_the_clients_get_their_own_authentication_error(agent: AgentProcess) -> None:
     with (
         openai.OpenAI(base_url=f"{agent.base_url}/v1", api_key="wrong") as client,

@@ -51,6 +51,7 @@ CHANGES: dict[str, Any] = {
     "memory_settle_timeout_s": 9,
     "memory_reserve_bytes": 1000,
     "max_request_bytes": 1000,
+    "activity": {"max_records": 5},
     "backend": "cpu",
     "devices": [{"device_id": "cpu:0"}],
 }

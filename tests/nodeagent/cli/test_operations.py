@@ -187,6 +187,57 @@ def test_events_prints_the_data_of_each_event(agent: Agent, capsys: pytest.Captu
     assert capsys.readouterr().out == '{"kind": "ready"}\n{"kind": "exited"}\n'
 
 
+RECORD = {
+    "id": 7,
+    "time": "2026-03-02T10:00:00.000Z",
+    "status": 200,
+    "key_name": None,
+    "device_id": "cpu:0",
+    "model_id": "tiny",
+    "queue_ms": 1250.0,
+    "load_ms": 0.0,
+    "first_token_ms": 20.0,
+    "duration_ms": 2000.0,
+    "prompt_tokens": 8,
+    "completion_tokens": 4,
+    "tokens_per_s": 48.78,
+    "error": None,
+}
+
+
+@pytest.mark.real
+def test_activity_is_a_table_for_people_the_oldest_first(agent: Agent, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = RECORD | {"id": 8, "status": 429, "error": "queue_full", "model_id": None, "duration_ms": 0.5}
+    agent.respond("GET /v1/node/activity", {"activity": [refused, RECORD]})
+    assert agent.run("activity", "--limit", "2", "--model", "tiny") == 0
+    assert agent.requests[0].target == "/v1/node/activity?limit=2&model_id=tiny"
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["TIME", "STATUS", "KEY"]
+    assert first.split()[1:5] == ["200", "-", "cpu:0", "tiny"]
+    assert first.split()[5:] == ["1.25", "s", "0.00", "s", "0.02", "s", "2.00", "s", "8", "4", "48.78"]
+        "200",
+        "-",
+        "cpu:0",
+        "tiny",
+        *["1.25", "s", "0.00", "s", "0.02", "s", "2.00", "s"],
+        "8",
+        "4",
+        "48.78",
+    ]
+    assert second.split()[-1] == "queue_full"
+
+
+@pytest.mark.real
+def test_activity_for_programs_is_one_object_a_line_and_goes_on_where_the_list_ended(
+    agent: Agent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent.respond("GET /v1/node/activity", {"activity": [RECORD]})
+    assert agent.run("activity", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == RECORD
+    assert agent.run("activity", "--json", "--follow") == 0
+    assert agent.requests[-1].target == "/v1/node/activity?limit=20&follow=true&since=7"
+
+
 @pytest.mark.real
 def test_events_are_lines_for_people_and_can_end_with_those_so_far(
     agent: Agent, capsys: pytest.CaptureFixture[str]

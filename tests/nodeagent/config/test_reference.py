@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 from nodeagent.config import ApiKeyConfig, DeviceConfig, ModelConfig, NodeConfig, markdown_reference
-from nodeagent.config.keys import LoraConfig, RestartConfig
+from nodeagent.config.keys import ActivityConfig, LoraConfig, RestartConfig
 
 README = Path(__file__).parents[3] / "configs" / "README.md"
 COMMAND = "rolemesh-node-agent schema --format markdown"
@@ -17,7 +17,7 @@ def test_the_reference_in_the_readme_is_fresh() -> None:
 
 def test_every_key_has_one_row_with_four_cells() -> None:
     rows = [line for line in markdown_reference().splitlines() if line.startswith("| `")]
-    parts = (NodeConfig, ModelConfig, LoraConfig, DeviceConfig, ApiKeyConfig, RestartConfig)
+    parts = (NodeConfig, ModelConfig, LoraConfig, DeviceConfig, ApiKeyConfig, ActivityConfig, RestartConfig)
     keys = [field for part in parts for field in part.model_fields]
 
     assert [row.split("`")[1] for row in rows] == keys

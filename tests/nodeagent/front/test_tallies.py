@@ -1,10 +1,19 @@
 """What is counted of each request."""
 
+from dataclasses import replace
+from datetime import date
+
 import pytest
 import trio
 from trio.testing import MockClock
 
-from nodeagent.errors import QueueFull
+from fakes.inference_node import REQUEST
+from nodeagent.access.gate import Account
+from nodeagent.access.limits import Limits, Meter, Sums
+from nodeagent.config import ApiKeyConfig
+from nodeagent.errors import InvalidApiKey, ModelNotFound, QueueFull
+from nodeagent.front.accounts import account_var
+from nodeagent.front.activity import as_json
 from nodeagent.front.tallies import Histogram, RequestTally, Tallies
 
 TIMINGS = b'"timings":{"cache_n":3,"prompt_n":5,"prompt_ms":1.0,"predicted_n":7,"predicted_per_token_ms":20.5}'
@@ -19,9 +28,9 @@ def test_an_observation_is_in_the_bucket_whose_bound_it_does_not_exceed() -> Non
 
 async def test_a_complete_request_counts_with_its_times_and_tokens(autojump_clock: MockClock) -> None:
     tallies = Tallies()
-    tally = RequestTally(tallies, "a")
+    tally = RequestTally(tallies, REQUEST)
     await trio.sleep(1)
-    tally.granted(0.75)
+    tally.granted("cpu:0", 0.75, 0.25)
     tally.answered(200)
     tally.passed(b'{"content": "...", ' + TIMINGS + b"}")
     await trio.sleep(2)
@@ -46,7 +55,7 @@ async def test_the_tokens_of_a_stream_are_in_one_of_its_last_events(
     chunks: list[bytes], autojump_clock: MockClock
 ) -> None:
     tallies = Tallies()
-    tally = RequestTally(tallies, "a")
+    tally = RequestTally(tallies, REQUEST)
     for chunk in chunks:
         tally.passed(chunk)
     tally.close()
@@ -58,7 +67,7 @@ async def test_the_tokens_of_a_stream_are_in_one_of_its_last_events(
 )
 async def test_what_a_model_writes_is_not_counted(chunk: bytes, autojump_clock: MockClock) -> None:
     tallies = Tallies()
-    tally = RequestTally(tallies, "a")
+    tally = RequestTally(tallies, REQUEST)
     tally.passed(chunk)
     tally.close()
     assert tallies.generated_tokens["a"] == 0
@@ -66,7 +75,7 @@ async def test_what_a_model_writes_is_not_counted(chunk: bytes, autojump_clock: 
 
 async def test_a_request_that_is_not_answered_completely_counts_with_the_reason(autojump_clock: MockClock) -> None:
     tallies = Tallies()
-    left, cut, refused = (RequestTally(tallies, "a") for _ in range(3))
+    left, cut, refused = (RequestTally(tallies, REQUEST) for _ in range(3))
     cut.answered(200)
     cut.lost()
     refused.refused(QueueFull("a", 2, 1.0))
@@ -77,3 +86,66 @@ async def test_a_request_that_is_not_answered_completely_counts_with_the_reason(
         ("a", 200, "server_lost"): 1,
         ("a", 429, "queue_full"): 1,
     }
+
+
+async def test_a_complete_request_is_a_record_of_what_it_took(autojump_clock: MockClock) -> None:
+    tallies = Tallies()
+    headers = [(b"user-agent", b"curl/8 \x1b[31m" + b"x" * 500)]
+    tally = RequestTally(tallies, replace(REQUEST, headers=headers, streamed=True))
+    tally.granted("cpu:0", 0.5, 0.25)
+    await trio.sleep(1)
+    tally.answered(200)
+    tally.passed(b"data: {" + TIMINGS + b"}\n\n")
+    await trio.sleep(1)
+    tally.completed()
+    tally.close()
+    [record] = tallies.activity.newest(lambda _: True, limit=9)
+    shown = as_json(record)
+    assert list(shown)[:4] == ["id", "request_id", "time", "path"]
+    assert (shown["id"], shown["request_id"], shown["path"]) == (1, "r1", "/v1/chat/completions")
+    assert (shown["model_id"], shown["device_id"], shown["status"], shown["error"]) == ("a", "cpu:0", 200, None)
+    assert (shown["queue_ms"], shown["load_ms"]) == (500, 250)
+    assert (shown["first_token_ms"], shown["duration_ms"]) == (1000, 2000)
+    assert (shown["prompt_tokens"], shown["cached_tokens"], shown["completion_tokens"]) == (8, 3, 7)
+    assert (shown["tokens_per_s"], shown["streamed"], shown["key_name"]) == (48.78, True, None)
+    assert shown["user_agent"].startswith("curl/8 ?[31mxxx")
+    assert len(shown["user_agent"]) == 200
+
+
+async def test_requests_that_fail_are_records_with_the_reason(autojump_clock: MockClock) -> None:
+    tallies = Tallies()
+    left, cut, refused = (RequestTally(tallies, REQUEST) for _ in range(3))
+    left.answered(200)
+    cut.answered(200)
+    cut.lost()
+    full = QueueFull("a", 2, 1.0)
+    refused.refused(full)
+    for tally in (left, cut, refused):
+        tally.close()
+    early = ModelNotFound("b", ["a"])
+    for refusal in (full, early, InvalidApiKey(is_missing=True)):
+        tallies.refused_early("/v1/embeddings", "r2", [(b"user-agent", b"x")], refusal)
+    found = tallies.activity.newest(lambda _: True, limit=9)
+    assert [(record.id, record.status, record.error) for record in found] == [
+        (4, 404, "model_not_found"),
+        (3, 429, "queue_full"),
+        (2, 200, "server_lost"),
+        (1, 499, "client_left"),
+    ]
+    assert (found[0].path, found[0].model_id, found[0].user_agent) == ("/v1/embeddings", None, "x")
+
+
+async def test_the_tokens_of_a_request_count_for_its_key_also_if_it_is_cut_short(autojump_clock: MockClock) -> None:
+    entry = ApiKeyConfig(name="alice", sha256="0" * 64)
+    account = Account(entry, Meter(Limits(), 0.0), Sums(), lambda: date(2026, 3, 2))
+    account_var.set(account)
+    tallies = Tallies()
+    whole, cut = RequestTally(tallies, REQUEST), RequestTally(tallies, REQUEST)
+    whole.passed(b"{" + TIMINGS + b"}")
+    whole.completed()
+    for _ in range(5):
+        cut.passed(b"data: {}\n\n")
+    whole.close()
+    cut.close()
+    assert (account.sums.prompt_tokens, account.sums.generated_tokens, account.sums.tokens_of_day) == (8, 12, 20)
+    assert {record.key_name for record in tallies.activity.newest(lambda _: True, limit=9)} == {"alice"}

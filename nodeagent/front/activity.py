@@ -1,0 +1,109 @@
+"""What each request for inference took, one record for each that has ended. Bodies are never in it.
+
+`Activity` keeps the last ones; `activity_file.py` writes them into a file, where one is configured.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+import trio
+
+DEFAULT_RECORDS: Final = 1000
+_USER_AGENT_CHARS: Final = 200
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One request. `began_at` is in seconds since the epoch. `status` is HTTP's, 499 if the client left before its
+    answer was complete. `error` is the code of a refusal, or why the answer is not complete. What is unknown is None.
+    """
+
+    id: int
+    request_id: str
+    began_at: float
+    path: str
+    key_name: str | None = None
+    model_id: str | None = None
+    device_id: str | None = None
+    queue_ms: float | None = None
+    load_ms: float | None = None
+    first_token_ms: float | None = None
+    duration_ms: float
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    tokens_per_s: float | None = None
+    status: int
+    error: str | None = None
+    streamed: bool = False
+    user_agent: str | None = None
+
+
+class Activity:
+    """The last `max_records` records. Each gets a number that rises with each, also over restarts of the agent.
+
+    What changes: `_records` and `_last_id` in `add` and `recall`; `sink`, which gets each new record, once, by its
+    owner.
+    """
+
+    def __init__(self, max_records: int = DEFAULT_RECORDS) -> None:
+        self.max_records = max_records
+        self.sink: Callable[[Record], None] | None = None
+        self._records: deque[Record] = deque(maxlen=max_records)
+        self._last_id = 0
+        self._more = trio.Event()
+
+    @property
+    def last_id(self) -> int:
+        """The number of the newest record, 0 if there was none yet."""
+        return self._last_id
+
+    def recall(self, records: Iterable[Record]) -> None:
+        """Take over the records of earlier runs, the oldest first."""
+        self._records.extend(records)
+        if self._records:
+            self._last_id = self._records[-1].id
+
+    def add(self, **fields: Any) -> None:
+        """Keep one more record, with these fields but for `id`."""
+        self._last_id += 1
+        record = Record(id=self._last_id, **fields)
+        self._records.append(record)
+        if self.sink is not None:
+            self.sink(record)
+        self._more.set()
+        self._more = trio.Event()
+
+    def newest(self, wanted: Callable[[Record], bool], *, limit: int, since: int = 0) -> list[Record]:
+        """The newest records with a number above `since` that are wanted, the newest first, at most `limit`."""
+        found: list[Record] = []
+        for record in reversed(self._records):
+            if record.id <= since or len(found) == limit:
+                break
+            if wanted(record):
+                found.append(record)
+        return found
+
+    async def more_than(self, number: int) -> None:
+        """Return once there is a record with a higher number."""
+        while self._last_id <= number:
+            await self._more.wait()
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """A record as `/v1/node/activity` shows it."""
+    shown = {field: getattr(record, field) for field in record.__struct_fields__}
+    began_at = datetime.fromtimestamp(shown.pop("began_at"), UTC)
+    time = began_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"id": shown.pop("id"), "request_id": shown.pop("request_id"), "time": time, **shown}
+
+
+def user_agent_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The client's program by its headers (names in lower case), shortened, without control characters."""
+    for name, value in headers:
+        if name == b"user-agent":
+            text = value.decode("latin-1")[:_USER_AGENT_CHARS]
+            return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)
+    return None

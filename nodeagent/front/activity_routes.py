@@ -1,0 +1,85 @@
+"""`/v1/node/activity`: the records of requests that have ended, filtered, as a list or as they come."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import msgspec
+import trio
+from quart import Blueprint, Response, request
+
+from nodeagent.errors import InvalidRequest
+from nodeagent.front.activity import Activity, Record, as_json
+
+_LIMIT: Final = 100
+_LIMIT_MAX: Final = 1000
+_PING_S: Final = 15.0
+
+Wanted = Callable[[Record], bool]
+
+
+def add_routes(routes: Blueprint, activity: Activity) -> None:
+    """Add the route to a blueprint for operators."""
+
+    @routes.get("/v1/node/activity")
+    async def show() -> Response | dict[str, Any]:
+        wanted = _filter()
+        limit = _number("limit", _LIMIT, low=1, high=_LIMIT_MAX)
+        if request.args.get("follow", "") in ("true", "1", "yes"):
+            last_seen = request.headers.get("Last-Event-ID")
+            since = _number("since", activity.last_id) if last_seen is None else _as_number("Last-Event-ID", last_seen)
+            headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+            return Response(_Stream(activity, since, wanted), content_type="text/event-stream", headers=headers)
+        records = activity.newest(wanted, limit=limit, since=_number("since", 0))
+        return {"activity": [as_json(record) for record in records]}
+
+
+def _filter() -> Wanted:
+    """Which records the request asks for."""
+    args = request.args
+    model_id, key_name = args.get("model_id"), args.get("key")
+    status = _number("status", 0, low=100, high=599) if "status" in args else None
+
+    def wanted(record: Record) -> bool:
+        return (
+            model_id in (None, record.model_id)
+            and key_name in (None, record.key_name)
+            and status in (None, record.status)
+        )
+
+    return wanted
+
+
+def _number(name: str, default: int, *, low: int = 0, high: int = 2**63 - 1) -> int:
+    text = request.args.get(name)
+    return default if text is None else _as_number(name, text, low, high)
+
+
+def _as_number(name: str, text: str, low: int = 0, high: int = 2**63 - 1) -> int:
+    if text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
+        return int(text)
+    bounds = f"from {low} to {high}" if high < 2**63 - 1 else f"of at least {low}"
+    raise InvalidRequest(f"'{name}' must be a whole number {bounds}, not {text[:40]!r}.", param=name)
+
+
+class _Stream(AsyncIterator[bytes]):
+    """Each record after a given one as a server-sent event, without end."""
+
+    def __init__(self, activity: Activity, since: int, wanted: Wanted) -> None:
+        self._activity = activity
+        self._seen = since if since <= activity.last_id else 0  # a higher one is from another file
+        self._wanted = wanted
+        self._has_begun = False
+
+    async def __anext__(self) -> bytes:
+        if self._has_begun:
+            with trio.move_on_after(_PING_S):
+                await self._activity.more_than(self._seen)
+        # What came before was missed if there are more; the ids show that.
+        found = self._activity.newest(self._wanted, limit=_LIMIT_MAX, since=self._seen)
+        self._seen = self._activity.last_id
+        self._has_begun = True
+        events = [
+            b"id: %d\nevent: request\ndata: %s\n\n" % (record.id, msgspec.json.encode(as_json(record)))
+            for record in reversed(found)
+        ]
+        return b"".join(events) or b": nothing new\n\n"  # the head is sent with the first bytes
