@@ -215,15 +215,6 @@ def test_activity_is_a_table_for_people_the_oldest_first(agent: Agent, capsys: p
     assert head.split()[:3] == ["TIME", "STATUS", "KEY"]
     assert first.split()[1:5] == ["200", "-", "cpu:0", "tiny"]
     assert first.split()[5:] == ["1.25", "s", "0.00", "s", "0.02", "s", "2.00", "s", "8", "4", "48.78"]
-        "200",
-        "-",
-        "cpu:0",
-        "tiny",
-        *["1.25", "s", "0.00", "s", "0.02", "s", "2.00", "s"],
-        "8",
-        "4",
-        "48.78",
-    ]
     assert second.split()[-1] == "queue_full"
 
 
