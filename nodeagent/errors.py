@@ -16,6 +16,7 @@ NodeAgentError
     ├── ServerBusy           the node holds as many bytes of request bodies as it may
     ├── ModelNotFound
     ├── ModelNotLoaded       there is no server of the model to look at
+    ├── RemoteMediaForbidden the request has an image, sound or file by URL
     ├── WrongTask            the model can't do what the path is for
     ├── QueueFull            every lane that could serve the request is full
     ├── QueueTimeout         the request waited too long for its turn
@@ -120,10 +121,11 @@ class UnsupportedEncoding(Refusal):
 
 
 class BodyTooLarge(Refusal):
-    """The body is longer than `max_request_bytes`."""
+    """The body is longer than `max_request_bytes`, the model's own if one is named."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, model_id: str | None = None) -> None:
         self.limit_bytes = limit_bytes
+        self.model_id = model_id
         super().__init__(f"over {limit_bytes} bytes")
 
 
@@ -174,6 +176,14 @@ class WrongTask(Refusal):
         self.needed = needed
         self.able = able
         super().__init__(f"{model_id} is a model for {task}, not for {needed}")
+
+
+class RemoteMediaForbidden(Refusal):
+    """The request has an image, sound or file by URL, which a server would fetch. `param` is where."""
+
+    def __init__(self, param: str) -> None:
+        self.param = param
+        super().__init__(f"{param} is a URL")
 
 
 class QueueFull(Refusal):

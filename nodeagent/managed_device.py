@@ -74,5 +74,8 @@ def lane_rules(config: NodeConfig, device_id: str) -> LaneRules:
         abandoned_load_grace_s=config.abandoned_load_grace_s,
         max_models=config.max_models_per_device if max_models is None else max_models,
         concurrent_models=config.concurrent_models if concurrent is None else concurrent,
+        queue_timeouts_s={
+            model.model_id: model.queue_timeout_s for model in config.models if model.queue_timeout_s is not None
+        },
         policy=FirstCome() if config.scheduling == "fifo" else swap_aware,
     )

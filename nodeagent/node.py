@@ -26,6 +26,7 @@ from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import Heartbeat, Register
 from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, ReloadRefused, ShuttingDown
 from nodeagent.events import EventLog, Ring
+from nodeagent.front.parameters import Parameters
 from nodeagent.front.seam import ModelCard, ModelDetails, Reloaded
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import model_arguments
@@ -148,6 +149,10 @@ class Node:
         return self._config.stream_ping_s
 
     @property
+    def allow_remote_media(self) -> bool:
+        return self._config.allow_remote_media
+
+    @property
     def cors_origins(self) -> tuple[str, ...]:
         return self._config.cors_origins
 
@@ -163,8 +168,7 @@ class Node:
         if len(made_of) != len(self._cards_of) or any(map(is_not, made_of, self._cards_of)):
             created = int(self.identity.started_at.timestamp())
             self._cards = [
-                ModelCard(model.model_id, _aliases(model), created, task_of(model, header))
-                for model, header in zip(models, headers, strict=True)
+                _card(model, created, task_of(model, header)) for model, header in zip(models, headers, strict=True)
             ]
             self._cards_of = made_of
         return self._cards
@@ -431,7 +435,7 @@ class Node:
         loads = [device.lane.times.measured_load_s(model.model_id) for device in self.devices.values()]
         return ModelStatus(
             model_id=model.model_id,
-            aliases=_aliases(model),
+            aliases=model.names,
             roles=tuple(model.roles),
             endpoints=MODEL_ENDPOINTS[task_of(model, header) or "chat"],
             parallel=model.parallel,
@@ -444,5 +448,14 @@ class Node:
         )
 
 
-def _aliases(model: ModelConfig) -> tuple[str, ...]:
-    return (model.alias,) if model.alias else ()
+def _card(model: ModelConfig, created: int, task: str | None) -> ModelCard:
+    return ModelCard(
+        model.model_id,
+        model.names,
+        created,
+        task,
+        roles=tuple(model.roles),
+        fallback=model.fallback,
+        parameters=Parameters.of(model.defaults, model.overrides),
+        max_request_bytes=model.max_request_bytes,
+    )

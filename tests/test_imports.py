@@ -102,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.dispatcher",
         "nodeagent.errors",
         "nodeagent.events",
+        "nodeagent.front.parameters",
         "nodeagent.front.seam",
         "nodeagent.llama_server",
         "nodeagent.managed_device",

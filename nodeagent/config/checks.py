@@ -13,6 +13,7 @@ from nodeagent.config.yaml_source import KeyPath
 
 # With more slots each would get too small a share of the context; llama-server itself sets no limit.
 MAX_SLOTS = 1024
+_MAX_REQUEST_BYTES = 64 * 2**20
 
 Finding = tuple[KeyPath, str]
 Document = Mapping[str, object]
@@ -23,6 +24,8 @@ def check_document(document: Document) -> Iterator[Finding]:
     yield from _reachable(document)
     yield from _devices(document)
     yield from _model_names(document)
+    yield from _fallbacks(document)
+    yield from _limits_of_models(document)
     yield from _default_models(document)
     yield from _api_keys(document)
     yield from _tls(document)
@@ -85,16 +88,49 @@ def _devices(document: Document) -> Iterator[Finding]:
 def _model_names(document: Document) -> Iterator[Finding]:
     first: dict[str, str] = {}
     for index, model in _entries(document, "models"):
-        for key in ("model_id", "alias"):
-            name = model.get(key)
+        aliases = model.get("aliases")
+        named: list[tuple[KeyPath, object]] = [((key,), model.get(key)) for key in ("model_id", "alias")]
+        named += [
+            (("aliases", number), name) for number, name in enumerate(aliases if isinstance(aliases, list) else [])
+        ]
+        for path, name in named:
             if not isinstance(name, str):
                 continue
             if name in first:
                 yield (
-                    ("models", index, key),
+                    ("models", index, *path),
                     f"{name!r} is already the {first[name]}; each name must belong to one model",
                 )
-            first.setdefault(name, f"{key} of models[{index}]")
+            kind = "alias" if path[0] == "aliases" else path[0]
+            first.setdefault(name, f"{kind} of models[{index}]")
+
+
+def _limits_of_models(document: Document) -> Iterator[Finding]:
+    node = document.get("max_request_bytes", _MAX_REQUEST_BYTES)
+    for index, model in _entries(document, "models"):
+        own = model.get("max_request_bytes")
+        if isinstance(own, int) and isinstance(node, int) and own > node:
+            yield ("models", index, "max_request_bytes"), f"must be at most that of the node ({node}), found {own}"
+
+
+def _fallbacks(document: Document) -> Iterator[Finding]:
+    entries = [(model.get("model_id"), model) for _index, model in _entries(document, "models")]
+    models = {model_id: model for model_id, model in entries if isinstance(model_id, str)}
+    known = ", ".join(models)
+    for index, model in _entries(document, "models"):
+        names = model.get("fallback")
+        for number, name in enumerate(names if isinstance(names, list) else []):
+            here = ("models", index, "fallback", number)
+            if not isinstance(name, str):
+                continue
+            if name not in models:
+                yield here, f"must be the model_id of another model ({known}), found {name!r}"
+            elif name == model.get("model_id"):
+                yield here, f"must be another model, found {name!r} itself"
+            elif isinstance(names, list) and name in names[:number]:
+                yield here, f"{name!r} is in the list already"
+            elif None not in (tasks := (model.get("task"), models[name].get("task"))) and tasks[0] != tasks[1]:
+                yield here, f"must be a model for the same task: {name!r} is for {tasks[1]}, this one for {tasks[0]}"
 
 
 def _default_models(document: Document) -> Iterator[Finding]:

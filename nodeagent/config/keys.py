@@ -30,7 +30,9 @@ from nodeagent.config.values import (
     HostName,
     Label,
     MainGpu,
+    ModelName,
     Origin,
+    Parameters,
     ServerArg,
     TensorSplit,
     Threads,
@@ -227,6 +229,27 @@ class ModelConfig(Keys):
         pattern=MODEL_NAME,
         description="Another name of the model in requests; answers name it by its `model_id`.",
     )
+    aliases: Annotated[tuple[ModelName, ...], AsTuple] = Field(
+        default=(), description="More names of the model in requests."
+    )
+    fallback: Annotated[tuple[ModelName, ...], AsTuple] = Field(
+        default=(),
+        description="Models, by `model_id`, of which the first that can serves its requests when it can't itself: it "
+        "fits nowhere, has failed or is not ready in time. A full queue is no reason.",
+    )
+    defaults: Parameters = Field(
+        default={},
+        description="Parameters of requests, such as temperature, that apply where a request does not have them.",
+    )
+    overrides: Parameters = Field(
+        default={}, description="Parameters that all requests for the model get, whatever they have."
+    )
+    max_request_bytes: int | None = Field(
+        default=None, ge=1, le=64 * _GIB, description="Largest body of its requests; at most the node's."
+    )
+    queue_timeout_s: float | None = Field(
+        default=None, gt=0, le=_DAY_S, description="Overrides the node's `queue_timeout_s` for this model, in seconds."
+    )
     task: Task | None = Field(
         default=None,
         description="What the model is for: chat, embedding or rerank. By default its file says so; embedding and "
@@ -276,6 +299,11 @@ class ModelConfig(Keys):
         description="Any other flag of llama-server, written with _ or -: true gives a bare flag, false or null omits "
         "it, a list repeats it.",
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names besides its id."""
+        return (*((self.alias,) if self.alias else ()), *self.aliases)
 
     @field_validator("server_args")
     @classmethod
@@ -453,6 +481,11 @@ class NodeConfig(Keys):
         description="PEM file of certificate authorities. Clients must show a certificate of one of them; those on "
         "this host need none.",
     )
+    allow_remote_media: bool = Field(
+        default=False,
+        description="Let requests name images, sounds and files by URL. The servers fetch them, from wherever this "
+        "host reaches.",
+    )
     cors_origins: Annotated[tuple[Origin, ...], AsTuple] = Field(
         default=(), description="Web pages that may use the API, by origin, like https://chat.example; none by default."
     )
@@ -508,7 +541,7 @@ class NodeConfig(Keys):
 
     def model(self, name: str) -> ModelConfig | None:
         """The model with that id or alias."""
-        return next((model for model in self.models if name in (model.model_id, model.alias)), None)
+        return next((model for model in self.models if name in (model.model_id, *model.names)), None)
 
     def problem(self, path: KeyPath, message: str) -> Problem:
         """A problem with that key, with its file and line where this configuration came from one."""

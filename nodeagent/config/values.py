@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, PlainValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PlainValidator, ValidationInfo
 
-from nodeagent.config.problems import shown
+from nodeagent.config.problems import MODEL_NAME, shown
 from nodeagent.config.server_flags import FlagValue
 
 # Default ports by scheme.
@@ -234,6 +234,24 @@ def _variables(value: dict[str, str]) -> dict[str, str]:
 
 _FlagInput = str | int | float | bool | list[str | int | float] | None
 
+# What decides where a request goes, how long it is answered, or what it is about.
+_NO_PARAMETERS = frozenset(
+    {
+        *("model", "stream", "n", "n_cmpl", "id_slot", "prompt_cache_key"),
+        *("messages", "prompt", "input", "content", "query", "documents", "texts", "tokens"),
+        *("input_prefix", "input_suffix", "file"),
+    }
+)
+
+
+def _parameters(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """None of them decides where a request goes."""
+    for name in values:
+        if name in _NO_PARAMETERS or not name:
+            raise ValueError(f"must be parameters of generation, such as temperature, found {shown(name)}")
+    return values
+
+
 AbsolutePath = Annotated[Path, PlainValidator(_absolute, json_schema_input_type=str)]
 """`~` is expanded; a relative path starts in the configuration file's folder."""
 Command = Annotated[str, PlainValidator(_command, json_schema_input_type=str)]
@@ -244,6 +262,8 @@ Origin = Annotated[str, AfterValidator(_origin)]
 Host = Annotated[str, AfterValidator(_host)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 Label = Annotated[str, AfterValidator(_label)]
+ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
+Parameters = Annotated[dict[str, JsonValue], AfterValidator(_parameters)]
 FlashAttn = Annotated[
     Literal["on", "off", "auto"],
     PlainValidator(_on_off_auto, json_schema_input_type=bool | Literal["on", "off", "auto"]),

@@ -122,6 +122,7 @@ def answer_headers(lease: Lease[Upstream], response: UpstreamResponse) -> list[t
     phases = {"queue": lease.queued_s, "load": lease.load_s, "server": server_s}
     headers = [
         *response.headers,
+        ("X-Node-Model", lease.model_id),
         ("X-Node-Device", lease.device_id),
         ("X-Node-Queue-Ms", f"{lease.queued_s * 1000:.0f}"),
         ("X-Node-Load-Ms", f"{lease.load_s * 1000:.0f}"),

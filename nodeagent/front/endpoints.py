@@ -31,7 +31,7 @@ class Endpoint:
 
     The body must have the field `needs`, or the field `instead` if there is one. `streams` is whether `"stream": true`
     brings server-sent events. `task` is what a model must be for to serve it, None for any. `is_form` is whether the
-    body is a multipart form instead of JSON.
+    body is a multipart form instead of JSON, `may_have_media` whether it may refer to images, sounds and files.
     """
 
     path: str
@@ -42,22 +42,30 @@ class Endpoint:
     slots: Slots = Slots.BY_COMPLETION
     streams: bool = False
     is_form: bool = False
+    may_have_media: bool = False
 
 
 _ENDPOINTS: Final = (
-    Endpoint(path="/v1/chat/completions", needs="messages", streams=True),
-    Endpoint(path="/v1/chat/completions/input_tokens", needs="messages", task=None, slots=Slots.NONE),
+    Endpoint(path="/v1/chat/completions", needs="messages", streams=True, may_have_media=True),
+    Endpoint(
+        path="/v1/chat/completions/input_tokens", needs="messages", task=None, slots=Slots.NONE, may_have_media=True
+    ),
     Endpoint(path="/v1/completions", needs="prompt", streams=True),
-    Endpoint(path="/v1/responses", needs="input", streams=True),
-    Endpoint(path="/v1/responses/input_tokens", needs="input", task=None, slots=Slots.NONE),
+    Endpoint(path="/v1/responses", needs="input", streams=True, may_have_media=True),
+    Endpoint(path="/v1/responses/input_tokens", needs="input", task=None, slots=Slots.NONE, may_have_media=True),
     Endpoint(path="/v1/embeddings", needs="input", instead="content", task="embedding", slots=Slots.ONE),
     Endpoint(path="/v1/rerank", needs="query", task="rerank", slots=Slots.ONE),
     Endpoint(path="/v1/reranking", needs="query", task="rerank", slots=Slots.ONE),
     Endpoint(path="/v1/audio/transcriptions", needs="file", is_form=True),
     # Anthropic's.
-    Endpoint(path="/v1/messages", needs="messages", dialect=Dialect.ANTHROPIC, streams=True),
+    Endpoint(path="/v1/messages", needs="messages", dialect=Dialect.ANTHROPIC, streams=True, may_have_media=True),
     Endpoint(
-        path="/v1/messages/count_tokens", needs="messages", dialect=Dialect.ANTHROPIC, task=None, slots=Slots.NONE
+        path="/v1/messages/count_tokens",
+        needs="messages",
+        dialect=Dialect.ANTHROPIC,
+        task=None,
+        slots=Slots.NONE,
+        may_have_media=True,
     ),
     # llama.cpp's own.
     Endpoint(path="/completion", needs="prompt", streams=True),
@@ -66,7 +74,7 @@ _ENDPOINTS: Final = (
     Endpoint(path="/embeddings", needs="content", instead="input", task="embedding", slots=Slots.ONE),
     Endpoint(path="/tokenize", needs="content", task=None, slots=Slots.NONE),
     Endpoint(path="/detokenize", needs="tokens", task=None, slots=Slots.NONE),
-    Endpoint(path="/apply-template", needs="messages", task=None, slots=Slots.NONE),
+    Endpoint(path="/apply-template", needs="messages", task=None, slots=Slots.NONE, may_have_media=True),
 )
 
 ENDPOINTS: Final = {endpoint.path: endpoint for endpoint in _ENDPOINTS}

@@ -40,7 +40,8 @@ class InferenceRequest:
 
     `slots` is how many of the server's slots it needs: one for each completion that it asks for. `ping_s` is how long
     its client may be left without a byte, 0 for ever: a stream can say something while it waits.
-    `streamed` is whether it asks for a stream. `dialect` is the shape of errors.
+    `streamed` is whether it asks for a stream. `dialect` is the shape of errors. `fallbacks` are the same
+    request for other models, if its own can't be served.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class InferenceRequest:
     path: str
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    fallbacks: "tuple[InferenceRequest, ...]" = ()
 
 
 class FirstBytes:

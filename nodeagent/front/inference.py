@@ -11,11 +11,12 @@ for them for long is answered with comments meanwhile: `waiting.py`.
 Nothing here depends on the web framework: a request comes as an `InferenceRequest` and leaves as an `Answer`.
 """
 
-from contextlib import ExitStack
+import logging
+from contextlib import ExitStack, suppress
 
 import trio
 
-from nodeagent.errors import Refusal
+from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, Refusal
 from nodeagent.front.activity import Activity
 from nodeagent.front.answer import STREAM_HEADERS, Answer, AnswerBody, WholeBody, answer_headers
 from nodeagent.front.first_bytes import FirstBytes, InferenceRequest, refuse_poison
@@ -26,6 +27,8 @@ from nodeagent.front.waiting import Progress, WaitingBody
 from nodeagent.llama_server.relay import Upstream, UpstreamResponse
 from nodeagent.scheduling.lease import Lease
 from nodeagent.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 # Of a stream whose head goes out before its server has sent one.
 _EARLY_HEADERS = [("Content-Type", "text/event-stream"), *STREAM_HEADERS]
@@ -46,8 +49,26 @@ class Inference:
         after its `ping_s`.
 
         `exit_stack` gives back the place in the queue, the lease and the connection to the server when it closes. So
-        the caller may be cancelled at any time. Raises a Refusal if the request can't be served.
+        the caller may be cancelled at any time. Raises a Refusal if the request can't be served, also by none of its
+        fallbacks.
         """
+        try:
+            return await self._serve_once(request, exit_stack)
+        except (BackendUnavailable, ModelLoadTimeout) as refusal:
+            for instead in request.fallbacks:
+                logger.info("request %s: %s serves it instead: %s", request.request_id, instead.model_id, refusal)
+                with suppress(BackendUnavailable, ModelLoadTimeout):
+                    return await self._serve_once(instead, exit_stack)
+            raise
+
+    async def _serve_once(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
+        """Serve the request by its own model. What one that is refused holds is given back at once."""
+        with ExitStack() as own:
+            answer = await self._serve_counted(request, own)
+            exit_stack.callback(own.pop_all().close)
+            return answer
+
+    async def _serve_counted(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
         tally = RequestTally(self.tallies, request)
         exit_stack.callback(tally.close)
         try:

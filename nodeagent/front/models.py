@@ -105,6 +105,7 @@ def _json(card: ModelCard, details: ModelDetails) -> dict[str, Any]:
         "owned_by": "rolemesh",
         "aliases": list(card.aliases),
         "tags": [],
+        "roles": list(card.roles),
         "task": card.task,
         "meta": {key: value for key, value in meta.items() if value is not None},
         "status": {"value": details.state, "failed": details.failed},

@@ -4,15 +4,17 @@ A body is forwarded unchanged; `request_body.py` reads what decides where it goe
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nodeagent.errors import InvalidRequest, WrongTask
+from nodeagent.errors import BodyTooLarge, InvalidRequest, WrongTask
 from nodeagent.front.accounts import account_var, may_use
 from nodeagent.front.asgi import exit_stack, on_half_close, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Endpoint, Slots
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.half_close import HalfClose
 from nodeagent.front.inference import Inference
+from nodeagent.front.remote_media import refuse_remote_media
 from nodeagent.front.request_body import BodyFields, read_body, without_bom
 from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.llama_server.headers import forwardable
@@ -61,9 +63,13 @@ def read_request(
         fields = read_body(body, needs=endpoint.needs, instead=endpoint.instead)
     card = find_card(node, model_of_name(node, fields.model))
     _check_task(node, card, endpoint)
+    if card.max_request_bytes is not None and len(body) > card.max_request_bytes:
+        raise BodyTooLarge(card.max_request_bytes, card.model_id)
+    if endpoint.may_have_media and not node.allow_remote_media:
+        refuse_remote_media(body)
     # On one device there is nothing to choose, so its requests need not be told apart.
     several = len(node.scheduler.lanes) > 1
-    return InferenceRequest(
+    request = InferenceRequest(
         request_id=request_id,
         model_id=card.model_id,
         priority=allowed_priority(read_priority(_text(values.get(b"x-priority")))),
@@ -74,8 +80,27 @@ def read_request(
         dialect=endpoint.dialect,
         path=path,
         headers=forwardable(headers) if endpoint.is_form else headers_of_json(headers),
-        body=body,
+        body=_with_parameters(body, card, endpoint),
     )
+    return _with_fallbacks(node, request, card, endpoint, body) if card.fallback else request
+
+
+def _with_parameters(body: bytes, card: ModelCard, endpoint: Endpoint) -> bytes:
+    """The body with the model's own parameters, if it has any; a form stays as it is."""
+    return body if card.parameters is None or endpoint.is_form else card.parameters.put_into(body)
+
+
+def _with_fallbacks(
+    node: Node, request: InferenceRequest, card: ModelCard, endpoint: Endpoint, body: bytes
+) -> InferenceRequest:
+    """The request with those for the models that may serve it instead: that this key may use, and that are able."""
+    cards = {other.model_id: other for other in node.cards()}
+    others = [cards[name] for name in card.fallback if name in cards and may_use(name)]
+    able = [other for other in others if endpoint.task in (None, other.task) or other.task is None]
+    instead = (
+        replace(request, model_id=other.model_id, body=_with_parameters(body, other, endpoint)) for other in able
+    )
+    return replace(request, fallbacks=tuple(instead))
 
 
 def model_of_name(node: Node, named: str | None) -> str:

@@ -34,6 +34,7 @@ from nodeagent.errors import (
     QueueTimeout,
     Refusal,
     ReloadRefused,
+    RemoteMediaForbidden,
     RoleForbidden,
     ServerBusy,
     ShuttingDown,
@@ -100,7 +101,11 @@ REFUSALS: dict[type[Refusal], Row] = {
         status=413,
         type="invalid_request_error",
         code="request_too_large",
-        message=lambda it: f"The body is longer than this node's limit of {it.limit_bytes} bytes (max_request_bytes).",
+        message=lambda it: (
+            f"The body is longer than the limit of {it.limit_bytes} bytes of "
+            + ("this node" if it.model_id is None else f"the model {it.model_id!r}")
+            + " (max_request_bytes)."
+        ),
         when="the body is longer than `max_request_bytes`",
         client="send less",
     ),
@@ -154,6 +159,17 @@ REFUSALS: dict[type[Refusal], Row] = {
         param="model",
         when="the model is for another task (chat, embedding, rerank) than the path; the message lists those for it",
         client="use another model or path",
+    ),
+    RemoteMediaForbidden: Row(
+        status=403,
+        type="invalid_request_error",
+        code="remote_media_forbidden",
+        message=lambda it: (
+            f"{echo(it.param)} is a URL, and this node fetches nothing for requests (allow_remote_media). Send the "
+            "content itself, as base64 or as a data: URL."
+        ),
+        when="an image, sound or file is given by URL (`param` names the field), and `allow_remote_media` is false",
+        client="send the content itself",
     ),
     QueueFull: Row(
         status=429,

@@ -2,26 +2,35 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from nodeagent.access.gate import Gate
 from nodeagent.errors import ModelNotFound
 from nodeagent.events import NodeEvent, Ring
 from nodeagent.front.accounts import check_model, may_use
+from nodeagent.front.parameters import Parameters
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.status import NodeState
+
+_ROLE: Final = "role:"
+_STATES: Final = ("loaded", "loading")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """A model as `/v1/models` lists it. `created` is in seconds since the epoch, as OpenAI has it.
-    `task` is what the model is for (chat, embedding or rerank), None if that is not known."""
+    `task` is what the model is for (chat, embedding or rerank), None if that is not known. `fallback` are the ids of
+    models that serve its requests if it can't. `parameters` are put into the body of each of its requests."""
 
     model_id: str
     aliases: tuple[str, ...]
     created: int
     task: str | None = None
+    roles: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
+    parameters: Parameters | None = None
+    max_request_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +74,10 @@ class Node(Protocol):
     @property
     def stream_ping_s(self) -> float:
         """How long a stream may be silent before its first byte; 0 for ever."""
+
+    @property
+    def allow_remote_media(self) -> bool:
+        """Whether requests may name images, sounds and files by URL."""
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
@@ -129,10 +142,30 @@ class Node(Protocol):
 
 
 def find_card(node: Node, model: str) -> ModelCard:
-    """The model of that id or alias. Raises ModelNotFound, and ModelForbidden if this request's key is not for it."""
+    """The model of that id or alias, or with that role (`role:planner`). Raises ModelNotFound, and ModelForbidden if
+    this request's key is not for it."""
     cards = node.cards()
+    if model.startswith(_ROLE):
+        return _find_by_role(node, model, cards)
     for card in cards:
         if model == card.model_id or model in card.aliases:
             check_model(card.model_id, [one.model_id for one in cards])
             return card
     raise ModelNotFound(model, [card.model_id for card in cards if may_use(card.model_id)])
+
+
+def _find_by_role(node: Node, name: str, cards: list[ModelCard]) -> ModelCard:
+    """The first model with the role that is loaded, else that is loading, else that is configured."""
+    role = name.removeprefix(_ROLE)
+    able = [card for card in cards if role in card.roles and may_use(card.model_id)]
+    if not able:
+        roles = dict.fromkeys(f"{_ROLE}{one}" for card in cards if may_use(card.model_id) for one in card.roles)
+        raise ModelNotFound(name, list(roles) or [card.model_id for card in cards if may_use(card.model_id)])
+    if len(able) == 1:
+        return able[0]
+    states = [node.details(card.model_id).state for card in able]
+    return able[min(range(len(able)), key=lambda index: _rank(states[index]))]
+
+
+def _rank(state: str) -> int:
+    return _STATES.index(state) if state in _STATES else len(_STATES)

@@ -1,7 +1,7 @@
 """How long a queued request may wait: for its turn, and for its model to be loaded. Pure."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nodeagent.errors import ModelLoadTimeout, QueueTimeout, Refusal
@@ -14,13 +14,14 @@ _LEAST_RETRY_S = 1.0
 
 
 class Deadlines:
-    """The deadlines of one lane's requests at one moment. `starting` are the servers that are starting, by model."""
+    """The deadlines of one lane's requests at one moment. `starting` are the servers that are starting, by model;
+    `queue_timeout_s` says how long a model's requests may wait for their turn."""
 
     def __init__(
         self,
         *,
         now: float,
-        queue_timeout_s: float,
+        queue_timeout_s: Callable[[str], float],
         startup_timeout_s: float,
         starting: Mapping[str, ServerView[Any]],
         times: LaneTimes,
@@ -33,7 +34,7 @@ class Deadlines:
 
     def overdue_at(self, ticket: Ticket[Any]) -> float:
         """When this request will have waited too long."""
-        return min(ticket.admitted_at + self._queue_timeout_s, self._ready_by(ticket))
+        return min(ticket.admitted_at + self._queue_timeout_s(ticket.model_id), self._ready_by(ticket))
 
     def refusal(self, ticket: Ticket[Any]) -> Refusal:
         """Why this request, which is overdue, may wait no longer."""

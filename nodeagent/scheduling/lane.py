@@ -9,7 +9,7 @@ synchronous code (`submit`, `close`, a refusal): with no await inside, nothing c
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -35,7 +35,8 @@ E = TypeVar("E")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneRules:
-    """`max_pending` requests in flight plus queued; `queue_timeout_s` for a turn; `startup_timeout_s` for a start.
+    """`max_pending` requests in flight plus queued; `queue_timeout_s` for a turn, `queue_timeouts_s` for those of some
+    models; `startup_timeout_s` for a start.
 
     A load that no request waits for any more goes on for `abandoned_load_grace_s`, unless another model is wanted. At
     most `max_models` models are resident; with `concurrent_models` they serve at the same time.
@@ -48,6 +49,11 @@ class LaneRules:
     max_models: int = 1
     concurrent_models: bool = False
     policy: Policy = field(default_factory=SwapAware)
+    queue_timeouts_s: Mapping[str, float] = field(default_factory=dict)
+
+    def timeout_of(self, model_id: str) -> float:
+        """How long a request for the model may wait for its turn."""
+        return self.queue_timeouts_s.get(model_id, self.queue_timeout_s)
 
 
 class Lane(Generic[E]):
@@ -457,7 +463,7 @@ class Lane(Generic[E]):
             return math.inf
         deadlines = Deadlines(
             now=now,
-            queue_timeout_s=self.rules.queue_timeout_s,
+            queue_timeout_s=self.rules.timeout_of,
             startup_timeout_s=self.rules.startup_timeout_s,
             starting={view.model_id: view for view in views if view.state is ServerState.STARTING},
             times=self.times,

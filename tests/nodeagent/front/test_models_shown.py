@@ -58,6 +58,7 @@ async def test_a_model_has_openais_fields_and_llama_servers(autojump_clock: Mock
         "created": 7,
         "owned_by": "rolemesh",
         "aliases": ["small"],
+        "roles": [],
         "tags": [],
         "task": "chat",
         "meta": {"n_ctx_train": 64},

@@ -46,6 +46,7 @@ class OneModel:
     max_request_bytes = MAX_BYTES
     default_model_id = "a"
     stream_ping_s = 0.0
+    allow_remote_media = False
     cors_origins = (PAGE,)
     host_names = {"n"}
     status = NodeStatus.READY
