@@ -22,6 +22,7 @@ NodeAgentError
     ├── ModelLoadTimeout     the model was not ready in time; its start goes on
     ├── BackendUnavailable   no device can serve the model now
     ├── BackendCrashed       the server crashed during the request, and after one retry again
+    ├── BadAnswer            the server's answer can't be translated for the client
     ├── Draining             the node accepts no new requests
     ├── ShuttingDown         an order that makes no sense for a node that is about to stop
     ├── PoisonedRequest      two servers crashed on the same body
@@ -232,6 +233,16 @@ class BackendCrashed(Refusal):
         self.device_id = device_id
         self.reason = reason
         super().__init__(f"{model_id} on {device_id}: {reason}")
+
+
+class BadAnswer(Refusal):
+    """The server's answer is an error in mid-stream, or nothing that can be translated for the client; `reason` is for
+    the client."""
+
+    def __init__(self, model_id: str, reason: str) -> None:
+        self.model_id = model_id
+        self.reason = reason
+        super().__init__(f"{model_id}: {reason}")
 
 
 class Draining(Refusal):

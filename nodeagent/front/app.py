@@ -8,7 +8,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import health, metrics, models, node, openai, origins
+from nodeagent.front import health, metrics, models, node, ollama_models, openai, origins
 from nodeagent.front.asgi import request_id
 from nodeagent.front.error_shapes import dialect_of
 from nodeagent.front.inference import Inference
@@ -36,6 +36,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     for routes in (
         openai.blueprint(of, inference),
         models.blueprint(of),
+        ollama_models.blueprint(of),
         metrics.blueprint(of, inference.tallies),
         node.blueprint(of),
         health.blueprint(of),

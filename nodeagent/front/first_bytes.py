@@ -20,6 +20,7 @@ from nodeagent.errors import BackendCrashed, BackendUnavailable, ModelLoadTimeou
 from nodeagent.front.endpoints import Dialect
 from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.tallies import RequestTally
+from nodeagent.front.translation import Translator
 from nodeagent.llama_server.relay import SentRequest, Upstream, UpstreamResponse, is_loading_answer
 from nodeagent.scheduling.lease import Lease, Ticket
 from nodeagent.scheduling.queueing import Priority
@@ -40,7 +41,8 @@ class InferenceRequest:
 
     `slots` is how many of the server's slots it needs: one for each completion that it asks for. `ping_s` is how long
     its client may be left without a byte, 0 for ever: a stream can say something while it waits.
-    `dialect` is the shape of errors.
+    `dialect` is the shape of errors. `client_path` is the path that the client asked for. With a `translator` the
+    client gets the server's answer in another format; `answer` is the whole answer to a request that needs no server.
     """
 
     request_id: str
@@ -50,6 +52,9 @@ class InferenceRequest:
     slots: int = 1
     ping_s: float = 0.0
     dialect: Dialect = Dialect.OPENAI
+    client_path: str = ""
+    translator: Translator | None = None
+    answer: bytes | None = None
     path: str
     headers: list[tuple[bytes, bytes]]
     body: bytes

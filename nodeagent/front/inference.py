@@ -16,7 +16,15 @@ from contextlib import ExitStack
 import trio
 
 from nodeagent.errors import Refusal
-from nodeagent.front.answer import STREAM_HEADERS, Answer, AnswerBody, WholeBody, answer_headers
+from nodeagent.front.answer import (
+    STREAM_HEADERS,
+    Answer,
+    WholeBody,
+    answer_headers,
+    body_of,
+    translated_answer,
+    with_type,
+)
 from nodeagent.front.first_bytes import FirstBytes, InferenceRequest, refuse_poison
 from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.server_errors import ServerError, needs_translation
@@ -25,9 +33,6 @@ from nodeagent.front.waiting import Progress, WaitingBody
 from nodeagent.llama_server.relay import Upstream, UpstreamResponse
 from nodeagent.scheduling.lease import Lease
 from nodeagent.scheduling.scheduler import Scheduler
-
-# Of a stream whose head goes out before its server has sent one.
-_EARLY_HEADERS = [("Content-Type", "text/event-stream"), *STREAM_HEADERS]
 
 
 class Inference:
@@ -47,6 +52,8 @@ class Inference:
         `exit_stack` gives back the place in the queue, the lease and the connection to the server when it closes. So
         the caller may be cancelled at any time. Raises a Refusal if the request can't be served.
         """
+        if request.answer is not None:
+            return Answer(200, [("Content-Type", "application/json")], WholeBody(request.answer))
         tally = RequestTally(self.tallies, request.model_id)
         exit_stack.callback(tally.close)
         try:
@@ -70,16 +77,19 @@ class Inference:
             begun = await first_bytes.wait()
         if begun is not None:
             return await self._answer(first_bytes, *begun)
-        return Answer(200, _EARLY_HEADERS, WaitingBody(first_bytes, self._progress))
+        # The head goes out before the server has sent one.
+        kind = "text/event-stream" if request.translator is None else request.translator.content_type
+        return Answer(200, [("Content-Type", kind), *STREAM_HEADERS], WaitingBody(first_bytes, self._progress))
 
     async def _answer(self, first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamResponse) -> Answer:
         request = first_bytes.request
-        body = AnswerBody(first_bytes, lease, response)
+        body = body_of(first_bytes, lease, response)
         headers = answer_headers(lease, response)
-        if not needs_translation(request, response):
+        if needs_translation(request, response):
+            error = ServerError(response.status, request)
+            await error.read(body)
+            status, content = error.translated()
+            return Answer(status, with_type(headers, "application/json"), WholeBody(content))
+        if request.translator is None:
             return Answer(response.status, headers, body)
-        error = ServerError(response.status, request)
-        await error.read(body)
-        status, content = error.translated()
-        others = [header for header in headers if header[0] not in ("content-length", "content-type")]
-        return Answer(status, [("content-type", "application/json"), *others], WholeBody(content))
+        return await translated_answer(request.translator, lease, headers, body)

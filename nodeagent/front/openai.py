@@ -1,17 +1,20 @@
 """The routes of inference, and the validation of their bodies. `inference.py` serves what is valid.
 
-A body is forwarded unchanged; `request_body.py` reads what decides where it goes.
+A body is forwarded unchanged; `request_body.py` reads what decides where it goes. One of Ollama's is translated first.
 """
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import trio
+
 from nodeagent.errors import InvalidRequest, WrongTask
 from nodeagent.front.asgi import exit_stack, on_half_close, request_id
-from nodeagent.front.endpoints import ENDPOINTS, Endpoint, Slots
+from nodeagent.front.endpoints import ENDPOINTS, Dialect, Endpoint, Slots
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.half_close import HalfClose
 from nodeagent.front.inference import Inference
+from nodeagent.front.ollama_requests import translate
 from nodeagent.front.request_body import BodyFields, read_body, without_bom
 from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.llama_server.headers import forwardable
@@ -24,7 +27,7 @@ _SLOTS = {Slots.ONE: 1, Slots.NONE: 0}
 
 
 def blueprint(node: Node, inference: Inference) -> "Blueprint":
-    """The routes that clients of OpenAI, Anthropic and llama-server use."""
+    """The routes that clients of OpenAI, Anthropic, Ollama and llama-server use."""
     from quart import Blueprint, Response, request
     from werkzeug.datastructures import Headers
 
@@ -49,6 +52,10 @@ def read_request(
     node: Node, *, request_id: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> InferenceRequest:
     """Check a request for inference; the names of `headers` are lower case. Raises InvalidRequest and ModelNotFound."""
+    client_path, dialect, translated = path, ENDPOINTS[path].dialect, None
+    if dialect is Dialect.OLLAMA:
+        translated = translate(path, without_bom(body), node.default_model_id, trio.current_time())
+        path, body = translated.path, translated.body
     endpoint = ENDPOINTS[path]
     values = dict(headers)
     if endpoint.is_form:
@@ -69,7 +76,10 @@ def read_request(
         conversation=conversation_of(_text(values.get(b"x-session-id")), fields) if several else None,
         slots=_SLOTS.get(endpoint.slots, fields.completions),
         ping_s=node.stream_ping_s if fields.stream and endpoint.streams else 0.0,
-        dialect=endpoint.dialect,
+        dialect=dialect,
+        client_path=client_path,
+        translator=translated.translator if translated else None,
+        answer=translated.answer if translated else None,
         path=path,
         headers=forwardable(headers) if endpoint.is_form else headers_of_json(headers),
         body=body,

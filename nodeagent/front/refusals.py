@@ -15,6 +15,7 @@ from typing import Any
 from nodeagent.errors import (
     BackendCrashed,
     BackendUnavailable,
+    BadAnswer,
     BodyTooLarge,
     BodyTooSlow,
     Draining,
@@ -209,6 +210,15 @@ REFUSALS: dict[type[Refusal], Row] = {
         final=True,
         when="two servers crashed on the same body within 60 s; it is rejected for 60 s after the last crash",
         client="change the request",
+    ),
+    BadAnswer: Row(
+        status=502,
+        type="server_error",
+        code="bad_answer",
+        message=lambda it: it.reason,
+        final=True,
+        when="on Ollama's paths: the server's answer is an error in mid-stream, or can't be translated",
+        client="see the message",
     ),
     Unauthorized: Row(
         status=401,

@@ -1,14 +1,17 @@
 """What the front asks of the rest of the node."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from nodeagent.errors import ModelNotFound
 from nodeagent.events import NodeEvent, Ring
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.status import NodeState
+
+_DEFAULT_TAG: Final = ":latest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ class ModelCard:
 class ModelDetails:
     """What is known of a model now. `state` is in llama-server's words: unloaded, loading or loaded; `failed` is
     whether its last start failed. `server` is a server that is ready, None if there is none. The sizes are those of its
-    file and its configuration, None if unknown."""
+    file and its configuration, None if unknown. `size_label` is the number of parameters in words, such as 8B; it
+    and `architecture` are "" if unknown."""
 
     state: str
     failed: bool
@@ -35,6 +39,9 @@ class ModelDetails:
     ctx_train: int | None = None
     embedding_length: int | None = None
     size_bytes: int | None = None
+    architecture: str = ""
+    size_label: str = ""
+    takes_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +134,12 @@ class Node(Protocol):
 
 
 def find_card(node: Node, model: str) -> ModelCard:
-    """The model of that id or alias. Raises ModelNotFound."""
+    """The model of that id or alias, also with the tag that Ollama's clients add. Raises ModelNotFound."""
     cards = node.cards()
     for card in cards:
         if model == card.model_id or model in card.aliases:
             return card
+    if model.endswith(_DEFAULT_TAG):
+        with suppress(ModelNotFound):
+            return find_card(node, model.removesuffix(_DEFAULT_TAG))
     raise ModelNotFound(model, [card.model_id for card in cards])

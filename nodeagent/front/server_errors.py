@@ -1,7 +1,8 @@
 """What a server answers instead of what was asked for: its error, in the shape of the request's path.
 
-Most errors are passed on as they are. Translated are those of Anthropic's paths, where llama-server answers in OpenAI's
-shape, those of streams whose head has been sent, and those where it answers 500 although the request is wrong.
+Most errors are passed on as they are. Translated are those of Anthropic's and Ollama's paths, where llama-server
+answers in OpenAI's shape, those of streams whose head has been sent, and those where it answers 500 although the
+request is wrong.
 """
 
 import json
@@ -66,4 +67,4 @@ class ServerError:
 
 def needs_translation(request: InferenceRequest, response: UpstreamResponse) -> bool:
     """Whether this answer is an error that the client should get in another form."""
-    return response.status >= 400 and (response.status == 500 or request.dialect is Dialect.ANTHROPIC)
+    return response.status >= 400 and (response.status == 500 or request.dialect is not Dialect.OPENAI)

@@ -8,6 +8,7 @@ import pytest
 from nodeagent.errors import (
     BackendCrashed,
     BackendUnavailable,
+    BadAnswer,
     BodyTooLarge,
     BodyTooSlow,
     Draining,
@@ -73,6 +74,7 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
     (BackendUnavailable("m", "it is too large", 7.0), 503, "server_error", "backend_unavailable", ["it is too large"]),
     (BackendCrashed("m", "gpu:0", "signal 9"), 502, "server_error", "backend_crashed", ["gpu:0", "signal 9"]),
     (PoisonedRequest("m", 42.0), 502, "server_error", "backend_crashed", ["'m'", "42 s"]),
+    (BadAnswer("m", "The server's answer ended."), 502, "server_error", "bad_answer", ["The server's answer ended."]),
     (Unauthorized(), 401, "invalid_request_error", "invalid_admin_token", ["admin.token", "Bearer"]),
     (OriginForbidden("http://evil"), 403, "invalid_request_error", "origin_forbidden", ["http://evil"]),
     (HostForbidden("evil"), 403, "invalid_request_error", "host_forbidden", ["'evil'", "allowed_hosts"]),
@@ -168,9 +170,9 @@ def test_retry_after_is_sent_exactly_where_a_retry_may_help() -> None:
     assert headers_of(BackendUnavailable("m", "no such file", None))["retry-after"] == "30"
 
 
-def test_clients_are_told_not_to_retry_a_body_that_crashed_two_servers() -> None:
+def test_clients_are_told_not_to_retry_what_would_end_the_same_way() -> None:
     final = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
-    assert final == {"BackendCrashed", "PoisonedRequest"}
+    assert final == {"BackendCrashed", "BadAnswer", "PoisonedRequest"}
 
 
 def test_what_a_client_sent_is_echoed_short_and_safe() -> None:
