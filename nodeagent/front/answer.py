@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from nodeagent.errors import BadAnswer, Refusal, UpstreamLost
+from nodeagent.errors import BadAnswer, Refusal, RequestCancelled, UpstreamLost
 from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import FirstBytes, crashed, record_crash, stopped
 from nodeagent.front.refusals import error_event
@@ -71,6 +71,7 @@ class AnswerBody(Chunks):
         self.failure: Refusal | None = None
         self._response = response
         self._lease = lease
+        self._first_bytes = first_bytes
         self._request = first_bytes.request
         self._poison = first_bytes.poison
         self._tally = first_bytes.tally
@@ -80,10 +81,15 @@ class AnswerBody(Chunks):
         """See `Body.read`."""
         if self.failure is not None:
             raise AbortResponse(str(self.failure)) from self.failure
+        chunk = None
         try:
-            chunk = await self._response.next_chunk()
+            if not self._first_bytes.cancelled:
+                chunk = await self._response.next_chunk()
         except UpstreamLost as lost:
-            return await self._error_event(lost)
+            if not self._first_bytes.cancelled:
+                return await self._error_event(lost)
+        if self._first_bytes.cancelled:
+            return self._cancelled()
         self._tally.passed(chunk or b"")
         if chunk is None or self._response.complete:
             self.at_end = True
@@ -101,6 +107,13 @@ class AnswerBody(Chunks):
         self.failure = stopped(lease) if lease.endpoint.ends_as_asked else crashed(lease, lost)
         if not self._response.event_stream:
             raise AbortResponse(str(lost)) from lost
+        return self._event(self.failure)
+
+    def _cancelled(self) -> bytes:
+        self.failure = RequestCancelled(self._lease.model_id)
+        self._tally.refused(self.failure)
+        if not self._response.event_stream:
+            raise AbortResponse(str(self.failure))
         return self._event(self.failure)
 
     def _event(self, failure: Refusal) -> bytes:

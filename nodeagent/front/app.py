@@ -38,7 +38,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
         models.blueprint(of),
         ollama_models.blueprint(of),
         metrics.blueprint(of, inference.tallies),
-        node.blueprint(of),
+        node.blueprint(of, inference),
         health.blueprint(of),
     ):
         app.register_blueprint(routes)

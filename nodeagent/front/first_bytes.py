@@ -16,7 +16,14 @@ from dataclasses import dataclass
 
 import trio
 
-from nodeagent.errors import BackendCrashed, BackendUnavailable, ModelLoadTimeout, PoisonedRequest, UpstreamLost
+from nodeagent.errors import (
+    BackendCrashed,
+    BackendUnavailable,
+    ModelLoadTimeout,
+    PoisonedRequest,
+    RequestCancelled,
+    UpstreamLost,
+)
 from nodeagent.front.endpoints import Dialect
 from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.tallies import RequestTally
@@ -37,7 +44,7 @@ _STOPPED_RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceRequest:
-    """A valid request. `path`, `headers` and `body` are sent to the server as they are.
+    """A valid request. `method`, `path`, `headers` and `body` are sent to the server as they are.
 
     `slots` is how many of the server's slots it needs: one for each completion that it asks for. `ping_s` is how long
     its client may be left without a byte, 0 for ever: a stream can say something while it waits.
@@ -55,6 +62,7 @@ class InferenceRequest:
     client_path: str = ""
     translator: Translator | None = None
     answer: bytes | None = None
+    method: str = "POST"
     path: str
     headers: list[tuple[bytes, bytes]]
     body: bytes
@@ -64,7 +72,8 @@ class FirstBytes:
     """The wait for the first bytes of one request's answer.
 
     What changes: `lease` (once granted), `_sent` (what was sent under it), `_lost` (the server's loss that is not dealt
-    with yet, and until when its exit may show) and `_retries_left`, in `wait`; `_sent` in `close` too.
+    with yet, and until when its exit may show), `_retries_left`, `_scope` and `_begun` (whether the first bytes are
+    here), in `wait`; `_sent` in `close` too; `cancelled` in `cancel`.
     """
 
     def __init__(
@@ -84,12 +93,31 @@ class FirstBytes:
         self._sent: SentRequest | None = None
         self._lost: tuple[UpstreamLost, float] | None = None
         self._retries_left = 1
+        self.cancelled = False
+        self._scope = trio.CancelScope()
+        self._begun = False
 
     async def wait(self) -> tuple[Lease[Upstream], UpstreamResponse]:
         """Return the answer once its first bytes are here; raise a Refusal if there will be none.
 
         Once cancelled, it may be called again, and goes on where it was: `close` gives the request up.
         """
+        with trio.CancelScope() as self._scope:
+            if not self.cancelled:
+                begun = await self._wait()
+                self._begun = True
+                return begun
+        raise RequestCancelled(self.request.model_id)
+
+    def cancel(self) -> None:
+        """End the request: `wait` raises RequestCancelled, and an answer that has begun breaks off."""
+        self.cancelled = True
+        if self._begun:
+            self.close()
+        else:
+            self._scope.cancel()
+
+    async def _wait(self) -> tuple[Lease[Upstream], UpstreamResponse]:
         while True:
             if self._lost is not None:
                 await self._retry(*self._lost)
@@ -116,7 +144,7 @@ class FirstBytes:
     async def _send(self, lease: Lease[Upstream]) -> UpstreamResponse:
         request = self.request
         if self._sent is None:
-            self._sent = lease.endpoint.request("POST", request.path, request.headers, request.body)
+            self._sent = lease.endpoint.request(request.method, request.path, request.headers, request.body)
         response = await self._sent.response()
         if is_loading_answer(response):
             raise ModelLoadTimeout(lease.model_id, lease.device_id, 0.0, _LOADING_RETRY_S)

@@ -27,6 +27,7 @@ from nodeagent.front.answer import (
 )
 from nodeagent.front.first_bytes import FirstBytes, InferenceRequest, refuse_poison
 from nodeagent.front.poison import PoisonGuard
+from nodeagent.front.running import Running
 from nodeagent.front.server_errors import ServerError, needs_translation
 from nodeagent.front.tallies import RequestTally, Tallies
 from nodeagent.front.waiting import Progress, WaitingBody
@@ -36,14 +37,15 @@ from nodeagent.scheduling.scheduler import Scheduler
 
 
 class Inference:
-    """Serves requests for inference on the scheduler's devices. Counts them in `tallies`, and remembers the bodies that
-    crash servers."""
+    """Serves requests for inference on the scheduler's devices. Counts them in `tallies`, shows them in `running`, and
+    remembers the bodies that crash servers."""
 
     def __init__(self, scheduler: Scheduler[Upstream]) -> None:
         self._scheduler = scheduler
         self._poison = PoisonGuard()
         self._progress = Progress()
         self.tallies = Tallies()
+        self.running = Running()
 
     async def serve(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
         """Queue the request, send it to the server that it gets, and return once the answer's first bytes are here, or
@@ -70,6 +72,7 @@ class Inference:
         exit_stack.callback(ticket.close)
         first_bytes = FirstBytes(request, ticket, self._scheduler, self._poison, tally)
         exit_stack.callback(first_bytes.close)
+        exit_stack.callback(self.running.add(first_bytes))
         if not request.ping_s:
             return await self._answer(first_bytes, *await first_bytes.wait())
         begun = None

@@ -15,6 +15,8 @@ from quart import Blueprint, Response, request
 
 from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
 from nodeagent.events import NodeEvent, Ring
+from nodeagent.front import upstream
+from nodeagent.front.inference import Inference
 from nodeagent.front.seam import Node, find_card
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane
@@ -24,8 +26,8 @@ _PING_S = 15.0
 _LINES_MAX = 1000
 
 
-def blueprint(node: Node) -> Blueprint:
-    """The routes under `/v1/node`."""
+def blueprint(node: Node, inference: Inference) -> Blueprint:
+    """The routes under `/v1/node`, and the servers' own under `/upstream`."""
     routes = Blueprint("node", __name__)
     admin = Blueprint("admin", __name__)
 
@@ -41,6 +43,14 @@ def blueprint(node: Node) -> Blueprint:
     @routes.get("/v1/node/queue")
     async def queue() -> dict[str, Any]:
         return {"lanes": [_lane_json(lane) for lane in node.scheduler.lanes.values()]}
+
+    @routes.get("/v1/node/requests")
+    async def requests() -> dict[str, Any]:
+        return {"requests": inference.running.shown()}
+
+    @admin.delete("/v1/node/requests/<int:number>")
+    async def end_request(number: int) -> dict[str, Any]:
+        return inference.running.cancel(number)
 
     @admin.get("/v1/node/events")
     async def events() -> Response:
@@ -106,6 +116,7 @@ def blueprint(node: Node) -> Blueprint:
     async def register() -> dict[str, Any]:
         return {"registering": node.register()}
 
+    upstream.add_routes(admin, node, inference)
     routes.register_blueprint(admin)
     return routes
 

@@ -18,12 +18,15 @@ from nodeagent.errors import (
     ModelNotFound,
     ModelNotLoaded,
     NoSuchDevice,
+    NoSuchRequest,
     OriginForbidden,
+    PathForbidden,
     PoisonedRequest,
     QueueFull,
     QueueTimeout,
     Refusal,
     ReloadRefused,
+    RequestCancelled,
     ServerBusy,
     ShuttingDown,
     Unauthorized,
@@ -75,6 +78,9 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
     (BackendCrashed("m", "gpu:0", "signal 9"), 502, "server_error", "backend_crashed", ["gpu:0", "signal 9"]),
     (PoisonedRequest("m", 42.0), 502, "server_error", "backend_crashed", ["'m'", "42 s"]),
     (BadAnswer("m", "The server's answer ended."), 502, "server_error", "bad_answer", ["The server's answer ended."]),
+    (RequestCancelled("m"), 503, "server_error", "request_cancelled", ["An operator", "ended this request for 'm'"]),
+    (NoSuchRequest(3), 404, "invalid_request_error", "request_not_found", ["No request 3", "/v1/node/requests"]),
+    (PathForbidden("/tools", "it is bad"), 403, "invalid_request_error", "path_forbidden", ["'/tools'", "it is bad"]),
     (Unauthorized(), 401, "invalid_request_error", "invalid_admin_token", ["admin.token", "Bearer"]),
     (OriginForbidden("http://evil"), 403, "invalid_request_error", "origin_forbidden", ["http://evil"]),
     (HostForbidden("evil"), 403, "invalid_request_error", "host_forbidden", ["'evil'", "allowed_hosts"]),
@@ -172,7 +178,7 @@ def test_retry_after_is_sent_exactly_where_a_retry_may_help() -> None:
 
 def test_clients_are_told_not_to_retry_what_would_end_the_same_way() -> None:
     final = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
-    assert final == {"BackendCrashed", "BadAnswer", "PoisonedRequest"}
+    assert final == {"BackendCrashed", "BadAnswer", "PoisonedRequest", "RequestCancelled"}
 
 
 def test_what_a_client_sent_is_echoed_short_and_safe() -> None:

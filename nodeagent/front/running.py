@@ -1,0 +1,61 @@
+"""The requests for inference that are queued or in flight: to look at, and to end one of them."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import count
+from typing import Any
+
+import trio
+
+from nodeagent.errors import NoSuchRequest
+from nodeagent.front.first_bytes import FirstBytes
+
+
+class Running:
+    """Such requests by number. A client may choose its request's id, so that is none of its own.
+
+    What changes: `_requests`, in `add` and in what it returns.
+    """
+
+    def __init__(self) -> None:
+        self._requests: dict[int, FirstBytes] = {}
+        self._numbers = count(1)
+
+    def add(self, first_bytes: FirstBytes) -> Callable[[], object]:
+        """A request is queued; call what this returns when it has ended."""
+        number = next(self._numbers)
+        self._requests[number] = first_bytes
+        return partial(self._requests.pop, number)
+
+    def shown(self) -> list[dict[str, Any]]:
+        """All of them as JSON, the oldest first."""
+        now, wall = trio.current_time(), datetime.now(UTC)
+        return [_json(number, it, now, wall) for number, it in self._requests.items()]
+
+    def cancel(self, number: int) -> dict[str, Any]:
+        """End a request; its client gets an error that says so. Returns how it was. Raises NoSuchRequest."""
+        if number not in self._requests:
+            raise NoSuchRequest(number)
+        first_bytes = self._requests[number]
+        shown = _json(number, first_bytes, trio.current_time(), datetime.now(UTC))
+        first_bytes.cancel()
+        return shown
+
+
+def _json(number: int, first_bytes: FirstBytes, now: float, wall: datetime) -> dict[str, Any]:
+    request, ticket, lease = first_bytes.request, first_bytes.ticket, first_bytes.lease
+    age_s = now - ticket.admitted_at
+    return {
+        "id": number,
+        "request_id": request.request_id,
+        "client": None,
+        "path": request.client_path or request.path,
+        "model_id": request.model_id,
+        "device_id": ticket.lane.device_id,
+        "priority": request.priority.name.lower(),
+        "state": "waiting" if lease is None else "in_flight",
+        "since": (wall - timedelta(seconds=age_s)).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "queued_s": round(age_s if lease is None else lease.granted_at - ticket.admitted_at, 3),
+        "served_s": None if lease is None else round(now - lease.granted_at, 3),
+    }
