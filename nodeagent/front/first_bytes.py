@@ -72,8 +72,8 @@ class FirstBytes:
     """The wait for the first bytes of one request's answer.
 
     What changes: `lease` (once granted), `_sent` (what was sent under it), `_lost` (the server's loss that is not dealt
-    with yet, and until when its exit may show), `_retries_left`, `_scope` and `_begun` (whether the first bytes are
-    here), in `wait`; `_sent` in `close` too; `cancelled` in `cancel`.
+    with yet, and until when its exit may show) and `_retries_left`, in `wait`; `_sent` in `close` too; `cancelled` in
+    `cancel`.
     """
 
     def __init__(
@@ -94,30 +94,12 @@ class FirstBytes:
         self._lost: tuple[UpstreamLost, float] | None = None
         self._retries_left = 1
         self.cancelled = False
-        self._scope = trio.CancelScope()
-        self._begun = False
 
     async def wait(self) -> tuple[Lease[Upstream], UpstreamResponse]:
         """Return the answer once its first bytes are here; raise a Refusal if there will be none.
 
         Once cancelled, it may be called again, and goes on where it was: `close` gives the request up.
         """
-        with trio.CancelScope() as self._scope:
-            if not self.cancelled:
-                begun = await self._wait()
-                self._begun = True
-                return begun
-        raise RequestCancelled(self.request.model_id)
-
-    def cancel(self) -> None:
-        """End the request: `wait` raises RequestCancelled, and an answer that has begun breaks off."""
-        self.cancelled = True
-        if self._begun:
-            self.close()
-        else:
-            self._scope.cancel()
-
-    async def _wait(self) -> tuple[Lease[Upstream], UpstreamResponse]:
         while True:
             if self._lost is not None:
                 await self._retry(*self._lost)
@@ -134,6 +116,8 @@ class FirstBytes:
                 return lease, response
             except UpstreamLost as lost:
                 self._sent = None
+                if self.cancelled:
+                    raise RequestCancelled(self.request.model_id) from lost
                 self._lost = lost, trio.current_time() + _EXIT_NOTICE_S
 
     def close(self) -> None:
@@ -141,8 +125,16 @@ class FirstBytes:
         if self._sent is not None:
             self._sent.close()
 
+    def cancel(self) -> None:
+        """End the request: `wait` raises RequestCancelled, and an answer that has begun breaks off."""
+        self.cancelled = True
+        self.ticket.lane.refuse(self.ticket, RequestCancelled(self.request.model_id))
+        self.close()
+
     async def _send(self, lease: Lease[Upstream]) -> UpstreamResponse:
         request = self.request
+        if self.cancelled:
+            raise RequestCancelled(request.model_id)
         if self._sent is None:
             self._sent = lease.endpoint.request(request.method, request.path, request.headers, request.body)
         response = await self._sent.response()
@@ -165,6 +157,8 @@ class FirstBytes:
             )
         await record_crash(self.poison, self.request, lease, exit_shows_by)
         self._lost = None
+        if self.cancelled:
+            raise RequestCancelled(self.request.model_id) from lost
         if not self._retries_left:
             raise crashed(lease, lost) from lost
         self._retries_left -= 1

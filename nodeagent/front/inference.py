@@ -71,8 +71,7 @@ class Inference:
         )
         exit_stack.callback(ticket.close)
         first_bytes = FirstBytes(request, ticket, self._scheduler, self._poison, tally)
-        exit_stack.callback(first_bytes.close)
-        exit_stack.callback(self.running.add(first_bytes))
+        exit_stack.callback(self.running.ended, self.running.add(first_bytes))
         if not request.ping_s:
             return await self._answer(first_bytes, *await first_bytes.wait())
         begun = None

@@ -1,8 +1,6 @@
 """The requests for inference that are queued or in flight: to look at, and to end one of them."""
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -15,18 +13,22 @@ from nodeagent.front.first_bytes import FirstBytes
 class Running:
     """Such requests by number. A client may choose its request's id, so that is none of its own.
 
-    What changes: `_requests`, in `add` and in what it returns.
+    What changes: `_requests`, in `add` and `ended`.
     """
 
     def __init__(self) -> None:
         self._requests: dict[int, FirstBytes] = {}
         self._numbers = count(1)
 
-    def add(self, first_bytes: FirstBytes) -> Callable[[], object]:
-        """A request is queued; call what this returns when it has ended."""
+    def add(self, first_bytes: FirstBytes) -> int:
+        """A request is queued; its number is for `ended`."""
         number = next(self._numbers)
         self._requests[number] = first_bytes
-        return partial(self._requests.pop, number)
+        return number
+
+    def ended(self, number: int) -> None:
+        """A request has ended: its connection to the server is closed, if it is still open."""
+        self._requests.pop(number).close()
 
     def shown(self) -> list[dict[str, Any]]:
         """All of them as JSON, the oldest first."""
