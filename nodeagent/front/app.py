@@ -8,7 +8,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import health, metrics, models, node, ollama_models, openai, origins
+from nodeagent.front import health, metrics, models, node, ollama_models, openai, openapi, origins
 from nodeagent.front.asgi import request_id
 from nodeagent.front.error_shapes import dialect_of
 from nodeagent.front.inference import Inference
@@ -43,6 +43,10 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     ):
         app.register_blueprint(routes)
     origins.guard(app, of)
+
+    @app.get("/openapi.json")
+    async def describe() -> dict[str, Any]:
+        return openapi.document(app.url_map)
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:
