@@ -19,9 +19,12 @@ from nodeagent.front.ollama_answers import EmbeddingsTranslator, LoadTranslator,
 from nodeagent.front.request_body import kind_of
 from nodeagent.front.translation import Translation
 
-# Each object of a body takes some hundred bytes of memory, and a body of 64 MiB may have 20 million. A prompt with so
-# many braces is longer than any context.
-_MAX_BRACES: Final = 2**18
+# Each object and text that is built takes some hundred bytes of memory, and a body of 64 MiB may have 20 million. A
+# prompt with so many braces or quotes is longer than any context.
+_MAX_MARKS: Final = {b"{": 2**18, b'"': 2**20}
+# Each takes some microseconds, in which nothing else is served.
+_MAX_MESSAGES: Final = 10_000
+_MAX_IMAGES: Final = 1_000
 _NO_DURATION: Final = re.compile(r"0+(?:\.0+)?(?:ns|us|µs|ms|s|m|h)?")
 # How images of these types begin in base64.
 _IMAGES: Final = {"iVBOR": "png", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp"}
@@ -112,6 +115,7 @@ def translate(path: str, body: bytes, default_model: str | None, now: float) -> 
 
 
 def _chat(body: bytes, default_model: str, now: float) -> Translation:
+    _refuse_unbounded(body)
     chat = _decode(_CHAT, body)
     model = chat.model or default_model
     if not chat.messages:
@@ -128,6 +132,7 @@ def _chat(body: bytes, default_model: str, now: float) -> Translation:
 
 
 def _generate(body: bytes, default_model: str, now: float) -> Translation:
+    _refuse_unbounded(body)
     generate = _decode(_GENERATE, body)
     model = generate.model or default_model
     if generate.suffix:
@@ -215,6 +220,11 @@ def _generation(asked: _Generation, model: str) -> dict[str, Any]:
 def _messages(messages: list[_Message]) -> list[dict[str, Any]]:
     """As OpenAI has them. Ollama's clients number neither calls of tools nor their results: the results are taken in
     the order of the calls."""
+    if len(messages) > _MAX_MESSAGES:
+        raise InvalidRequest(f"'messages' has {len(messages)} items, more than {_MAX_MESSAGES}.", param="messages")
+    images_count = sum(len(message.images or ()) for message in messages)
+    if images_count > _MAX_IMAGES:
+        raise InvalidRequest(f"'images' has {images_count} items in all, more than {_MAX_IMAGES}.", param="images")
     open_calls: list[tuple[str, str]] = []
     found = []
     for index, message in enumerate(messages):
@@ -288,9 +298,15 @@ def _schema(given: msgspec.Raw) -> msgspec.Raw | None:
     raise InvalidRequest(f"'format' must be \"json\" or a JSON schema, not {kind_of(given)}.", param="format")
 
 
+def _refuse_unbounded(body: bytes) -> None:
+    for mark, most in _MAX_MARKS.items():
+        if body.count(mark) > most:
+            raise InvalidRequest(
+                f"The body has more than {most} characters {mark.decode()!r}, the most that is translated."
+            )
+
+
 def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
-    if body.count(b"{") > _MAX_BRACES:
-        raise InvalidRequest(f"The body has more than {_MAX_BRACES} braces, the most that is translated.")
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

@@ -246,7 +246,23 @@ def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
         translate("/api/chat", body, None, 0.0)
 
 
-def test_a_body_with_more_objects_than_any_conversation_is_refused_before_they_are_built() -> None:
-    body = b'{"messages": [' + b'{"role":""},' * 2**18 + b'{"role":""}]}'
-    with pytest.raises(InvalidRequest, match="more than 262144 braces"):
+@pytest.mark.parametrize(
+    ("start", "item", "count", "message"),
+    [
+        (b"", b'{"role":""}', 2**18, "more than 262144 characters"),
+        (b'{"role":"","images":[', b'""', 2**19, "more than 1048576 characters"),
+        (b"", b'{"role":""}', 10_001, "'messages' has 10001 items, more than 10000"),
+        (b'{"role":"","images":[', b'""', 1001, "'images' has 1001 items in all, more than 1000"),
+    ],
+)
+def test_a_body_with_more_items_than_any_conversation_is_refused_at_once(
+    start: bytes, item: bytes, count: int, message: str
+) -> None:
+    body = b'{"messages": [' + start + b",".join([item] * count) + (b"]}" if start else b"") + b"]}"
+    with pytest.raises(InvalidRequest, match=message):
         translate("/api/chat", body, None, 0.0)
+
+
+def test_texts_to_embed_are_not_limited_by_that() -> None:
+    texts = ["a"] * 2**20
+    assert json.loads(translated("/api/embed", input=texts).body)["input"] == texts
