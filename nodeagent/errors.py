@@ -23,6 +23,10 @@ NodeAgentError
     ├── ModelLoadTimeout     the model was not ready in time; its start goes on
     ├── BackendUnavailable   no device can serve the model now
     ├── BackendCrashed       the server crashed during the request, and after one retry again
+    ├── BadAnswer            the server's answer can't be translated for the client
+    ├── RequestCancelled     an operator ended the request
+    ├── NoSuchRequest        none with that number is queued or in flight
+    ├── PathForbidden        a path of a server that nobody may reach through the node
     ├── Draining             the node accepts no new requests
     ├── ShuttingDown         an order that makes no sense for a node that is about to stop
     ├── PoisonedRequest      two servers crashed on the same body
@@ -249,6 +253,41 @@ class BackendCrashed(Refusal):
         self.device_id = device_id
         self.reason = reason
         super().__init__(f"{model_id} on {device_id}: {reason}")
+
+
+class BadAnswer(Refusal):
+    """The server's answer is an error in mid-stream, or nothing that can be translated for the client; `reason` is for
+    the client."""
+
+    def __init__(self, model_id: str, reason: str) -> None:
+        self.model_id = model_id
+        self.reason = reason
+        super().__init__(f"{model_id}: {reason}")
+
+
+class RequestCancelled(Refusal):
+    """An operator ended the request while it was queued or in flight."""
+
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+        super().__init__(f"{model_id}: ended by an operator")
+
+
+class NoSuchRequest(Refusal):
+    """No request with that number is queued or in flight: it has ended, or there never was one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(str(number))
+
+
+class PathForbidden(Refusal):
+    """A path of a server that nobody may reach through the node, for this reason."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{path}: {reason}")
 
 
 class Draining(Refusal):

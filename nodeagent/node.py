@@ -188,6 +188,9 @@ class Node:
             ctx_train=header.ctx_train if header else None,
             embedding_length=header.embedding_length if header else None,
             size_bytes=header.size_bytes if header else None,
+            architecture=header.architecture if header else "",
+            size_label=header.size_label if header else "",
+            takes_images=model.mmproj is not None,
         )
 
     def state(self) -> NodeState:

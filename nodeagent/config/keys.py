@@ -235,7 +235,8 @@ class ModelConfig(Keys):
     fallback: Annotated[tuple[ModelName, ...], AsTuple] = Field(
         default=(),
         description="Models, by `model_id`, of which the first that can serves its requests when it can't itself: it "
-        "fits nowhere, has failed or is not ready in time. A full queue is no reason.",
+        "fits nowhere, has failed or is not ready in time. A full queue is no reason, and a stream that was told "
+        "to wait (`stream_ping_s`) stays with its model.",
     )
     defaults: Parameters = Field(
         default={},

@@ -1,4 +1,5 @@
-"""An answer that has begun: its status, its headers, and its body chunk by chunk as the server sends it."""
+"""An answer that has begun: its status, its headers, and its body chunk by chunk as the server sends it, or translated
+for a client of another API."""
 
 import logging
 from dataclasses import dataclass
@@ -6,10 +7,11 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from nodeagent.errors import Refusal, UpstreamLost
+from nodeagent.errors import BadAnswer, Refusal, RequestCancelled, UpstreamLost
 from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import FirstBytes, crashed, record_crash, stopped
 from nodeagent.front.refusals import error_event
+from nodeagent.front.translation import Translator, Untranslatable
 from nodeagent.llama_server.relay import Upstream, UpstreamResponse
 from nodeagent.scheduling.lease import Lease
 
@@ -62,28 +64,32 @@ class AnswerBody(Chunks):
     """The body as the server sends it.
 
     If the server is lost, an event stream gets an error event, and the connection is then aborted in any case: clients
-    take a clean end for success.
+    take a clean end for success. `failure` is then what the error says.
     """
 
     def __init__(self, first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamResponse) -> None:
+        self.failure: Refusal | None = None
         self._response = response
         self._lease = lease
+        self._first_bytes = first_bytes
         self._request = first_bytes.request
         self._poison = first_bytes.poison
         self._tally = first_bytes.tally
-        self._lost: UpstreamLost | None = None
         self.at_end = False
 
     async def read(self) -> bytes:
         """See `Body.read`."""
-        if self._lost is not None:
-            raise AbortResponse(str(self._lost)) from self._lost
+        if self.failure is not None:
+            raise AbortResponse(str(self.failure)) from self.failure
+        chunk = None
         try:
-            chunk = await self._response.next_chunk()
+            if not self._first_bytes.cancelled:
+                chunk = await self._response.next_chunk()
         except UpstreamLost as lost:
-            self._lost = lost
-            self._tally.lost()
-            return await self._error_event(lost)
+            if not self._first_bytes.cancelled:
+                return await self._error_event(lost)
+        if self._first_bytes.cancelled:
+            return self._cancelled()
         self._tally.passed(chunk or b"")
         if chunk is None or self._response.complete:
             self.at_end = True
@@ -93,14 +99,54 @@ class AnswerBody(Chunks):
 
     async def _error_event(self, lost: UpstreamLost) -> bytes:
         """Tell a client that reads events why its answer ends; raise AbortResponse for any other client."""
+        self._tally.lost()
         lease = self._lease
         logger.warning("%s: lost the server of %s in mid-answer: %s", lease.device_id, lease.model_id, lost)
         if not lease.endpoint.ends_as_asked:
             await record_crash(self._poison, self._request, lease)
+        self.failure = stopped(lease) if lease.endpoint.ends_as_asked else crashed(lease, lost)
         if not self._response.event_stream:
             raise AbortResponse(str(lost)) from lost
-        reason: Refusal = stopped(lease) if lease.endpoint.ends_as_asked else crashed(lease, lost)
-        return error_event(reason, self._request.request_id, self._request.dialect)
+        return self._event(self.failure)
+
+    def _cancelled(self) -> bytes:
+        self.failure = RequestCancelled(self._lease.model_id)
+        self._tally.refused(self.failure)
+        if not self._response.event_stream:
+            raise AbortResponse(str(self.failure))
+        return self._event(self.failure)
+
+    def _event(self, failure: Refusal) -> bytes:
+        return error_event(failure, self._request.request_id, self._request.dialect)
+
+
+class TranslatedBody(AnswerBody):
+    """A stream in another format than the server's. If the server's can't be translated, it ends as if that were
+    lost."""
+
+    def __init__(
+        self, first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamResponse, translator: Translator
+    ) -> None:
+        super().__init__(first_bytes, lease, response)
+        self._translator = translator
+
+    async def read(self) -> bytes:
+        """See `Body.read`."""
+        translated = b""
+        while not translated and not self.at_end:
+            chunk = await super().read()
+            if self.failure is not None:
+                return chunk
+            try:
+                translated = self._translator.feed(chunk)
+                if self.at_end:
+                    translated += self._translator.end(self._lease.load_s, trio.current_time())
+            except Untranslatable as error:
+                self.at_end = False
+                self.failure = BadAnswer(self._lease.model_id, str(error))
+                self._tally.refused(self.failure)
+                return translated + self._event(self.failure)
+        return translated
 
 
 class WholeBody(Chunks):
@@ -114,6 +160,39 @@ class WholeBody(Chunks):
         """See `Body.read`."""
         self.at_end = True
         return self._content
+
+
+def body_of(first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamResponse) -> AnswerBody:
+    """The body of a server's answer, translated piece by piece if its client gets it in another format so."""
+    translator = first_bytes.request.translator
+    if translator is None or not translator.streams or response.status != 200:
+        return AnswerBody(first_bytes, lease, response)
+    return TranslatedBody(first_bytes, lease, response, translator)
+
+
+async def translated_answer(
+    translator: Translator, lease: Lease[Upstream], headers: list[tuple[str, str]], body: AnswerBody
+) -> Answer:
+    """An answer in another format. One that is not streamed is read to its end first, so that what goes wrong until
+    then is a refusal. Raises Refusal."""
+    headers = with_type(headers, translator.content_type)
+    if translator.streams:
+        return Answer(200, headers, body)
+    try:
+        while not body.at_end:
+            translator.feed(await body.read())
+        return Answer(200, headers, WholeBody(translator.end(lease.load_s, trio.current_time())))
+    except AbortResponse:
+        assert body.failure is not None
+        raise body.failure from None
+    except Untranslatable as error:
+        raise BadAnswer(lease.model_id, str(error)) from error
+
+
+def with_type(headers: list[tuple[str, str]], content_type: str) -> list[tuple[str, str]]:
+    """The headers of an answer whose body is another one than the server's."""
+    others = [header for header in headers if header[0].lower() not in ("content-length", "content-type")]
+    return [("content-type", content_type), *others]
 
 
 def answer_headers(lease: Lease[Upstream], response: UpstreamResponse) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import guard, health, metrics, models, node, openai, origins
+from nodeagent.front import guard, health, metrics, models, node, ollama_models, openai, openapi, origins
 from nodeagent.front.asgi import request_id
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.error_shapes import dialect_of
@@ -37,13 +37,18 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     for routes in (
         openai.blueprint(of, inference),
         models.blueprint(of),
+        ollama_models.blueprint(of),
         metrics.blueprint(of, inference.tallies),
-        node.blueprint(of, inference.tallies.activity),
+        node.blueprint(of, inference),
         health.blueprint(of),
     ):
         app.register_blueprint(routes)
     origins.guard(app, of)
     guard.guard(app, of)
+
+    @app.get("/openapi.json")
+    async def describe() -> dict[str, Any]:
+        return openapi.document(app.url_map)
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:

@@ -14,6 +14,7 @@ class Dialect(Enum):
 
     OPENAI = auto()
     ANTHROPIC = auto()
+    OLLAMA = auto()
 
 
 class Slots(Enum):
@@ -32,6 +33,9 @@ class Endpoint:
     The body must have the field `needs`, or the field `instead` if there is one. `streams` is whether `"stream": true`
     brings server-sent events. `task` is what a model must be for to serve it, None for any. `is_form` is whether the
     body is a multipart form instead of JSON, `may_have_media` whether it may refer to images, sounds and files.
+
+    What is posted to a path of Ollama's is translated into a request for one of the others (`ollama_requests.py`), and
+    from then on treated as such.
     """
 
     path: str
@@ -75,6 +79,11 @@ _ENDPOINTS: Final = (
     Endpoint(path="/tokenize", needs="content", task=None, slots=Slots.NONE),
     Endpoint(path="/detokenize", needs="tokens", task=None, slots=Slots.NONE),
     Endpoint(path="/apply-template", needs="messages", task=None, slots=Slots.NONE, may_have_media=True),
+    # Ollama's.
+    Endpoint(path="/api/chat", needs="messages", dialect=Dialect.OLLAMA, streams=True),
+    Endpoint(path="/api/generate", needs="prompt", dialect=Dialect.OLLAMA, streams=True),
+    Endpoint(path="/api/embed", needs="input", task="embedding", dialect=Dialect.OLLAMA, slots=Slots.ONE),
+    Endpoint(path="/api/embeddings", needs="prompt", task="embedding", dialect=Dialect.OLLAMA, slots=Slots.ONE),
 )
 
 ENDPOINTS: Final = {endpoint.path: endpoint for endpoint in _ENDPOINTS}

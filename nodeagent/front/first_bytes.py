@@ -16,10 +16,18 @@ from dataclasses import dataclass
 
 import trio
 
-from nodeagent.errors import BackendCrashed, BackendUnavailable, ModelLoadTimeout, PoisonedRequest, UpstreamLost
+from nodeagent.errors import (
+    BackendCrashed,
+    BackendUnavailable,
+    ModelLoadTimeout,
+    PoisonedRequest,
+    RequestCancelled,
+    UpstreamLost,
+)
 from nodeagent.front.endpoints import Dialect
 from nodeagent.front.poison import PoisonGuard
 from nodeagent.front.tallies import RequestTally
+from nodeagent.front.translation import Translator
 from nodeagent.llama_server.relay import SentRequest, Upstream, UpstreamResponse, is_loading_answer
 from nodeagent.scheduling.lease import Lease, Ticket
 from nodeagent.scheduling.queueing import Priority
@@ -36,12 +44,14 @@ _STOPPED_RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceRequest:
-    """A valid request. `path`, `headers` and `body` are sent to the server as they are.
+    """A valid request. `method`, `path`, `headers` and `body` are sent to the server as they are.
 
     `slots` is how many of the server's slots it needs: one for each completion that it asks for. `ping_s` is how long
     its client may be left without a byte, 0 for ever: a stream can say something while it waits.
-    `streamed` is whether it asks for a stream. `dialect` is the shape of errors. `fallbacks` are the same
-    request for other models, if its own can't be served.
+    `streamed` is whether it asks for a stream. `dialect` is the shape of errors. `client_path` is the path that the
+    client asked for. With a `translator` the client gets the server's answer in another format; `answer` is the whole
+    answer to a request that needs no server. `fallbacks` are the same request for other models, if its own can't be
+    served.
     """
 
     request_id: str
@@ -52,6 +62,10 @@ class InferenceRequest:
     ping_s: float = 0.0
     streamed: bool = False
     dialect: Dialect = Dialect.OPENAI
+    client_path: str = ""
+    translator: Translator | None = None
+    answer: bytes | None = None
+    method: str = "POST"
     path: str
     headers: list[tuple[bytes, bytes]]
     body: bytes
@@ -62,7 +76,8 @@ class FirstBytes:
     """The wait for the first bytes of one request's answer.
 
     What changes: `lease` (once granted), `_sent` (what was sent under it), `_lost` (the server's loss that is not dealt
-    with yet, and until when its exit may show) and `_retries_left`, in `wait`; `_sent` in `close` too.
+    with yet, and until when its exit may show) and `_retries_left`, in `wait`; `_sent` in `close` too; `cancelled` in
+    `cancel`.
     """
 
     def __init__(
@@ -82,6 +97,7 @@ class FirstBytes:
         self._sent: SentRequest | None = None
         self._lost: tuple[UpstreamLost, float] | None = None
         self._retries_left = 1
+        self.cancelled = False
 
     async def wait(self) -> tuple[Lease[Upstream], UpstreamResponse]:
         """Return the answer once its first bytes are here; raise a Refusal if there will be none.
@@ -104,6 +120,8 @@ class FirstBytes:
                 return lease, response
             except UpstreamLost as lost:
                 self._sent = None
+                if self.cancelled:
+                    raise RequestCancelled(self.request.model_id) from lost
                 self._lost = lost, trio.current_time() + _EXIT_NOTICE_S
 
     def close(self) -> None:
@@ -111,10 +129,18 @@ class FirstBytes:
         if self._sent is not None:
             self._sent.close()
 
+    def cancel(self) -> None:
+        """End the request: `wait` raises RequestCancelled, and an answer that has begun breaks off."""
+        self.cancelled = True
+        self.ticket.lane.refuse(self.ticket, RequestCancelled(self.request.model_id))
+        self.close()
+
     async def _send(self, lease: Lease[Upstream]) -> UpstreamResponse:
         request = self.request
+        if self.cancelled:
+            raise RequestCancelled(request.model_id)
         if self._sent is None:
-            self._sent = lease.endpoint.request("POST", request.path, request.headers, request.body)
+            self._sent = lease.endpoint.request(request.method, request.path, request.headers, request.body)
         response = await self._sent.response()
         if is_loading_answer(response):
             raise ModelLoadTimeout(lease.model_id, lease.device_id, 0.0, _LOADING_RETRY_S)
@@ -135,6 +161,8 @@ class FirstBytes:
             )
         await record_crash(self.poison, self.request, lease, exit_shows_by)
         self._lost = None
+        if self.cancelled:
+            raise RequestCancelled(self.request.model_id) from lost
         if not self._retries_left:
             raise crashed(lease, lost) from lost
         self._retries_left -= 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _OPERATORS: Final = ("/v1/node/", "/upstream/")
 # Ollama's clients ask for the version before they have a key.
 _OPEN: Final = frozenset({"/", "/openapi.json", "/api/version", *PATHS})
-_METRICS: Final = frozenset({"/metrics", "/v1/node/inventory", "/v1/node/queue"})
+_METRICS: Final = frozenset({"/metrics", "/v1/node/inventory", "/v1/node/queue", "/v1/node/requests"})
 _BEARER: Final = b"bearer "
 
 

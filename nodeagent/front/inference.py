@@ -16,11 +16,20 @@ from contextlib import ExitStack, suppress
 
 import trio
 
-from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, Refusal
+from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout, Refusal
 from nodeagent.front.activity import Activity
-from nodeagent.front.answer import STREAM_HEADERS, Answer, AnswerBody, WholeBody, answer_headers
+from nodeagent.front.answer import (
+    STREAM_HEADERS,
+    Answer,
+    WholeBody,
+    answer_headers,
+    body_of,
+    translated_answer,
+    with_type,
+)
 from nodeagent.front.first_bytes import FirstBytes, InferenceRequest, refuse_poison
 from nodeagent.front.poison import PoisonGuard
+from nodeagent.front.running import Running
 from nodeagent.front.server_errors import ServerError, needs_translation
 from nodeagent.front.tallies import RequestTally, Tallies
 from nodeagent.front.waiting import Progress, WaitingBody
@@ -30,19 +39,17 @@ from nodeagent.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-# Of a stream whose head goes out before its server has sent one.
-_EARLY_HEADERS = [("Content-Type", "text/event-stream"), *STREAM_HEADERS]
-
 
 class Inference:
-    """Serves requests for inference on the scheduler's devices. Counts them in `tallies`, and remembers the bodies that
-    crash servers."""
+    """Serves requests for inference on the scheduler's devices. Counts them in `tallies`, shows them in `running`, and
+    remembers the bodies that crash servers."""
 
     def __init__(self, scheduler: Scheduler[Upstream], activity: Activity | None = None) -> None:
         self._scheduler = scheduler
         self._poison = PoisonGuard()
         self._progress = Progress()
         self.tallies = Tallies(activity)
+        self.running = Running()
 
     async def serve(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
         """Queue the request, send it to the server that it gets, and return once the answer's first bytes are here, or
@@ -52,12 +59,14 @@ class Inference:
         the caller may be cancelled at any time. Raises a Refusal if the request can't be served, also by none of its
         fallbacks.
         """
+        if request.answer is not None:
+            return Answer(200, [("Content-Type", "application/json")], WholeBody(request.answer))
         try:
             return await self._serve_once(request, exit_stack)
         except (BackendUnavailable, ModelLoadTimeout) as refusal:
             for instead in request.fallbacks:
                 logger.info("request %s: %s serves it instead: %s", request.request_id, instead.model_id, refusal)
-                with suppress(BackendUnavailable, ModelLoadTimeout):
+                with suppress(BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout):
                     return await self._serve_once(instead, exit_stack)
             raise
 
@@ -84,7 +93,7 @@ class Inference:
         )
         exit_stack.callback(ticket.close)
         first_bytes = FirstBytes(request, ticket, self._scheduler, self._poison, tally)
-        exit_stack.callback(first_bytes.close)
+        exit_stack.callback(self.running.ended, self.running.add(first_bytes))
         if not request.ping_s:
             return await self._answer(first_bytes, *await first_bytes.wait())
         begun = None
@@ -92,16 +101,19 @@ class Inference:
             begun = await first_bytes.wait()
         if begun is not None:
             return await self._answer(first_bytes, *begun)
-        return Answer(200, _EARLY_HEADERS, WaitingBody(first_bytes, self._progress))
+        # The head goes out before the server has sent one.
+        kind = "text/event-stream" if request.translator is None else request.translator.content_type
+        return Answer(200, [("Content-Type", kind), *STREAM_HEADERS], WaitingBody(first_bytes, self._progress))
 
     async def _answer(self, first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamResponse) -> Answer:
         request = first_bytes.request
-        body = AnswerBody(first_bytes, lease, response)
+        body = body_of(first_bytes, lease, response)
         headers = answer_headers(lease, response)
-        if not needs_translation(request, response):
+        if needs_translation(request, response):
+            error = ServerError(response.status, request)
+            await error.read(body)
+            status, content = error.translated()
+            return Answer(status, with_type(headers, "application/json"), WholeBody(content))
+        if request.translator is None:
             return Answer(response.status, headers, body)
-        error = ServerError(response.status, request)
-        await error.read(body)
-        status, content = error.translated()
-        others = [header for header in headers if header[0] not in ("content-length", "content-type")]
-        return Answer(status, [("content-type", "application/json"), *others], WholeBody(content))
+        return await translated_answer(request.translator, lease, headers, body)

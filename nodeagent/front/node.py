@@ -16,9 +16,9 @@ from nodeagent.access.gate import Account
 from nodeagent.access.sums import account_json
 from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden
 from nodeagent.events import NodeEvent, Ring
-from nodeagent.front import activity_routes
-from nodeagent.front.activity import Activity
+from nodeagent.front import activity_routes, upstream
 from nodeagent.front.guard import given_key
+from nodeagent.front.inference import Inference
 from nodeagent.front.seam import Node, find_card
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane
@@ -28,8 +28,8 @@ _PING_S = 15.0
 _LINES_MAX = 1000
 
 
-def blueprint(node: Node, activity: Activity) -> Blueprint:
-    """The routes under `/v1/node`."""
+def blueprint(node: Node, inference: Inference) -> Blueprint:
+    """The routes under `/v1/node`, and the servers' own under `/upstream`."""
     routes = Blueprint("node", __name__)
     admin = Blueprint("admin", __name__)
 
@@ -47,6 +47,14 @@ def blueprint(node: Node, activity: Activity) -> Blueprint:
     @routes.get("/v1/node/queue")
     async def queue() -> dict[str, Any]:
         return {"lanes": [_lane_json(lane) for lane in node.scheduler.lanes.values()]}
+
+    @routes.get("/v1/node/requests")
+    async def requests() -> dict[str, Any]:
+        return {"requests": inference.running.shown()}
+
+    @admin.delete("/v1/node/requests/<int:number>")
+    async def end_request(number: int) -> dict[str, Any]:
+        return inference.running.cancel(number)
 
     @admin.get("/v1/node/events")
     async def events() -> Response:
@@ -116,7 +124,8 @@ def blueprint(node: Node, activity: Activity) -> Blueprint:
     async def register() -> dict[str, Any]:
         return {"registering": node.register()}
 
-    activity_routes.add_routes(admin, activity)
+    activity_routes.add_routes(admin, inference.tallies.activity)
+    upstream.add_routes(admin, node, inference)
     routes.register_blueprint(admin)
     return routes
 

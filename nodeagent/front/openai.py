@@ -1,19 +1,22 @@
 """The routes of inference, and the validation of their bodies. `inference.py` serves what is valid.
 
-A body is forwarded unchanged; `request_body.py` reads what decides where it goes.
+A body is forwarded unchanged; `request_body.py` reads what decides where it goes. One of Ollama's is translated first.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import trio
+
 from nodeagent.errors import BodyTooLarge, InvalidRequest, WrongTask
 from nodeagent.front.accounts import account_var, may_use
 from nodeagent.front.asgi import exit_stack, on_half_close, request_id
-from nodeagent.front.endpoints import ENDPOINTS, Endpoint, Slots
+from nodeagent.front.endpoints import ENDPOINTS, Dialect, Endpoint, Slots
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.half_close import HalfClose
 from nodeagent.front.inference import Inference
+from nodeagent.front.ollama_requests import translate
 from nodeagent.front.remote_media import refuse_remote_media
 from nodeagent.front.request_body import BodyFields, read_body, without_bom
 from nodeagent.front.seam import ModelCard, Node, find_card
@@ -27,7 +30,7 @@ _SLOTS = {Slots.ONE: 1, Slots.NONE: 0}
 
 
 def blueprint(node: Node, inference: Inference) -> "Blueprint":
-    """The routes that clients of OpenAI, Anthropic and llama-server use."""
+    """The routes that clients of OpenAI, Anthropic, Ollama and llama-server use."""
     from quart import Blueprint, Response, request
     from werkzeug.datastructures import Headers
 
@@ -52,6 +55,10 @@ def read_request(
     node: Node, *, request_id: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes
 ) -> InferenceRequest:
     """Check a request for inference; the names of `headers` are lower case. Raises InvalidRequest and ModelNotFound."""
+    client_path, dialect, translated = path, ENDPOINTS[path].dialect, None
+    if dialect is Dialect.OLLAMA:
+        translated = translate(path, without_bom(body), node.default_model_id, trio.current_time())
+        path, body = translated.path, translated.body
     endpoint = ENDPOINTS[path]
     values = dict(headers)
     if endpoint.is_form:
@@ -77,7 +84,10 @@ def read_request(
         slots=_SLOTS.get(endpoint.slots, fields.completions),
         ping_s=node.stream_ping_s if fields.stream and endpoint.streams else 0.0,
         streamed=fields.stream and endpoint.streams,
-        dialect=endpoint.dialect,
+        dialect=dialect,
+        client_path=client_path,
+        translator=translated.translator if translated else None,
+        answer=translated.answer if translated else None,
         path=path,
         headers=forwardable(headers) if endpoint.is_form else headers_of_json(headers),
         body=_with_parameters(body, card, endpoint),
@@ -96,7 +106,12 @@ def _with_fallbacks(
     """The request with those for the models that may serve it instead: that this key may use, and that are able."""
     cards = {other.model_id: other for other in node.cards()}
     others = [cards[name] for name in card.fallback if name in cards and may_use(name)]
-    able = [other for other in others if endpoint.task in (None, other.task) or other.task is None]
+    able = [
+        other
+        for other in others
+        if (endpoint.task in (None, other.task) or other.task is None)
+        and (other.max_request_bytes is None or len(body) <= other.max_request_bytes)
+    ]
     instead = (
         replace(request, model_id=other.model_id, body=_with_parameters(body, other, endpoint)) for other in able
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quart import Response
     from quart_trio import QuartTrio
 
-_OPERATORS = "/v1/node/"
+_OPERATORS = ("/v1/node/", "/upstream/")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _PREFLIGHT_MAX_AGE_S = 600
 

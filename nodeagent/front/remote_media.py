@@ -18,7 +18,8 @@ _FIELDS: Final = ("image_url", "video_url", "audio_url", "file_url", "input_audi
 # Where a request has parts that may be media.
 _HOLDERS: Final = ("messages", "content", "input", "output", "system", "prompt")
 _MEDIA: Final = ("image_url", "video_url", "audio_url", "file_url", "input_audio", "source")
-_SCHEMES: Final = ("http:", "https:", "file:", "ftp:")
+# By these first letters llama-server knows a URL, whatever follows.
+_SCHEMES: Final = ("http", "file:", "ftp:")
 _PLAIN_FIELDS: Final = (b"url", b"source", b"input_audio")
 _PLAIN_SCHEMES: Final = (b"http", b"file:", b"ftp:")
 _BACKSLASH: Final = ord("\\")
@@ -53,7 +54,7 @@ def refuse_remote_media(body: bytes) -> None:
         raise RemoteMediaForbidden("messages")
     try:
         found = next(_remote(msgspec.json.decode(body), "", 0), None)
-    except RecursionError:
+    except (msgspec.DecodeError, RecursionError):  # valid JSON, with a number or a depth that is out of bounds
         found = "messages"
     if found is not None:
         raise RemoteMediaForbidden(found)
@@ -74,8 +75,10 @@ def _has(body: bytes, words: tuple[bytes, ...]) -> bool:
 
 
 def _remote(value: Any, place: str, depth: int) -> Iterator[str]:
-    """Where in these messages a URL is that a server would fetch."""
+    """Where in these messages a URL is that a server would fetch. What is nested too deeply is not looked into, and
+    counts as one."""
     if depth > _DEEPEST:
+        yield place
         return
     if isinstance(value, list):
         for index, item in enumerate(value):
@@ -86,7 +89,7 @@ def _remote(value: Any, place: str, depth: int) -> Iterator[str]:
             if name in _MEDIA:
                 yield from (f"{here}{below}" for below in _urls(inner))
             # Whatever is in the arguments of a tool is text for the model.
-            elif name in _HOLDERS and not (name == "input" and "name" in value):
+            elif name in _HOLDERS and not (name == "input" and value.get("type") == "tool_use"):
                 yield from _remote(inner, here, depth + 1)
 
 

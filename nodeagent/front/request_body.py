@@ -77,9 +77,9 @@ def read_body(body: bytes, *, needs: str, instead: str | None = None) -> BodyFie
     raw = _parse(body)
     model, stream = _value(raw.model), _value(raw.stream)
     if model is not None and not (isinstance(model, str) and model):
-        raise InvalidRequest(f"'model' must be the id of a model, not {_kind(raw.model)}.", param="model")
+        raise InvalidRequest(f"'model' must be the id of a model, not {kind_of(raw.model)}.", param="model")
     if not isinstance(stream, bool | None):
-        raise InvalidRequest(f"'stream' must be true or false, not {_kind(raw.stream)}.", param="stream")
+        raise InvalidRequest(f"'stream' must be true or false, not {kind_of(raw.stream)}.", param="stream")
     has = needs if instead is None or not _is_null(getattr(raw, needs)) else instead
     if _is_null(getattr(raw, has)):
         raise InvalidRequest(f"'{needs}' is missing.", param=needs)
@@ -99,7 +99,7 @@ def _parse(body: bytes) -> _Raw:
         _check_utf8(body)
         return _BODY.decode(body)
     except msgspec.ValidationError:  # of the first value; what follows it was not read
-        kind = _kind(body.strip())
+        kind = kind_of(body.strip())
         raise InvalidRequest(f"The body must be a JSON object, not {kind}.", code="invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
@@ -137,7 +137,7 @@ def _check_input(raw: msgspec.Raw) -> None:
     """llama-server answers 500 to these."""
     kind = bytes(memoryview(raw)[:1])
     if kind not in _KINDS:
-        raise InvalidRequest(f"'input' must be a string or a list, not {_kind(raw)}.", param="input")
+        raise InvalidRequest(f"'input' must be a string or a list, not {kind_of(raw)}.", param="input")
     if _value(raw) == []:
         raise InvalidRequest("'input' must not be an empty list.", param="input")
 
@@ -162,13 +162,13 @@ def _prompts(raw: msgspec.Raw) -> int:
 def _messages(raw: msgspec.Raw) -> list[bytes]:
     """The messages as they are in the body, none if they are too long to look into."""
     if not _starts_with(raw, b"["):
-        raise InvalidRequest(f"'messages' must be a list of objects, not {_kind(raw)}.", param="messages")
+        raise InvalidRequest(f"'messages' must be a list of objects, not {kind_of(raw)}.", param="messages")
     if memoryview(raw).nbytes > _LOOK_INTO_BYTES:
         return []
     messages = [bytes(item) for item in _LIST.decode(raw)]
     for index, message in enumerate(messages):
         if not message.startswith(b"{"):
-            raise InvalidRequest(f"'messages[{index}]' must be an object, not {_kind(message)}.", param="messages")
+            raise InvalidRequest(f"'messages[{index}]' must be an object, not {kind_of(message)}.", param="messages")
     return messages
 
 
@@ -184,7 +184,7 @@ def _conversation(key: msgspec.Raw, messages: list[bytes]) -> str | None:
     return None
 
 
-def _kind(raw: msgspec.Raw | bytes) -> str:
+def kind_of(raw: msgspec.Raw | bytes) -> str:
     """A JSON value in words, short enough for an error message."""
     text = bytes(memoryview(raw)[: _SHOWN_BYTES + 1])
     if text[:1] in _KINDS and (text[:1] != b'"' or len(text) > _SHOWN_BYTES):

@@ -1,6 +1,7 @@
 """What the front asks of the rest of the node."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -13,6 +14,7 @@ from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.status import NodeState
 
+_DEFAULT_TAG: Final = ":latest"
 _ROLE: Final = "role:"
 _STATES: Final = ("loaded", "loading")
 
@@ -37,7 +39,8 @@ class ModelCard:
 class ModelDetails:
     """What is known of a model now. `state` is in llama-server's words: unloaded, loading or loaded; `failed` is
     whether its last start failed. `server` is a server that is ready, None if there is none. The sizes are those of its
-    file and its configuration, None if unknown."""
+    file and its configuration, None if unknown. `size_label` is the number of parameters in words, such as 8B; it
+    and `architecture` are "" if unknown."""
 
     state: str
     failed: bool
@@ -46,6 +49,9 @@ class ModelDetails:
     ctx_train: int | None = None
     embedding_length: int | None = None
     size_bytes: int | None = None
+    architecture: str = ""
+    size_label: str = ""
+    takes_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +148,8 @@ class Node(Protocol):
 
 
 def find_card(node: Node, model: str) -> ModelCard:
-    """The model of that id or alias, or with that role (`role:planner`). Raises ModelNotFound, and ModelForbidden if
-    this request's key is not for it."""
+    """The model of that id or alias, also with the tag that Ollama's clients add, or with that role (`role:planner`).
+    Raises ModelNotFound, and ModelForbidden if this request's key is not for it."""
     cards = node.cards()
     if model.startswith(_ROLE):
         return _find_by_role(node, model, cards)
@@ -151,6 +157,9 @@ def find_card(node: Node, model: str) -> ModelCard:
         if model == card.model_id or model in card.aliases:
             check_model(card.model_id, [one.model_id for one in cards])
             return card
+    if model.endswith(_DEFAULT_TAG):
+        with suppress(ModelNotFound):
+            return find_card(node, model.removesuffix(_DEFAULT_TAG))
     raise ModelNotFound(model, [card.model_id for card in cards if may_use(card.model_id)])
 
 

@@ -1,7 +1,8 @@
 """What a server answers instead of what was asked for: its error, in the shape of the request's path.
 
-Most errors are passed on as they are. Translated are those of Anthropic's paths, where llama-server answers in OpenAI's
-shape, those of streams whose head has been sent, and those where it answers 500 although the request is wrong.
+Most errors are passed on as they are. Translated are those of Anthropic's and Ollama's paths, where llama-server
+answers in OpenAI's shape, those of streams whose head has been sent, and those where it answers 500 although the
+request is wrong, and those without a word (to a form that its parser does not take, say).
 """
 
 import json
@@ -18,8 +19,14 @@ _MAX_BYTES: Final = 2**16
 # Of an answer that is no error in JSON.
 _SHOWN_CHARS: Final = 500
 # What llama-server says where it answers 500 to what is wrong with the request: a bad text to embed, one that is longer
-# than the batch, an image for a model that takes none.
-_CLIENTS_FAULTS: Final = ('"prompt" ', "is too large to process", "input is not supported")
+# than the batch, an image for a model that takes none, a value of a wrong type, a token that the model does not have.
+_CLIENTS_FAULTS: Final = (
+    '"prompt" ',
+    "is too large to process",
+    "input is not supported",
+    "[json.exception.type_error",
+    "vector::_M_range_check",
+)
 
 
 class ServerError:
@@ -58,7 +65,7 @@ class ServerError:
             error = None
         if isinstance(error, dict):
             return error
-        text = self._content[:_SHOWN_CHARS].decode(errors="replace")
+        text = self._content[:_SHOWN_CHARS].decode(errors="replace") or "nothing"
         instead = " instead of a stream" if self._request.ping_s else ""
         message = f"The server answered with status {self.server_status}{instead}: {text}"
         return {"message": message, "type": "server_error", "param": None, "code": None}
@@ -66,4 +73,6 @@ class ServerError:
 
 def needs_translation(request: InferenceRequest, response: UpstreamResponse) -> bool:
     """Whether this answer is an error that the client should get in another form."""
-    return response.status >= 400 and (response.status == 500 or request.dialect is Dialect.ANTHROPIC)
+    if response.status < 400:
+        return False
+    return response.status == 500 or request.dialect is not Dialect.OPENAI or not response.first_bytes

@@ -168,7 +168,7 @@ class RequestTally:
         self._tallies.activity.add(
             request_id=request.request_id,
             began_at=self._began_on,
-            path=request.path,
+            path=request.client_path or request.path,
             key_name=None if self._account is None else self._account.name,
             model_id=self._model_id,
             device_id=self._device_id,

@@ -8,7 +8,7 @@ The head has been sent by then, so whatever goes wrong is an error event.
 import trio
 
 from nodeagent.errors import Refusal
-from nodeagent.front.answer import AnswerBody, Chunks
+from nodeagent.front.answer import AnswerBody, Chunks, body_of
 from nodeagent.front.error_shapes import as_event
 from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import FirstBytes
@@ -70,11 +70,14 @@ class WaitingBody(Chunks):
         return self._instead.event()
 
     def _begin(self, lease: Lease[Upstream], response: UpstreamResponse) -> None:
-        self._body = AnswerBody(self._first_bytes, lease, response)
+        self._body = body_of(self._first_bytes, lease, response)
         if response.status != 200 or not response.event_stream:
             self._instead = ServerError(response.status, self._first_bytes.request)
 
     def _comment(self) -> bytes:
+        translator = self._first_bytes.request.translator
+        if translator is not None:
+            return translator.waiting()
         return f": {self._progress.of(self._first_bytes.ticket)}\n\n".encode()
 
     def _error_event(self, error: Exception) -> bytes:

@@ -48,7 +48,8 @@ class GgufHeader:
     None for an architecture of which nothing is known. `host_bytes` are the weights that stay in the host's memory even
     if all layers are on a GPU: rows that are looked up by token, unless they are the output head too. Of what is loaded
     beside the model, `beside_bytes` are the projector and LoRA adapters, and `draft` is the model that drafts tokens.
-    `pools` is whether the file says how tokens become one embedding.
+    `pools` is whether the file says how tokens become one embedding. `size_label` is the number of parameters in words
+    ("8B"), "" if the file does not say.
     """
 
     size_bytes: int
@@ -62,6 +63,8 @@ class GgufHeader:
     draft: "GgufHeader | None" = None
     pools: bool = False
     task: Task = "chat"
+    architecture: str = ""
+    size_label: str = ""
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -136,4 +139,6 @@ def _header(path: Path, metadata: Metadata, size_bytes: int) -> GgufHeader:
         cache=cache_shape(metadata, layers, width),
         pools=pooling != 0,
         task=_task(metadata.architecture, pooling),
+        architecture=metadata.architecture,
+        size_label=metadata.text("general.size_label") or "",
     )

@@ -114,8 +114,8 @@ class Upstream:
 class SentRequest:
     """A request up to the first bytes of its response.
 
-    What changes: `_response` (the one that is waited for) in `response` and `close`, and in `response` also `_is_new`
-    (whether an idle connection has proved closed) and `_connect_by`.
+    What changes: `_response` (the one that is waited for) in `response` and `close`, `_given_up` in `close`, and in
+    `response` also `_is_new` (whether an idle connection has proved closed) and `_connect_by`.
     """
 
     def __init__(self, upstream: Upstream, request: bytes) -> None:
@@ -123,13 +123,15 @@ class SentRequest:
         self._request = request
         self._response: UpstreamResponse | None = None
         self._is_new = False
+        self._given_up = False
         self._connect_by: float | None = None
 
     async def response(self) -> "UpstreamResponse":
         """Send the request; return once the head of the response and its first bytes have arrived.
 
         Raises UpstreamLost. An idle connection may turn out to be closed: then the request is sent again on a new one.
-        Once cancelled, it may be called again, and goes on where it was: `close` gives the request up.
+        Once cancelled, it may be called again, and goes on where it was: `close` gives the request up, and then this
+        raises UpstreamLost, also where it waits already.
         """
         while True:
             try:
@@ -138,8 +140,8 @@ class SentRequest:
                 await self._response._begin()
                 return self._response
             except _Stale as error:
-                self.close()
-                if self._is_new:
+                self._drop()
+                if self._is_new or self._given_up:
                     address = self._upstream.address
                     raise UpstreamLost(address, "closed the connection without a response") from error
                 logger.debug("%s: an idle connection was closed", self._upstream.address)
@@ -150,11 +152,18 @@ class SentRequest:
 
     def close(self) -> None:
         """Give up the response, as its own `close` does."""
+        self._given_up = True
+        self._drop()
+
+    def _drop(self) -> None:
         response, self._response = self._response, None
         if response is not None:
             response.close()
 
     def _sent_on(self, connection: "_Connection") -> "UpstreamResponse":
+        if self._given_up:
+            connection.close()
+            raise UpstreamLost(self._upstream.address, "the request was given up")
         self._upstream.in_flight += 1
         response = UpstreamResponse(self._upstream, connection)
         response._send_now(self._request)

@@ -153,6 +153,13 @@ class Lane(Generic[E]):
         ticket.reset_decision()
         self.nudge()
 
+    def refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
+        """End a queued request with this refusal; one that is not queued goes on."""
+        if ticket.state is TicketState.WAITING:
+            self._refuse(ticket, refusal)
+            self._loads.waiter_left(ticket.model_id, self.wanted)
+            self.nudge()
+
     def hand_over(self, ticket: Ticket[E], to: "Lane[E]") -> None:
         """Move a queued request to another lane; it keeps its age. Raises QueueFull if that lane has no place."""
         if to.admitted >= to.limit:

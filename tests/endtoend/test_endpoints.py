@@ -34,6 +34,10 @@ BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "/tokenize": ({"content": "hello"}, "tokens"),
     "/detokenize": ({"tokens": [262]}, "content"),
     "/apply-template": ({"messages": HELLO}, "prompt"),
+    "/api/chat": ({"messages": HELLO, "stream": False, "options": {"num_predict": 2}}, "message"),
+    "/api/generate": ({"prompt": "hello", "stream": False, "options": {"num_predict": 2}}, "response"),
+    "/api/embed": ({"model": "embedder", "input": "one"}, "embeddings"),
+    "/api/embeddings": ({"model": "embedder", "prompt": "one"}, "embedding"),
 }
 
 

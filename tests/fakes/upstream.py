@@ -106,6 +106,7 @@ class FakeResponse(UpstreamResponse):
         self._played = 0
         self._next_at: float | None = None
         self._open = True
+        self._closed = trio.Event()
 
     async def begin(self) -> None:
         self._first = await self._chunk() or b""
@@ -114,11 +115,14 @@ class FakeResponse(UpstreamResponse):
         if self._open:
             self._open = False
             self._fake.in_flight -= 1
+            self._closed.set()
 
     async def _chunk(self) -> bytes | None:
         if self._next_at is None:
             self._next_at = trio.current_time() + self._act.chunk_s
-        await trio.sleep_until(self._next_at)
+        with trio.move_on_at(self._next_at):  # whoever waits is told that the response was closed, as of a real one
+            await self._closed.wait()
+            raise UpstreamLost(self._fake.address, "the connection broke")
         self._next_at = None
         if self._act.loss is not None and self._played == self._act.lost_after:
             self._fake.on_loss(self._act.loss)

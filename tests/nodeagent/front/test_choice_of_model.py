@@ -26,7 +26,7 @@ from nodeagent.scheduling.seam import Obstacle
 CARDS = [
     ModelCard("a", (), 0, "chat", roles=("planner",), fallback=("b", "e", "c")),
     ModelCard("b", ("bee",), 0, "chat", roles=("planner", "coder"), parameters=Parameters.of({"seed": 1}, {})),
-    ModelCard("c", (), 0, None, roles=("coder",), max_request_bytes=60),
+    ModelCard("c", (), 0, None, roles=("coder",), max_request_bytes=90),
     ModelCard("e", (), 0, "embedding", roles=("embedder",)),
 ]
 
@@ -102,10 +102,10 @@ def test_a_fallback_is_for_those_who_may_use_it() -> None:
 
 
 def test_a_model_may_have_a_smaller_limit_of_its_own() -> None:
-    assert read(model="b", user="y" * 60).model_id == "b"
+    assert read(model="b", user="y" * 90).model_id == "b"
     with pytest.raises(BodyTooLarge) as refused:
-        read(model="c", user="y" * 60)
-    assert (refused.value.limit_bytes, refused.value.model_id) == (60, "c")
+        read(model="c", user="y" * 90)
+    assert (refused.value.limit_bytes, refused.value.model_id) == (90, "c")
 
 
 def test_media_by_url_are_refused_unless_they_are_allowed() -> None:

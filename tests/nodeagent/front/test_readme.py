@@ -43,7 +43,7 @@ def test_an_old_table_is_replaced_and_the_rest_of_the_readme_stays() -> None:
 
 
 def test_the_routes_are_those_of_the_application() -> None:
-    written = set(re.findall(r"^\| `((?:GET|POST) /[^`]*)` \|", TEXT, re.MULTILINE))
+    written = set(re.findall(r"^\| `((?:GET|POST|PUT|PATCH|DELETE) /[^`]*)` \|", TEXT, re.MULTILINE))
     rules = create_app(cast(Node, NoNode())).url_map.iter_rules()
     there = {f"{method} {rule.rule}" for rule in rules for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
     assert written == there

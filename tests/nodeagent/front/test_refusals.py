@@ -8,6 +8,7 @@ import pytest
 from nodeagent.errors import (
     BackendCrashed,
     BackendUnavailable,
+    BadAnswer,
     BodyTooLarge,
     BodyTooSlow,
     Draining,
@@ -21,13 +22,16 @@ from nodeagent.errors import (
     ModelNotFound,
     ModelNotLoaded,
     NoSuchDevice,
+    NoSuchRequest,
     OriginForbidden,
+    PathForbidden,
     PoisonedRequest,
     QueueFull,
     QueueTimeout,
     Refusal,
     ReloadRefused,
     RemoteMediaForbidden,
+    RequestCancelled,
     RoleForbidden,
     ServerBusy,
     ShuttingDown,
@@ -99,6 +103,10 @@ CASES: list[tuple[Refusal, int, str, str | None, list[str]]] = [
         ["'al'", "60 (requests_per_minute)"],
     ),
     (KeyQuotaUsedUp("al", 9), 429, "rate_limit_error", "insufficient_quota", ["'al'", "9 tokens", "midnight UTC"]),
+    (BadAnswer("m", "The server's answer ended."), 502, "server_error", "bad_answer", ["The server's answer ended."]),
+    (RequestCancelled("m"), 503, "server_error", "request_cancelled", ["An operator", "ended this request for 'm'"]),
+    (NoSuchRequest(3), 404, "invalid_request_error", "request_not_found", ["No request 3", "/v1/node/requests"]),
+    (PathForbidden("/tools", "it is bad"), 403, "invalid_request_error", "path_forbidden", ["'/tools'", "it is bad"]),
     (Unauthorized(), 401, "invalid_request_error", "invalid_admin_token", ["admin.token", "Bearer"]),
     (OriginForbidden("http://evil"), 403, "invalid_request_error", "origin_forbidden", ["http://evil"]),
     (HostForbidden("evil"), 403, "invalid_request_error", "host_forbidden", ["'evil'", "allowed_hosts"]),
@@ -194,9 +202,9 @@ def test_retry_after_is_sent_exactly_where_a_retry_may_help() -> None:
     assert headers_of(BackendUnavailable("m", "no such file", None))["retry-after"] == "30"
 
 
-def test_clients_are_told_not_to_retry_a_body_that_crashed_two_servers() -> None:
+def test_clients_are_told_not_to_retry_what_would_end_the_same_way() -> None:
     final = {type(error).__name__ for error, *_ in CASES if headers_of(error).get("x-should-retry") == "false"}
-    assert final == {"BackendCrashed", "PoisonedRequest", "KeyQuotaUsedUp"}
+    assert final == {"BackendCrashed", "BadAnswer", "KeyQuotaUsedUp", "PoisonedRequest", "RequestCancelled"}
 
 
 def test_what_a_client_sent_is_echoed_short_and_safe() -> None:

@@ -46,6 +46,8 @@ def chat(*parts: Any, role: str = "user") -> Any:
         ),
         ({"input": [{"content": [{"type": "input_file", "file_url": URL}]}]}, "input[0].content[0].file_url"),
         ({"input": [{"output": [{"image_url": URL}]}]}, "input[0].output[0].image_url"),
+        ({"name": "x", "input": [{"content": [{"image_url": URL}]}]}, "input[0].content[0].image_url"),
+        (chat({"image_url": {"url": "http-internal.example/x"}}), "messages[0].content[0].image_url.url"),
     ],
 )
 def test_a_url_that_a_server_would_fetch_is_named(body: Any, where: str) -> None:
@@ -93,9 +95,9 @@ def test_no_escape_hides_a_url(key: list[bool], inner: list[bool], value: list[b
     assert place(body) == "messages[0].content[0].image_url.url"
 
 
-NAMES = st.sampled_from(["content", "image_url", "url", "source", "text", "input", "name"])
+NAMES = st.sampled_from(["content", "image_url", "url", "source", "text", "input", "type"])
 JSON: st.SearchStrategy[Any] = st.recursive(
-    st.sampled_from([URL, "data:x", "text", f'"url": "{URL}"', "\\", None, 1]),
+    st.sampled_from([URL, "data:x", "tool_use", f'"url": "{URL}"', "\\", None, 1]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -115,9 +117,9 @@ def urls(value: Any) -> bool:
     for name, inner in value.items():
         if name in ("image_url", "source"):
             direct = [inner, inner.get("url") if isinstance(inner, dict) else None]
-            if any(isinstance(one, str) and one.startswith("https:") for one in direct):
+            if any(isinstance(one, str) and one.startswith("http") for one in direct):
                 return True
-        elif (name == "content" or (name == "input" and "name" not in value)) and urls(inner):
+        elif (name == "content" or (name == "input" and value.get("type") != "tool_use")) and urls(inner):
             return True
     return False
 
@@ -130,6 +132,21 @@ def test_any_body_is_judged_by_what_its_fields_mean(messages: Any) -> None:
 def test_more_values_than_are_looked_into_are_refused_with_little_memory() -> None:
     body = json.dumps(chat({"image_url": {"url": URL}}))[:-1] + ', "x": [' + ",".join(["{}"] * 600_000) + "]}"
     assert place(body.encode()) == "messages"
+
+
+@pytest.mark.parametrize("number", ["1e999", "9" * 5000])
+def test_a_number_beyond_all_bounds_beside_a_url_is_refused(number: str) -> None:
+    body = json.dumps(chat({"image_url": {"url": URL}}))[:-1] + f', "x": {number}}}'
+    assert place(body.encode()) == "messages"
+
+
+def test_a_url_below_more_messages_than_there_are_is_refused() -> None:
+    part: Any = {"image_url": {"url": URL}}
+    for _ in range(30):
+        part = {"content": [part]}
+    found = place(chat(part))
+    assert found is not None
+    assert found.startswith("messages[0].content[0].content[0]")
 
 
 def test_a_body_that_is_nested_too_deeply_is_refused() -> None:

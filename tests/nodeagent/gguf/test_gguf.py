@@ -48,6 +48,7 @@ def test_a_tiny_model_is_described_as_it_was_made(tiny_model_b: Path) -> None:
     model = tiny_models.TINY_B
     numbers = (model.heads_kv * model.width // model.heads,) * model.layers
     assert read_header(tiny_model_b) == GgufHeader(
+        architecture="llama",
         size_bytes=tiny_model_b.stat().st_size,
         layers=model.layers,
         ctx_train=model.ctx_train,

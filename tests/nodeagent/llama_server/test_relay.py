@@ -238,6 +238,44 @@ async def test_cancelling_closes_the_connection_so_that_the_server_sees_it(nurse
     finish(nursery)
 
 
+@pytest.mark.parametrize("on_idle_connection", [False, True])
+async def test_a_request_that_another_task_gives_up_is_lost_at_once_and_not_sent_again(
+    on_idle_connection: bool, nursery: trio.Nursery
+) -> None:
+    arrived, left, count = trio.Event(), trio.Event(), 0
+
+    async def handler(stream: trio.SocketStream) -> None:
+        nonlocal count
+        if on_idle_connection and not count:
+            count += 1
+            await read_request(stream)
+            await stream.send_all(PLAIN)
+        count += 1
+        await read_request(stream)
+        arrived.set()
+        assert await stream.receive_some(1) == b""
+        left.set()
+
+    upstream = await serving(nursery, handler)
+    with trio.fail_after(5):
+        if on_idle_connection:
+            await body_of(await ask(upstream))
+        sent = upstream.request("POST", "/v1/completions", [], b"{}")
+
+        async def give_up() -> None:
+            await arrived.wait()
+            sent.close()
+
+        nursery.start_soon(give_up)
+        with pytest.raises(UpstreamLost):
+            await sent.response()
+        await left.wait()
+        with pytest.raises(UpstreamLost, match="given up"):
+            await sent.response()
+    assert (count, upstream.in_flight) == (1 + on_idle_connection, 0)
+    finish(nursery)
+
+
 async def test_a_closed_upstream_keeps_no_connection(nursery: trio.Nursery) -> None:
     ended = trio.Event()
 

@@ -9,7 +9,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from fakes.servers import FakeServers
-from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout
+from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout, RequestCancelled
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.lease import Ticket, TicketState
 from nodeagent.scheduling.queueing import FirstCome, Priority
@@ -271,6 +271,21 @@ async def test_a_model_that_was_loaded_for_somebody_who_comes_back_is_not_unload
     await serve(lane.submit("r2", "a"), 1)
     await trio.sleep(1)
     assert servers.history == ["start a", "stop a"]
+
+
+async def test_a_queued_request_is_refused_from_outside_and_one_that_runs_is_not(
+    lane: Lane[str], autojump_clock: MockClock
+) -> None:
+    running, waiting = lane.submit("r1", "a"), lane.submit("r2", "b")
+    await running.granted()
+    for ticket in (running, waiting):
+        lane.refuse(ticket, RequestCancelled(ticket.model_id))
+    with pytest.raises(RequestCancelled):
+        await waiting.granted()
+    assert (lane.admitted, set(lane.wanted), (await running.granted()).model_id) == (1, set(), "a")
+    for ticket in (running, waiting):
+        ticket.close()
+    assert lane.admitted == 0
 
 
 async def test_a_request_that_leaves_frees_its_place_at_once(lane: Lane[str], autojump_clock: MockClock) -> None:
