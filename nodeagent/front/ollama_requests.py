@@ -49,7 +49,8 @@ class _Options(msgspec.Struct):
     mirostat_tau: msgspec.Raw = _NULL
     mirostat_eta: msgspec.Raw = _NULL
     num_keep: msgspec.Raw = _NULL
-    num_predict: int | None = None
+    # Some clients have their numbers as floats.
+    num_predict: float | None = None
 
 
 class _Function(msgspec.Struct):
@@ -209,7 +210,7 @@ def _generation(asked: _Generation, model: str) -> dict[str, Any]:
         if "num_keep" in content:
             content["n_keep"] = content.pop("num_keep")
         if asked.options.num_predict is not None:  # Ollama's -2 is "until the context is full"
-            content["max_tokens"] = max(asked.options.num_predict, -1)
+            content["max_tokens"] = max(int(asked.options.num_predict), -1)
     if isinstance(asked.think, bool):
         content["chat_template_kwargs"] = {"enable_thinking": asked.think}
     elif asked.think:

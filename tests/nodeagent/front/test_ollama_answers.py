@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST, InferenceNode
@@ -199,6 +201,18 @@ def test_the_older_path_has_one_embedding() -> None:
     several.feed(vectors([0.6], [0.8]))
     with pytest.raises(Untranslatable, match="2 embeddings instead of one"):
         several.end(0.0, 10.0)
+
+
+@given(
+    st.lists(st.binary() | st.sampled_from([delta(content="a"), END, b"data: ", b"[]", b"{}", b"null"])), st.booleans()
+)
+def test_whatever_a_server_sends_is_translated_or_said_to_be_untranslatable(pieces: list[bytes], streams: bool) -> None:
+    translator = text(streams=streams)
+    try:
+        made = b"".join(map(translator.feed, pieces)) + translator.end(0.0, 14.0)
+    except Untranslatable:
+        return
+    assert lines(made)[-1]["done"]
 
 
 # On the road of every request.

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nodeagent.errors import InvalidRequest
 from nodeagent.front.endpoints import ENDPOINTS, Dialect
@@ -64,8 +66,8 @@ def test_options_that_llama_server_has_are_passed_on_and_those_of_loading_are_no
     assert not {"num_ctx", "num_gpu", "top_p", "num_predict", "num_keep", "options"} & set(content)
 
 
-@pytest.mark.parametrize(("num_predict", "max_tokens"), [(-1, -1), (-2, -1), (0, 0), (5, 5)])
-def test_without_a_limit_the_answer_may_be_as_long_as_the_context(num_predict: int, max_tokens: int) -> None:
+@pytest.mark.parametrize(("num_predict", "max_tokens"), [(-1, -1), (-2, -1), (0, 0), (5, 5), (5.0, 5)])
+def test_without_a_limit_the_answer_may_be_as_long_as_the_context(num_predict: float, max_tokens: int) -> None:
     assert sent("/api/generate", prompt="x", options={"num_predict": num_predict})["max_tokens"] == max_tokens
 
 
@@ -233,6 +235,13 @@ def test_what_is_wrong_is_named(path: str, fields: dict[str, Any], message: str,
     assert param in (None, refused.value.param)
 
 
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"9" * 5000])
+def test_a_number_beyond_all_bounds_is_refused(number: bytes) -> None:
+    body = b'{"messages": [{"role": "user"}], "options": {"num_predict": %s}}' % number
+    with pytest.raises(InvalidRequest):
+        translate("/api/chat", body, None, 0.0)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": }', b'{"model": "\xff"}', b'{"tools": ' + b"[" * 10_000])
 def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -266,3 +275,22 @@ def test_a_body_with_more_items_than_any_conversation_is_refused_at_once(
 def test_texts_to_embed_are_not_limited_by_that() -> None:
     texts = ["a"] * 2**20
     assert json.loads(translated("/api/embed", input=texts).body)["input"] == texts
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["role", "content", "images", "function"]), inner),
+)
+_FIELDS = ["model", "messages", "prompt", "input", "system", "images", "stream", "format", "options", "think", "tools"]
+
+
+@given(
+    path=st.sampled_from(["/api/chat", "/api/generate", "/api/embed", "/api/embeddings"]),
+    fields=st.dictionaries(st.sampled_from([*_FIELDS, "raw", "keep_alive", "dimensions"]), _JSON),
+)
+def test_any_body_is_translated_into_valid_json_or_refused(path: str, fields: dict[str, Any]) -> None:
+    try:
+        said = translate(path, json.dumps(fields).encode(), None, 0.0)
+    except InvalidRequest:
+        return
+    assert isinstance(json.loads(said.body), dict)
