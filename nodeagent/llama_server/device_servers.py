@@ -14,9 +14,10 @@ import trio
 
 from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
-from nodeagent.errors import BackendUnavailable
+from nodeagent.errors import BackendUnavailable, OutOfDeviceMemory
 from nodeagent.gguf.header import GgufHeader
-from nodeagent.llama_server.fit import Fit, fit_of, shortage
+from nodeagent.llama_server.device_memory import asked_bytes
+from nodeagent.llama_server.fit import Fit, fit_of, readable, shortage
 from nodeagent.llama_server.last_words import LINES_READ, last_words
 from nodeagent.llama_server.page_cache import read_ahead
 from nodeagent.llama_server.reason_codes import ReasonCode
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 # What a model's fit and a view of a ready server are made of.
 _FitOf = tuple[GgufHeader, ModelConfig, int]
 _MadeOf = tuple[ModelConfig | None, ChildSnapshot, Upstream | None, bool, int | None]
+# A reading of a device's free memory differs from the next by a little: more than that has to be free for another try
+# of a load that ran out of memory.
+_SLACK_BYTES = 64 * 2**20
 # These ends follow from the state of the host or of the agent, whatever the server was doing.
 _NO_REQUEST_IS_TO_BLAME = frozenset(
     {
@@ -63,7 +67,8 @@ class DeviceServers:
 
     What changes: `_models`, `_specs`, `_patience_s` and `_max_models` in `replace`; `_started` (the spec with which
     each model was last started) and `_still_starting` (the model whose server is not ready before `after_ready` is
-    done) in `ensure`; `_upstreams` in `handle`; `_fits` and `_ready_views`, which keep what every request asks, in
+    done) in `ensure`, and `_noted` (the generation of each model's child whose running out of memory has been noted);
+    `_upstreams` in `handle`; `_fits` and `_ready_views`, which keep what every request asks, in
     `_fit` and `_view_of_ready`.
     """
 
@@ -95,6 +100,7 @@ class DeviceServers:
         self._measurements = measurements
         self._still_starting: str | None = None
         self._started: dict[str, ChildSpec] = {}
+        self._noted: dict[str, int] = {}
         self._upstreams: dict[str, Upstream] = {}
         self._fits: dict[str, tuple[_FitOf, Fit]] = {}
         self._ready_views: dict[str, tuple[_MadeOf, ServerView[Upstream]]] = {}
@@ -125,7 +131,9 @@ class DeviceServers:
 
     def reset_failure(self, model_id: str) -> bool:
         """Let a model that has failed be started at once, as if it never had; return whether it had failed."""
-        child = self._child(model_id)
+        child, model = self._child(model_id), self._models.get(model_id)
+        if model is not None and self._measurements is not None:
+            self._measurements.ran_out(model, self._specs[model_id], None)
         if child is None or child.state is not ChildState.FAILED:
             return False
         self._supervisor.forget(child.child_id)
@@ -149,6 +157,15 @@ class DeviceServers:
         if crowded is not None:
             return Obstacle(crowded, reason_code=ReasonCode.NO_ROOM_BESIDE_PINNED)
         child = self._child(model_id)
+        if child is not None and self._is_unnoted(child, model_id):
+            return None  # `ensure` notes how much memory there was
+        least_bytes = fit.least_bytes if fit is not None else None
+        if least_bytes is not None and not (child is not None and child.is_active):
+            most_bytes = self._most_bytes(model_id)
+            if most_bytes is not None and most_bytes < least_bytes:
+                return self._memory_obstacle(model_id, least_bytes, most_bytes)
+            if most_bytes is not None and _ran_out(child):
+                return None  # more can be made free than there was
         if child is None or child.retry_at is None:
             return None
         wait_s = child.retry_at - trio.current_time()
@@ -156,20 +173,20 @@ class DeviceServers:
             return Obstacle(self._with_figures(child, child.reason or "failed"), child.retry_at, code_of(child))
         return None
 
-    def has_room(self, model_id: str) -> bool:
+    def has_room(self, model_id: str, least_bytes: int = 0) -> bool:
         free_bytes = self.memory_free_bytes()
         movable = (other for other in self._running() if not self._is_pinned(other))
-        return free_bytes is None or self.bytes_of(model_id) <= free_bytes + sum(map(self.bytes_of, movable))
+        needed_bytes = max(least_bytes, self.bytes_of(model_id))
+        return free_bytes is None or needed_bytes <= free_bytes + sum(map(self.bytes_of, movable))
 
     def memory_free_bytes(self) -> int | None:
-        reading = self._monitor.latest(self.device.device_id)
-        if reading is None or reading.memory_free_bytes is None:
-            return None
-        return max(0, reading.memory_free_bytes - self.device.memory_reserve_bytes)
+        free_bytes = self._free_bytes()
+        return None if free_bytes is None else max(0, free_bytes - self.device.memory_reserve_bytes)
 
     async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
         """Return when this device runs a ready server of the model, and no other but `beside`. See
         `scheduling.seam.Servers`."""
+        await self._note_if_ran_out(model_id)
         model = await self._usable(model_id)
         spec = self._specs[model_id]
         stay = {it for it in self._running() if it in beside or (it == model_id and self._runs_as(it, spec))}
@@ -180,6 +197,8 @@ class DeviceServers:
             await self._monitor.settled(self.device.device_id)
         if model_id in self._running():
             spec = self._started[model_id]
+        else:
+            self._prepare_try_after_shortage(model_id)
         self._started[model_id] = spec
         try:
             await self._start(model, spec)
@@ -189,11 +208,49 @@ class DeviceServers:
             is_same = child is not None and child.generation == failure.generation
             lines = self._lines(failure.child_id) if is_same else failure.exit.last_lines
             said = last_words(lines, spec.argv)
+            if failure.exit.cause is Cause.OUT_OF_DEVICE_MEMORY:
+                raise await self._out_of_memory(model_id, failure.generation, failure.exit.reason, lines) from failure
             reason = self._with_figures(child, failure.exit.reason) if is_same else failure.exit.reason
             raise self._unavailable(model_id, reason, retry_at, said) from failure
         except GivenUp as failure:
             reason = self._with_figures(self._child(model_id), failure.reason)
             raise self._unavailable(model_id, reason, failure.retry_at) from failure
+
+    async def _note_if_ran_out(self, model_id: str) -> None:
+        """Raise OutOfDeviceMemory if the model's last server ran out of memory while it served, or nobody waited."""
+        child = self._child(model_id)
+        if child is not None and self._is_unnoted(child, model_id):
+            lines = self._lines(child.child_id)
+            raise await self._out_of_memory(model_id, child.generation, child.reason or "out of device memory", lines)
+
+    async def _out_of_memory(
+        self, model_id: str, generation: int, reason: str, lines: Sequence[str]
+    ) -> OutOfDeviceMemory:
+        """Note how much memory there was for the server that ran out of it, once its own is free again."""
+        await self._monitor.settled(self.device.device_id)
+        free_bytes, asked = self._free_bytes(), asked_bytes(lines)
+        known = [] if free_bytes is None else [free_bytes + _SLACK_BYTES]
+        least_bytes = max([*known, *([] if asked is None else [asked])], default=None)
+        model = self._models.get(model_id)
+        if model is not None and least_bytes is not None and self._measurements is not None:
+            self._measurements.ran_out(model, self._specs[model_id], least_bytes)
+        self._noted[model_id] = generation
+        child = self._child(model_id)
+        retry_at = child.retry_at if child is not None else None
+        said = last_words(lines, self._argv(model_id))
+        return self._short_of_memory(model_id, self._figures(model_id, reason, lines), least_bytes, retry_at, said)
+
+    def _prepare_try_after_shortage(self, model_id: str) -> None:
+        """Let a model that ran out of memory be started again; raise OutOfDeviceMemory if no more is free now."""
+        fit, free_bytes, child = self._fit(model_id), self._free_bytes(), self._child(model_id)
+        least_bytes = fit.least_bytes if fit is not None else None
+        if least_bytes is None or free_bytes is None:
+            return
+        if free_bytes < least_bytes:
+            reason = self._memory_obstacle(model_id, least_bytes, free_bytes).reason
+            raise self._short_of_memory(model_id, reason, least_bytes, None)
+        if child is not None and _ran_out(child):
+            self._supervisor.forget(child.child_id)
 
     async def prepare(self, model_id: str) -> None:
         """Check the model's file, and read it into the page cache. See `scheduling.seam.Servers`."""
@@ -323,19 +380,47 @@ class DeviceServers:
         made_of = (header, model, self._measurements.changes if self._measurements is not None else 0)
         known = self._fits.get(model_id)
         if known is None or any(ours is not now for ours, now in zip(known[0], made_of, strict=True)):
-            measured_bytes = None
+            measured_bytes = least_bytes = None
             if self._measurements is not None:
                 measured_bytes = self._measurements.memory_bytes(model, self._specs[model_id])
-            known = self._fits[model_id] = made_of, fit_of(header, model, self.device, measured_bytes)
+                least_bytes = self._measurements.least_bytes(model, self._specs[model_id])
+            fit = fit_of(header, model, self.device, measured_bytes, least_bytes)
+            known = self._fits[model_id] = made_of, fit
         return known[1]
+
+    def _free_bytes(self) -> int | None:
+        """The free memory of the device by the last reading, what is reserved for others included; None if unknown."""
+        reading = self._monitor.latest(self.device.device_id)
+        return None if reading is None else reading.memory_free_bytes
+
+    def _most_bytes(self, model_id: str) -> int | None:
+        """How much memory is free once all other models that may go are gone, None if unknown."""
+        free_bytes = self._free_bytes()
+        movable = (other for other in self._running() if other != model_id and not self._is_pinned(other))
+        return None if free_bytes is None else free_bytes + sum(map(self.bytes_of, movable))
+
+    def _is_unnoted(self, child: ChildSnapshot, model_id: str) -> bool:
+        """Whether the child ran out of memory, and how much there was has not been noted yet."""
+        return _ran_out(child) and self._noted.get(model_id) != child.generation
+
+    def _memory_obstacle(self, model_id: str, least_bytes: int, most_bytes: int) -> Obstacle:
+        reason = (
+            f"out of device memory: a load showed that at least {readable(least_bytes)} have to be free, and at most "
+            f"{readable(most_bytes)} are"
+        )
+        child = self._child(model_id)
+        lines = self._lines(child.child_id) if child is not None and _ran_out(child) else ()
+        return Obstacle(self._figures(model_id, reason, lines), reason_code=ReasonCode.OUT_OF_DEVICE_MEMORY)
 
     def _with_figures(self, child: ChildSnapshot | None, reason: str) -> str:
         """The reason, with the figures if the device's memory ran out."""
         if child is None or child.cause is not Cause.OUT_OF_DEVICE_MEMORY:
             return reason
-        model_id = ServerId.parse(child.child_id).model_id
+        return self._figures(ServerId.parse(child.child_id).model_id, reason, self._lines(child.child_id))
+
+    def _figures(self, model_id: str, reason: str, lines: Sequence[str]) -> str:
         header, model = self._catalogue.header(model_id), self._models.get(model_id)
-        figures = shortage(header, model, self.device, self.memory_free_bytes())
+        figures = shortage(header, model, self.device, self.memory_free_bytes(), asked_bytes(lines))
         return f"{reason}; {figures}" if figures else reason
 
     def _view(self, model_id: str) -> ServerView[Upstream] | None:
@@ -389,11 +474,28 @@ class DeviceServers:
         """The last lines that the child's latest process printed."""
         return self._supervisor.lines(child_id, LINES_READ)
 
+    def _short_of_memory(
+        self,
+        model_id: str,
+        reason: str,
+        least_bytes: int | None,
+        retry_at: float | None,
+        last_lines: Sequence[str] = (),
+    ) -> OutOfDeviceMemory:
+        retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
+        reason = f"{self.device.device_id}: {reason}"
+        return OutOfDeviceMemory(model_id, reason, least_bytes, retry_after_s, last_lines)
+
     def _unavailable(
         self, model_id: str, reason: str, retry_at: float | None, last_lines: Sequence[str] = ()
     ) -> BackendUnavailable:
         retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
         return BackendUnavailable(model_id, f"{self.device.device_id}: {reason}", retry_after_s, last_lines)
+
+
+def _ran_out(child: ChildSnapshot | None) -> bool:
+    """Whether the child has failed since the device's memory ran out."""
+    return child is not None and child.state is ChildState.FAILED and child.cause is Cause.OUT_OF_DEVICE_MEMORY
 
 
 def _process(spec: ChildSpec) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from nodeagent.errors import ModelLoadTimeout, QueueFull, Refusal
+from nodeagent.errors import ModelLoadTimeout, OutOfDeviceMemory, QueueFull, Refusal
 from nodeagent.scheduling.deadlines import Deadlines
 from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
@@ -55,7 +55,8 @@ class Lane(Generic[E]):
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
     task, always synchronously; `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is
-    called whenever the lane has nothing to do, and returns when to call it again.
+    called whenever the lane has nothing to do, and returns when to call it again. `moves_elsewhere` is asked to hand a
+    request over to another lane, whose device has so many bytes for its model; it returns whether it did.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -63,6 +64,7 @@ class Lane(Generic[E]):
         self.rules = rules
         self.times = LaneTimes()
         self.on_idle: Callable[[], float] = lambda: math.inf
+        self.moves_elsewhere: Callable[[Ticket[E], int], bool] = lambda _ticket, _least_bytes: False
         self._servers = servers
         self._admitted = 0
         self._numbers = itertools.count()
@@ -154,7 +156,7 @@ class Lane(Generic[E]):
         self._queue.remove(ticket)
         self._admitted -= ticket.counted
         to._admitted += ticket.counted
-        ticket.lane = to
+        ticket.lane, ticket.tried_again = to, False
         to._queue.insert(ticket)
         self._loads.waiter_left(ticket.model_id, self.wanted)
         self.nudge()
@@ -442,8 +444,27 @@ class Lane(Generic[E]):
 
     def _refuse_model(self, model_id: str, refusal: Refusal) -> None:
         self._queue.collect()
-        for ticket in [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]:
+        waiting = [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]
+        if isinstance(refusal, OutOfDeviceMemory):
+            if self._makes_room(model_id, waiting):
+                return
+            least_bytes = refusal.least_bytes or 0
+            waiting = [it for it in waiting if not (it.counted and self.moves_elsewhere(it, least_bytes))]
+        for ticket in waiting:
             self._refuse(ticket, refusal)
+
+    def _makes_room(self, model_id: str, waiting: Sequence[Ticket[E]]) -> bool:
+        """Whether others here can give way to a model that ran out of memory. Then its requests go on waiting, for one
+        more try: what it needs is known better now, so that its next load has more of the others stopped."""
+        if not waiting or any(ticket.tried_again for ticket in waiting) or self._servers.obstacle(model_id):
+            return False
+        leaving = self.leaving(model_id)
+        if not leaving:
+            return False
+        logger.info("%s: making room for %s: %s will be unloaded", self.device_id, model_id, ", ".join(sorted(leaving)))
+        for ticket in waiting:
+            ticket.tried_again = True
+        return True
 
     def _refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
         self._queue.remove(ticket)

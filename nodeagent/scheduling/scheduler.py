@@ -52,6 +52,7 @@ class Scheduler(Generic[E]):
         node_times = LaneTimes()
         for lane in lanes.values():
             lane.on_idle = partial(self._help_others, lane)
+            lane.moves_elsewhere = self._move_elsewhere
             lane.times.node = node_times
 
     def admit(
@@ -179,6 +180,22 @@ class Scheduler(Generic[E]):
         if starts_in_s is None or not able or not ticket.counted:
             return None
         return Movable(starts_in_s, candidate.start_s + candidate.delays_s)
+
+    def _move_elsewhere(self, ticket: Ticket[E], least_bytes: int) -> bool:
+        """Hand over a request whose model ran out of its device's memory to another device, if it may fit on one."""
+        others = [device_id for device_id, lane in self.lanes.items() if lane is not ticket.lane]
+        roomy = [it for it in others if self._servers[it].has_room(ticket.model_id, least_bytes)]
+        placed = choose([it for name in roomy if not (it := self._candidate(name, ticket.model_id)).failing])
+        if not isinstance(placed, Placed):
+            return False
+        logger.info(
+            "%s: %s ran out of memory on %s; its request is taken over",
+            placed.device_id,
+            ticket.model_id,
+            ticket.lane.device_id,
+        )
+        ticket.lane.hand_over(ticket, self.lanes[placed.device_id])
+        return True
 
     def _only_choice(self, model_id: str) -> str | None:
         """The node's only device if it can take the request, without the estimates: they would cost ten times as much,

@@ -16,13 +16,15 @@ class Fate:
     """What becomes of a process. Times are seconds after its spawn, None for never.
 
     It is ready, exits by itself with `code`, fails its probe, leaves its probe without an answer, or is suspended.
-    `out_of_memory`: the limit for which the kernel kills it. `broken_by`: what these methods raise.
-    `ignores_sigterm`: only SIGKILL ends it. `hangs_in_a_driver`: not even that does, and the supervisor gives up on it.
+    `prints`: its last lines before that. `out_of_memory`: the limit for which the kernel kills it.
+    `broken_by`: what these methods raise. `ignores_sigterm`: only SIGKILL ends it. `hangs_in_a_driver`: not even that
+    does, and the supervisor gives up on it.
     """
 
     ready_after_s: float | None = 0.0
     exits_after_s: float | None = None
     code: int = 1
+    prints: bytes = b""
     ill_after_s: float | None = None
     hangs_after_s: float | None = None
     suspended_after_s: float | None = None
@@ -83,6 +85,8 @@ class FakeProcess:
         with trio.CancelScope(shield=True):
             with trio.move_on_at(self.spawned_at + lifetime_s):
                 await self._killed.wait()
+            if self.fate.prints:
+                self.output.feed(self.fate.prints)
             if not self.fate.hangs_in_a_driver:
                 self.returncode = self.fate.code if self.killed_by is None else -self.killed_by
             self.on_exit()
