@@ -406,7 +406,7 @@ class DeviceServers:
     def _memory_obstacle(self, model_id: str, least_bytes: int, most_bytes: int) -> Obstacle:
         reason = (
             f"out of device memory: a load showed that at least {readable(least_bytes)} have to be free, and at most "
-            f"{readable(most_bytes)} are"
+            f"{readable(most_bytes)} can be"
         )
         child = self._child(model_id)
         lines = self._lines(child.child_id) if child is not None and _ran_out(child) else ()

@@ -1,7 +1,8 @@
 """Measures each load: its time, the memory that it took of the device, and the context that the server has.
 
 On a CPU the memory is what the server has for itself, without the mapped weights. On a GPU it is the difference of two
-readings of the device, if nothing else of the agent's changed there in between and the estimate is not far off.
+readings of the device, if nothing else of the agent's changed there in between and what was expected is not far off:
+the estimate, or what a load that ran out of memory showed.
 """
 
 import hashlib
@@ -210,7 +211,8 @@ class LoadMeter:
         free_bytes = (await self._monitor.read_now(device.device_id)).memory_free_bytes
         if header is None or free_bytes is None or done.free_bytes is None:
             return None
-        took, expected = done.free_bytes - free_bytes, bytes_on_device(header, done.model, device)
+        least_bytes = self.least_bytes(done.model, done.spec) or 0
+        took, expected = done.free_bytes - free_bytes, max(least_bytes, bytes_on_device(header, done.model, device))
         return took if expected / 2 <= took <= expected * 2 else None
 
     def _free_bytes(self, device_id: str) -> int | None:

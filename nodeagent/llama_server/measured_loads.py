@@ -77,8 +77,9 @@ class MeasuredLoads:
         return True
 
     def put(self, load: Load) -> None:
-        """Take in another load with this key, which succeeded."""
-        self._shortages.pop(load.key, None)
+        """Take in another load with this key, which succeeded. What it took says more than an earlier shortage."""
+        if load.memory_bytes is not None:
+            self._shortages.pop(load.key, None)
         before = self._loads.pop(load.key, load)
         load_s = before.load_s + _NEWEST_WEIGHT * (load.load_s - before.load_s)
         known_bytes = before.memory_bytes if load.memory_bytes is None else load.memory_bytes

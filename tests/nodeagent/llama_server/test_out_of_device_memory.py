@@ -83,7 +83,7 @@ async def test_it_is_tried_again_as_soon_as_more_memory_is_free(autojump_clock: 
         assert obstacle is not None
         assert obstacle.reason_code == "out_of_device_memory"
         assert obstacle.reason.startswith(
-            "out of device memory: a load showed that at least 5.1 GiB have to be free, and at most 5.0 GiB are; "
+            "out of device memory: a load showed that at least 5.1 GiB have to be free, and at most 5.0 GiB can be; "
         )
         device.readings.free_bytes = 6 * GIB  # another program has ended
         assert device.servers.obstacle("a") is None
@@ -101,7 +101,7 @@ async def test_nothing_is_started_if_too_little_is_free_once_the_others_are_gone
         assert device.servers.obstacle("a") is None, "b seems to take 3 GiB"
         refused = await device.refused()
         assert isinstance(refused, OutOfDeviceMemory)
-        assert "at least 5.0 GiB have to be free, and at most 4.0 GiB are" in refused.reason
+        assert "at least 5.0 GiB have to be free, and at most 4.0 GiB can be" in refused.reason
         assert len(device.spawner.processes) == 1
 
 
