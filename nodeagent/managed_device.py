@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from nodeagent.config import NodeConfig
+from nodeagent.device_fit import Facts, device_fit
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.values import DeviceRef
 from nodeagent.events import Ring
@@ -11,7 +12,7 @@ from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.queueing import FirstCome
 from nodeagent.scheduling.swap_aware import SwapAware
-from nodeagent.status import DeviceStatus
+from nodeagent.status import DeviceFit, DeviceStatus
 from supervisor.lifecycle import Event
 from supervisor.spec import ChildSpec
 
@@ -59,6 +60,23 @@ class ManagedDevice:
         """The device at this moment."""
         metrics = monitor.latest(self.ref.device_id)
         return DeviceStatus(self.ref, metrics, self.lane.view(), tuple(self.servers.views()))
+
+    def fit_of(self, model_id: str) -> DeviceFit:
+        """How a configured model fits on the device at this moment."""
+        servers, views = self.servers, self.servers.views()
+        return device_fit(
+            Facts(
+                device_id=self.ref.device_id,
+                fit=servers.fit(model_id),
+                server=next((view for view in views if view.model_id == model_id), None),
+                obstacle=servers.obstacle(model_id),
+                why_loaded=self.lane.why_loaded(model_id),
+                free_bytes=servers.memory_free_bytes(),
+                most_bytes=servers.memory_most_bytes(model_id),
+                has_place=sum(view.is_active for view in views) < self.lane.rules.max_models,
+                offloads_in_part=self.ref.backend != "cpu",
+            )
+        )
 
 
 def lane_rules(config: NodeConfig, device_id: str) -> LaneRules:

@@ -428,6 +428,7 @@ class Node:
             size_bytes=header.size_bytes if header else None,
             problem=self._catalogue.problem(model.model_id),
             load_time_s=min((load_s for load_s in loads if load_s is not None), default=None),
+            fits=tuple(device.fit_of(model.model_id) for device in self.devices.values()),
         )
 
 

@@ -69,7 +69,7 @@ class DeviceServers:
     each model was last started) and `_still_starting` (the model whose server is not ready before `after_ready` is
     done) in `ensure`, and `_noted` (the generation of each model's child whose running out of memory has been noted);
     `_upstreams` in `handle`; `_fits` and `_ready_views`, which keep what every request asks, in
-    `_fit` and `_view_of_ready`.
+    `fit` and `_view_of_ready`.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class DeviceServers:
         """What keeps this device from serving the model: it is no longer configured, does not fit, or has failed."""
         if model_id not in self._models:
             return Obstacle("it is no longer configured", reason_code=ReasonCode.NOT_CONFIGURED)
-        fit = self._fit(model_id)
+        fit = self.fit(model_id)
         if fit is not None and fit.misfit is not None:
             return Obstacle(fit.misfit, reason_code=ReasonCode.DOES_NOT_FIT)
         crowded = self._crowded_out(model_id)
@@ -182,6 +182,11 @@ class DeviceServers:
     def memory_free_bytes(self) -> int | None:
         free_bytes = self._free_bytes()
         return None if free_bytes is None else max(0, free_bytes - self.device.memory_reserve_bytes)
+
+    def memory_most_bytes(self, model_id: str) -> int | None:
+        """The free memory once all other models that may go are gone, without the reserve; None if unknown."""
+        most_bytes = self._most_bytes(model_id)
+        return None if most_bytes is None else max(0, most_bytes - self.device.memory_reserve_bytes)
 
     async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
         """Return when this device runs a ready server of the model, and no other but `beside`. See
@@ -242,7 +247,7 @@ class DeviceServers:
 
     def _prepare_try_after_shortage(self, model_id: str) -> None:
         """Let a model that ran out of memory be started again; raise OutOfDeviceMemory if no more is free now."""
-        fit, free_bytes, child = self._fit(model_id), self._free_bytes(), self._child(model_id)
+        fit, free_bytes, child = self.fit(model_id), self._free_bytes(), self._child(model_id)
         least_bytes = fit.least_bytes if fit is not None else None
         if least_bytes is None or free_bytes is None:
             return
@@ -369,10 +374,10 @@ class DeviceServers:
 
     def bytes_of(self, model_id: str) -> int:
         """What a server of the model takes of the device's memory, 0 if unknown."""
-        fit = self._fit(model_id)
+        fit = self.fit(model_id)
         return 0 if fit is None else fit.needed_bytes
 
-    def _fit(self, model_id: str) -> Fit | None:
+    def fit(self, model_id: str) -> Fit | None:
         """How the model fits here, None if nothing is known. Every request asks, so the answer is kept."""
         header, model = self._catalogue.header(model_id), self._models.get(model_id)
         if header is None or model is None:

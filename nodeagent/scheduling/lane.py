@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
 
+# Who asked for a load.
+_A_REQUEST, _AN_OPERATOR, _PRELOAD = "for a request", "by an operator", "preload"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneRules:
@@ -54,9 +57,10 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
-    task, always synchronously; `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is
-    called whenever the lane has nothing to do, and returns when to call it again. `moves_elsewhere` is asked to hand a
-    request over to another lane, whose device has so many bytes for its model; it returns whether it did.
+    task, always synchronously; `_why_loaded` in the lane's task; `_preload_held` in `hold_preload`. `rules` may be
+    replaced at any time. `on_idle` is called whenever the lane has nothing to do, and returns when to call it again.
+    `moves_elsewhere` is asked to hand a request over to another lane, whose device has so many bytes for its model; it
+    returns whether it did.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -71,6 +75,7 @@ class Lane(Generic[E]):
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
         self._in_flight: list[Ticket[E]] = []
         self._preload_held = False
+        self._why_loaded: dict[str, str] = {}
         self._loads = Loads(
             device_id,
             servers,
@@ -202,6 +207,10 @@ class Lane(Generic[E]):
         """Whether nothing is in flight, queued or loading."""
         return not (self._admitted or self._queue.waiting or self._in_flight or self._loads.current)
 
+    def why_loaded(self, model_id: str) -> str | None:
+        """Who asked for the model's last load here, None if nobody did yet."""
+        return self._why_loaded.get(model_id)
+
     def view(self) -> LaneView:
         """The load of the lane now."""
         in_flight = len(self._in_flight)
@@ -288,6 +297,8 @@ class Lane(Generic[E]):
                 case Load(model_id, reason, beside):
                     begun = self._loads.begin(nursery, model_id, reason, beside)
                     if begun:
+                        own = [it for it in self._queue.waiting if it.model_id == model_id]
+                        self._why_loaded[model_id] = _A_REQUEST if any(it.counted for it in own) else _AN_OPERATOR
                         stay = {model_id, *beside}
                         self._loads.displaced(it.model_id for it in views if it.returns and it.model_id not in stay)
                     if not begun or not self.rules.concurrent_models:
@@ -327,7 +338,9 @@ class Lane(Generic[E]):
         """No request can be granted and none needs a load: preload, unload what is idle, help other lanes."""
         busy = {*self.wanted, *(ticket.model_id for ticket in self._in_flight)}
         if not busy and not self._preload_held:
-            self._loads.begin_preload(nursery, partial(self._stay_beside, views))
+            begun = self._loads.begin_preload(nursery, partial(self._stay_beside, views))
+            if begun is not None:
+                self._why_loaded[begun] = _PRELOAD
         unload_at = self._loads.unload_idle(nursery, views, busy, self.rules.abandoned_load_grace_s)
         return min(unload_at, self.on_idle() if self.is_idle else math.inf)
 

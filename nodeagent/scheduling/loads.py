@@ -105,11 +105,13 @@ class Loads(Generic[E]):
         """These models give way to a load. They are preloaded again once a model has been unloaded for being idle."""
         self._displaced += [model_id for model_id in model_ids if model_id not in self._displaced]
 
-    def begin_preload(self, nursery: trio.Nursery, beside: Callable[[str], frozenset[str]]) -> None:
-        """No request is queued: load the next model that is to be preloaded, beside those of `beside`."""
-        if self.preloads and self.current is None:
-            model_id = self.preloads.pop(0)
-            self.begin(nursery, model_id, "preload", beside(model_id))
+    def begin_preload(self, nursery: trio.Nursery, beside: Callable[[str], frozenset[str]]) -> str | None:
+        """No request is queued: load the next model that is to be preloaded, beside those of `beside`; return it."""
+        if not self.preloads or self.current is not None:
+            return None
+        model_id = self.preloads.pop(0)
+        self.begin(nursery, model_id, "preload", beside(model_id))
+        return model_id
 
     def waiter_added(self, model_id: str) -> None:
         """A request waits for the model."""
