@@ -68,7 +68,10 @@ class Room:
 
         def worth(model_id: str) -> float:
             use = servers[model_id]
-            return reload_s(model_id) / (1.0 + now - max(use.used_at, use.since))
+            # Of models in use always the same has to become idle: if that changed with each request that ends, models
+            # that are kept busy would never give way.
+            idle_s = 0.0 if use.in_use else now - max(use.used_at, use.since)
+            return reload_s(model_id) / (1.0 + idle_s)
 
         in_use = None
         for gone in _sets(sorted(movable, key=lambda model_id: (servers[model_id].in_use, worth(model_id)))):

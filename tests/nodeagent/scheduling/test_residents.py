@@ -225,3 +225,30 @@ async def test_preloads_go_where_there_is_room(start: Start, autojump_clock: Moc
     lane.preload("b")
     await trio.sleep(5)
     assert servers.history == ["start a", "start b"]
+
+
+@pytest.mark.parametrize("policy", [SwapAware(), FirstCome()])
+async def test_of_two_models_that_are_kept_busy_one_gives_way_to_a_third(
+    start: Start, policy: Policy, autojump_clock: MockClock
+) -> None:
+    """Which of the two it is must not change each time that a request on one of them ends: then neither became idle."""
+    lane, servers = await start(FakeServers(slots=2), policy=CheckedPolicy(policy))
+    for model_id in ("a", "b"):
+        await serve(lane, model_id, 0.1)
+    served = trio.Event()
+
+    async def keep_busy(model_id: str) -> None:
+        while not served.is_set():
+            await serve(lane, model_id, 4.0)
+
+    async with trio.open_nursery() as clients:
+        for delay_s, model_id in ((1.0, "a"), (1.0, "b"), (1.0, "a"), (1.0, "b")):
+            clients.start_soon(keep_busy, model_id)
+            await trio.sleep(delay_s)
+        with trio.move_on_after(100):
+            waited_s = await serve(lane, "c", 0.1)
+            served.set()
+        assert served.is_set(), "never served"
+        clients.cancel_scope.cancel()
+    turn_s = 8 * servers.load_s
+    assert waited_s <= turn_s + 4.0 + servers.load_s + 0.1
