@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # What a model's fit and a view of a ready server are made of.
 _FitOf = tuple[GgufHeader, ModelConfig, int]
 _MadeOf = tuple[ModelConfig | None, ChildSnapshot, Upstream | None, bool, int | None]
+# A server in these states will take memory of which it may have none yet.
+_COMING = frozenset({ChildState.STARTING, ChildState.BACKING_OFF})
 # A reading of a device's free memory differs from the next by a little: more than that has to be free for another try
 # of a load that ran out of memory.
 _SLACK_BYTES = 64 * 2**20
@@ -180,7 +182,10 @@ class DeviceServers:
         return free_bytes is None or needed_bytes <= free_bytes + sum(map(self.bytes_of, movable))
 
     def memory_free_bytes(self) -> int | None:
-        free_bytes = self._free_bytes()
+        free_bytes, running = self._free_bytes(), self._running()
+        if free_bytes is None and running and self.device.memory_total_bytes is not None:
+            # Not measured (the driver hangs, or has no such figure): at least our own servers are not free memory.
+            free_bytes = self.device.memory_total_bytes - sum(map(self.bytes_of, running))
         return None if free_bytes is None else max(0, free_bytes - self.device.memory_reserve_bytes)
 
     def memory_most_bytes(self, model_id: str) -> int | None:
@@ -394,9 +399,21 @@ class DeviceServers:
         return known[1]
 
     def _free_bytes(self) -> int | None:
-        """The free memory of the device by the last reading, what is reserved for others included; None if unknown."""
+        """The free memory of the device by the last reading, what is reserved for others included; None if unknown.
+
+        Without what our servers are about to take, or have taken since that reading: else the next load would count on
+        memory that is not there any more.
+        """
         reading = self._monitor.latest(self.device.device_id)
-        return None if reading is None else reading.memory_free_bytes
+        if reading is None or reading.memory_free_bytes is None:
+            return None
+        children = {model_id: self._child(model_id) for model_id in self._running()}
+        coming = [
+            model_id
+            for model_id, child in children.items()
+            if child is not None and (child.state in _COMING or child.since > reading.measured_at)
+        ]
+        return max(0, reading.memory_free_bytes - sum(map(self.bytes_of, coming)))
 
     def _most_bytes(self, model_id: str) -> int | None:
         """How much memory is free once all other models that may go are gone, None if unknown."""

@@ -90,6 +90,7 @@ class Readings:
 
     def __init__(self) -> None:
         self.free_bytes: int | None = None
+        self.measured_at = 0.0
         self.is_read = False
         self.settled_at: list[float] = []
         self.free_now: Callable[[], int] | None = None
@@ -97,7 +98,7 @@ class Readings:
     def latest(self, device_id: str) -> DeviceMetrics | None:
         if self.free_now is not None:
             return DeviceMetrics(measured_at=trio.current_time(), memory_free_bytes=self.free_now())
-        return DeviceMetrics(measured_at=0, memory_free_bytes=self.free_bytes) if self.is_read else None
+        return DeviceMetrics(measured_at=self.measured_at, memory_free_bytes=self.free_bytes) if self.is_read else None
 
     async def settled(self, device_id: str) -> None:
         self.settled_at.append(trio.current_time())
