@@ -197,14 +197,15 @@ class DeviceServers:
         """Return when this device runs a ready server of the model, and no other but `beside`. See
         `scheduling.seam.Servers`."""
         await self._note_if_ran_out(model_id)
-        model = await self._usable(model_id)
-        spec = self._specs[model_id]
+        await self._usable(model_id)
+        _model, spec = self._configured(model_id)
         stay = {it for it in self._running() if it in beside or (it == model_id and self._runs_as(it, spec))}
         to_stop = [other for other in self._running() if other not in stay]
         for other in to_stop:
             await self.stop(other)
         if to_stop:
             await self._monitor.settled(self.device.device_id)
+        model, spec = self._configured(model_id)  # as it is now: a reload may have come in between
         if model_id in self._running():
             spec = self._started[model_id]
         else:
@@ -243,7 +244,7 @@ class DeviceServers:
         least_bytes = max([*known, *([] if asked is None else [asked])], default=None)
         model = self._models.get(model_id)
         if model is not None and least_bytes is not None and self._measurements is not None:
-            self._measurements.ran_out(model, self._specs[model_id], least_bytes)
+            self._measurements.ran_out(model, self._started[model_id], least_bytes)
         self._noted[model_id] = generation
         child = self._child(model_id)
         retry_at = child.retry_at if child is not None else None
@@ -325,6 +326,12 @@ class DeviceServers:
         if problem is not None:
             raise BackendUnavailable(model_id, problem)
         return model
+
+    def _configured(self, model_id: str) -> tuple[ModelConfig, ChildSpec]:
+        """The model and its child as they are configured now. Raises BackendUnavailable if a reload removed it."""
+        if model_id not in self._models:
+            raise self._unavailable(model_id, "it is no longer configured", None)
+        return self._models[model_id], self._specs[model_id]
 
     async def _start(self, model: ModelConfig, spec: ChildSpec) -> None:
         model_id = model.model_id

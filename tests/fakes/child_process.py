@@ -133,16 +133,18 @@ class FakeSpawner:
         self._fates = iter(fates)
         self._afterwards = afterwards
         self.processes: list[FakeProcess] = []
+        self.argvs: list[object] = []
         self.running: set[str] = set()
 
     def __call__(
-        self, name: str, generation: int, _argv: object, /, *, on_line: Callable[[str], None], **_more: Any
+        self, name: str, generation: int, argv: object, /, *, on_line: Callable[[str], None], **_more: Any
     ) -> ChildProcess:
         assert name not in self.running, "two processes of one child at a time"
         fate = next(self._fates, self._afterwards)
         if isinstance(fate, Exception):
             raise fate
         self.running.add(name)
+        self.argvs.append(argv)
         pid = 101 + len(self.processes)
         process = FakeProcess(name, generation, fate, on_line, lambda: self.running.remove(name), pid)
         self.processes.append(process)
