@@ -382,6 +382,9 @@ class DeviceServers:
         reserve = self.device.memory_reserve_bytes
         if total is not None and sum(map(self.bytes_of, [*pinned, model_id])) > total - reserve:
             return f"the pinned models ({names}) leave too little memory"
+        most_bytes = self.memory_most_bytes(model_id)
+        if most_bytes is not None and self.bytes_of(model_id) > most_bytes:
+            return f"the pinned models ({names}) and other programs leave too little memory"
         return None
 
     def bytes_of(self, model_id: str) -> int:

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from nodeagent.errors import ModelLoadTimeout, OutOfDeviceMemory, QueueFull, Refusal
+from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, OutOfDeviceMemory, QueueFull, Refusal
 from nodeagent.scheduling.deadlines import Deadlines
 from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
@@ -287,6 +287,7 @@ class Lane(Generic[E]):
         self._queue.collect()
         now, views = trio.current_time(), self._servers.views()
         self._grant_load_requests(now, views)
+        self._refuse_crowded_out(views)
         wake_at = min(
             self._refuse_overdue(now, views), self._loads.end_abandoned(nursery, self.rules.abandoned_load_grace_s)
         )
@@ -461,10 +462,29 @@ class Lane(Generic[E]):
         if isinstance(refusal, OutOfDeviceMemory):
             if self._makes_room(model_id, waiting):
                 return
-            least_bytes = refusal.least_bytes or 0
-            waiting = [it for it in waiting if not (it.counted and self.moves_elsewhere(it, least_bytes))]
+            self._hand_over_or_refuse(waiting, refusal, refusal.least_bytes or 0)
+            return
         for ticket in waiting:
             self._refuse(ticket, refusal)
+
+    def _hand_over_or_refuse(self, tickets: Sequence[Ticket[E]], refusal: Refusal, least_bytes: int = 0) -> None:
+        """Another device may take over what this one has no room for."""
+        for ticket in tickets:
+            if not (ticket.counted and self.moves_elsewhere(ticket, least_bytes)):
+                self._refuse(ticket, refusal)
+
+    def _refuse_crowded_out(self, views: Sequence[ServerView[E]]) -> None:
+        """Refuse the requests for models that pinned ones leave no room for: nothing that a lane does changes that."""
+        if not any(view.pinned for view in views):
+            return
+        running = {view.model_id for view in views if view.is_active}
+        for model_id in [it for it in self.wanted if it not in running and it != self.loading]:
+            if self.leaving(model_id, views) is None:
+                obstacle = self._servers.obstacle(model_id)
+                reason = obstacle.reason if obstacle is not None else "pinned models leave no room for it"
+                refusal = BackendUnavailable(model_id, f"{self.device_id}: {reason}")
+                waiting = [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]
+                self._hand_over_or_refuse(waiting, refusal)
 
     def _makes_room(self, model_id: str, waiting: Sequence[Ticket[E]]) -> bool:
         """Whether others here can give way to a model that ran out of memory. Then its requests go on waiting, for one

@@ -182,14 +182,14 @@ class Scheduler(Generic[E]):
         return Movable(starts_in_s, candidate.start_s + candidate.delays_s)
 
     def _move_elsewhere(self, ticket: Ticket[E], least_bytes: int) -> bool:
-        """Hand over a request whose model ran out of its device's memory to another device, if it may fit on one."""
+        """Hand over a request that its device has no room for to another device, if its model may fit on one."""
         others = [device_id for device_id, lane in self.lanes.items() if lane is not ticket.lane]
         roomy = [it for it in others if self._servers[it].has_room(ticket.model_id, least_bytes)]
         placed = choose([it for name in roomy if not (it := self._candidate(name, ticket.model_id)).failing])
         if not isinstance(placed, Placed):
             return False
         logger.info(
-            "%s: %s ran out of memory on %s; its request is taken over",
+            "%s: taking over a request for %s from %s, which has no room for it",
             placed.device_id,
             ticket.model_id,
             ticket.lane.device_id,

@@ -88,6 +88,12 @@ async def test_pinned_models_that_leave_no_room_are_an_obstacle(autojump_clock: 
         crowded = device.servers.obstacle("b")
         assert crowded is not None
         assert crowded.reason == "the pinned models (a) leave too little memory"
+        device.files.headers["b"] = header(size_bytes=2 * GIB)
+        assert device.servers.obstacle("b") is None
+        device.readings.is_read, device.readings.free_bytes, device.readings.measured_at = True, GIB, 1.0
+        crowded = device.servers.obstacle("b")
+        assert crowded is not None
+        assert crowded.reason == "the pinned models (a) and other programs leave too little memory"
 
 
 async def test_a_start_that_fails_is_refused_with_the_time_of_the_restart(autojump_clock: MockClock) -> None:
