@@ -54,6 +54,7 @@ class ManagedDevice:
         self.lane.rules = rules = lane_rules(config, self.ref.device_id)
         models = {model.model_id: model for model in config.models}
         patience_s = config.llama_server_startup_timeout_s
+        self.lane.nudge()
         return self.servers.replace(models, self._build_specs(config), patience_s, rules.max_models)
 
     def status(self, monitor: DeviceMonitor) -> DeviceStatus:

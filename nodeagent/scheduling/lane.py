@@ -343,6 +343,10 @@ class Lane(Generic[E]):
             if begun is not None:
                 self._why_loaded[begun] = _PRELOAD
         unload_at = self._loads.unload_idle(nursery, views, busy, self.rules.abandoned_load_grace_s)
+        if sum(view.is_active for view in views) > self.rules.max_models:
+            now = trio.current_time()
+            surplus = self._room().surplus(self._server_uses(now, views), reload_s=self.times.load_s, now=now)
+            self._loads.unload_surplus(nursery, surplus - busy)
         return min(unload_at, self.on_idle() if self.is_idle else math.inf)
 
     def _stay_beside(self, views: Sequence[ServerView[E]], model_id: str) -> frozenset[str]:

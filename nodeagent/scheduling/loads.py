@@ -157,6 +157,13 @@ class Loads(Generic[E]):
                 self.preloads, self._displaced = [*self.preloads, *self._displaced], []
         return next_at
 
+    def unload_surplus(self, nursery: trio.Nursery, model_ids: Iterable[str]) -> None:
+        """Unload these models, which are idle: fewer may be loaded now."""
+        for model_id in model_ids:
+            if not self.is_held(model_id) and (self.current is None or self.current.model_id != model_id):
+                logger.info("%s: unloading %s: fewer models may be loaded now", self._device_id, model_id)
+                self._unload_soon(nursery, model_id)
+
     def prepare(self, nursery: trio.Nursery, model_id: str) -> None:
         """The model is loaded next: prepare that, once, while another model is in use."""
         if self._prepared != model_id and self.current is None:

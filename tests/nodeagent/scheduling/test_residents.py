@@ -286,3 +286,25 @@ async def test_a_request_that_pinned_models_leave_no_memory_for_is_refused_at_on
     assert trio.current_time() < 5
     servers.total_bytes = 6
     await serve(lane, "b", 0.1)
+
+
+async def test_once_fewer_models_may_be_loaded_those_that_are_too_many_go_when_they_are_idle(
+    start: Start, autojump_clock: MockClock
+) -> None:
+    lane, servers = await start(FakeServers(pinned={"home"}), max_models=4)
+    for model_id in ("home", "a", "b", "c"):
+        await serve(lane, model_id, 0.1)
+        await trio.sleep(1)
+    busy = lane.submit("", "a")
+    await busy.granted()
+    lane.rules = replace(lane.rules, max_models=2)
+    lane.nudge()
+    await trio.sleep(10)
+    assert set(servers.servers) == {"home", "a"}, "a is in use"
+    lane.rules = replace(lane.rules, max_models=1)
+    lane.nudge()
+    await trio.sleep(10)
+    assert set(servers.servers) == {"home", "a"}
+    busy.close()
+    await trio.sleep(10)
+    assert set(servers.servers) == {"home"}
