@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -115,26 +115,34 @@ class Scheduler(Generic[E]):
 
     def preload(self, model_ids: list[str]) -> list[str]:
         """Load the models, each on a device of its own while there are such, then as many on each device as it may
-        have; return those for which there is no place."""
-        planned = dict.fromkeys(self.lanes, 0)
+        have and has memory for; return those for which there is no place."""
+        planned: dict[str, list[str]] = {device_id: [] for device_id in self.lanes}
         left_over = []
         for model_id in model_ids:
             device_id = self._place_preload(model_id, planned)
             if device_id is None:
                 left_over.append(model_id)
                 continue
-            planned[device_id] += 1
+            planned[device_id].append(model_id)
             self.lanes[device_id].preload(model_id)
         return left_over
 
-    def _place_preload(self, model_id: str, planned: Mapping[str, int]) -> str | None:
+    def _place_preload(self, model_id: str, planned: Mapping[str, Sequence[str]]) -> str | None:
         """The best of the devices on which the fewest are planned and that can run the model, None if there is none."""
-        for count in sorted(set(planned.values())):
-            devices = [it for it in planned if planned[it] == count and count < self.lanes[it].rules.max_models]
+        counts = {device_id: len(models) for device_id, models in planned.items()}
+        for count in sorted(set(counts.values())):
+            devices = [it for it in counts if counts[it] == count and count < self.lanes[it].rules.max_models]
+            devices = [it for it in devices if not count or self._fit_together(it, [*planned[it], model_id])]
             match choose([self._candidate(device_id, model_id) for device_id in devices]):
                 case Placed(device_id):
                     return device_id
         return None
+
+    def _fit_together(self, device_id: str, model_ids: Sequence[str]) -> bool:
+        """Whether the device has memory for all of them: else the last one would evict the others."""
+        servers = self._servers[device_id]
+        free_bytes = servers.memory_free_bytes()
+        return free_bytes is None or sum(map(servers.bytes_of, model_ids)) <= free_bytes
 
     def hold_preloads(self, *, held: bool) -> None:
         """Begin no preload while `held`; those that were asked for begin afterwards."""
