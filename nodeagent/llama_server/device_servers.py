@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # What a model's fit and a view of a ready server are made of.
 _FitOf = tuple[GgufHeader, ModelConfig, int]
 _MadeOf = tuple[ModelConfig | None, ChildSnapshot, Upstream | None, bool, int | None]
+# So long after a server ran out of memory the free memory says how much there was for it.
+_NOTED_WITHIN_S = 10.0
 # A server in these states will take memory of which it may have none yet.
 _COMING = frozenset({ChildState.STARTING, ChildState.BACKING_OFF})
 # A reading of a device's free memory differs from the next by a little: more than that has to be free for another try
@@ -432,8 +434,9 @@ class DeviceServers:
         return None if free_bytes is None else free_bytes + sum(map(self.bytes_of, movable))
 
     def _is_unnoted(self, child: ChildSnapshot, model_id: str) -> bool:
-        """Whether the child ran out of memory, and how much there was has not been noted yet."""
-        return _ran_out(child) and self._noted.get(model_id) != child.generation
+        """Whether the child has just run out of memory, and how much there was has not been noted yet."""
+        is_recent = trio.current_time() - child.since <= _NOTED_WITHIN_S
+        return is_recent and _ran_out(child) and self._noted.get(model_id) != child.generation
 
     def _memory_obstacle(self, model_id: str, least_bytes: int, most_bytes: int) -> Obstacle:
         reason = (

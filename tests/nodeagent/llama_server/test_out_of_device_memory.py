@@ -109,12 +109,26 @@ async def test_a_server_that_runs_out_of_memory_while_it_serves_counts_as_well(a
     async with running_device(Fate(exits_after_s=5.0, prints=b"CUDA error: out of memory\n"), backend="cuda") as device:
         set_up(device, {"a": 2 * GIB})
         await device.servers.ensure("a")
-        await trio.sleep(10)
+        await device.upstream().closed.wait()
+        await trio.sleep(0.1)
         assert device.view().reason_code == "out_of_device_memory"
         assert device.servers.obstacle("a") is None, "the next load finds out how much there was"
         assert isinstance(await device.refused(), OutOfDeviceMemory)
         assert device.servers.obstacle("a") is not None
         assert len(device.spawner.processes) == 1
+
+
+async def test_what_is_free_long_after_a_server_ran_out_says_nothing(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(exits_after_s=5.0, prints=b"CUDA error: out of memory\n"), backend="cuda") as device:
+        set_up(device, {"a": 2 * GIB})
+        await device.servers.ensure("a")
+        await trio.sleep(30)
+        obstacle = device.servers.obstacle("a")
+        assert obstacle is not None
+        assert obstacle.retry_at == pytest.approx(105), "it cools down"
+        await trio.sleep(80)
+        await device.servers.ensure("a")
+        assert device.measured.least == {}
 
 
 async def test_without_a_reading_it_cools_down(autojump_clock: MockClock) -> None:
