@@ -7,7 +7,7 @@ from trio.testing import MockClock
 from fakes.child_process import Fate
 from fakes.one_device import GIB, Device, header, running_device
 from nodeagent.errors import OutOfDeviceMemory
-from nodeagent.llama_server.device_memory import asked_bytes
+from nodeagent.llama_server.allocations import asked_bytes
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.seam import ServerState
 
