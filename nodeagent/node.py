@@ -22,7 +22,16 @@ from nodeagent.containment import Containment
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import Heartbeat, Register
-from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, ReloadRefused, ShuttingDown
+from nodeagent.errors import (
+    BackendUnavailable,
+    ConfigError,
+    Draining,
+    NoSuchDevice,
+    OutOfDeviceMemory,
+    Refusal,
+    ReloadRefused,
+    ShuttingDown,
+)
 from nodeagent.events import EventLog, Ring
 from nodeagent.front.seam import ModelCard, ModelDetails, Reloaded
 from nodeagent.llama_server.catalogue import Catalogue
@@ -198,12 +207,17 @@ class Node:
         for name, device in self.devices.items():
             if device_id in (None, name) and device.servers.reset_failure(model_id):
                 logger.info("%s: retrying %s, which had failed, at an operator's request", name, model_id)
-        lane = self._lane(device_id or self.scheduler.place_load(model_id))
-        ticket = lane.request_load(model_id)
+        first = device_id or self.scheduler.place_load(model_id)
         try:
-            return (await ticket.granted()).device_id
-        finally:
-            ticket.close()
+            return await self._load_on(first, model_id)
+        except OutOfDeviceMemory:
+            if device_id is not None:
+                raise
+            with suppress(BackendUnavailable):
+                other = self.scheduler.place_load(model_id)
+                if other != first:
+                    return await self._load_on(other, model_id)
+            raise
 
     def load_soon(self, model_id: str, device_id: str | None) -> None:
         self._refuse_if_ending("load a model")
@@ -385,6 +399,13 @@ class Node:
                 await self.load(model_id, device_id)
             except Refusal as refusal:
                 logger.warning("loading %s: %s", model_id, refusal)
+
+    async def _load_on(self, device_id: str, model_id: str) -> str:
+        ticket = self._lane(device_id).request_load(model_id)
+        try:
+            return (await ticket.granted()).device_id
+        finally:
+            ticket.close()
 
     def _device(self, device_id: str) -> ManagedDevice:
         if device_id not in self.devices:
