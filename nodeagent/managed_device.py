@@ -1,6 +1,6 @@
 """One device as the node runs it: its servers, its lane, and what its servers printed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from nodeagent.config import NodeConfig
 from nodeagent.device_fit import Facts, device_fit
@@ -62,22 +62,27 @@ class ManagedDevice:
         metrics = monitor.latest(self.ref.device_id)
         return DeviceStatus(self.ref, metrics, self.lane.view(), tuple(self.servers.views()))
 
-    def fit_of(self, model_id: str) -> DeviceFit:
-        """How a configured model fits on the device at this moment."""
-        servers, views = self.servers, self.servers.views()
-        return device_fit(
-            Facts(
+    def fits(self, model_ids: Iterable[str]) -> dict[str, DeviceFit]:
+        """How each of these configured models fits on the device at this moment."""
+        servers = self.servers
+        views = {view.model_id: view for view in servers.views()}
+        has_place = sum(view.is_active for view in views.values()) < self.lane.rules.max_models
+        free_bytes = servers.memory_free_bytes()
+        facts = {
+            model_id: Facts(
                 device_id=self.ref.device_id,
                 fit=servers.fit(model_id),
-                server=next((view for view in views if view.model_id == model_id), None),
+                server=views.get(model_id),
                 obstacle=servers.obstacle(model_id),
                 why_loaded=self.lane.why_loaded(model_id),
-                free_bytes=servers.memory_free_bytes(),
+                free_bytes=free_bytes,
                 most_bytes=servers.memory_most_bytes(model_id),
-                has_place=sum(view.is_active for view in views) < self.lane.rules.max_models,
+                has_place=has_place,
                 offloads_in_part=self.ref.backend != "cpu",
             )
-        )
+            for model_id in model_ids
+        }
+        return {model_id: device_fit(its) for model_id, its in facts.items()}
 
 
 def lane_rules(config: NodeConfig, device_id: str) -> LaneRules:

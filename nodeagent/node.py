@@ -197,7 +197,7 @@ class Node:
         return state
 
     def inventory_json(self, *, for_operators: bool = False) -> bytes:
-        return inventory(self.snapshot(), for_operators=for_operators).model_dump_json().encode()
+        return inventory(self.snapshot(with_fits=True), for_operators=for_operators).model_dump_json().encode()
 
     def log_of(self, device_id: str) -> Ring[str]:
         return self._device(device_id).lines
@@ -275,9 +275,13 @@ class Node:
     def heartbeat_payload(self, sequence: int) -> Heartbeat:
         return heartbeat(self.snapshot(), sequence)
 
-    def snapshot(self) -> NodeSnapshot:
-        """Everything about the node now."""
+    def snapshot(self, *, with_fits: bool = False) -> NodeSnapshot:
+        """Everything about the node now; how each model fits on each device only if it is asked for."""
         config, identity = self._config, self.identity
+        models = [self._model_status(model) for model in config.models]
+        if with_fits:
+            fits = [device.fits([model.model_id for model in models]) for device in self.devices.values()]
+            models = [replace(model, fits=tuple(its[model.model_id] for its in fits)) for model in models]
         return NodeSnapshot(
             now=trio.current_time(),
             node_id=config.node_id,
@@ -289,7 +293,7 @@ class Node:
             heartbeat_interval_s=config.heartbeat_interval_s,
             state=self.state(),
             devices=tuple(device.status(self._monitor) for device in self.devices.values()),
-            models=tuple(self._model_status(model) for model in config.models),
+            models=tuple(models),
         )
 
     # What the agent and its shutdown call (shutdown.Drainable).
@@ -449,7 +453,6 @@ class Node:
             size_bytes=header.size_bytes if header else None,
             problem=self._catalogue.problem(model.model_id),
             load_time_s=min((load_s for load_s in loads if load_s is not None), default=None),
-            fits=tuple(device.fit_of(model.model_id) for device in self.devices.values()),
         )
 
 

@@ -115,8 +115,8 @@ class DeviceFit:
 class ModelStatus:
     """One model: what its configuration and its file say, and its average load time in seconds (None: not measured).
 
-    `fits` has one entry for each device. `problem` is what is wrong with its file, None if nothing is known. `ctx_size`
-    is in tokens. `arguments` are those of llama-server.
+    `fits` has one entry for each device, if it was asked for. `problem` is what is wrong with its file, None if nothing
+    is known. `ctx_size` is in tokens. `arguments` are those of llama-server.
     """
 
     model_id: str

@@ -93,7 +93,7 @@ async def test_who_asked_for_a_load_is_remembered(autojump_clock: MockClock, nur
     node = await parts.start(nursery)
 
     def why(model_id: str) -> list[str]:
-        [model] = [model for model in node.snapshot().models if model.model_id == model_id]
+        [model] = [model for model in node.snapshot(with_fits=True).models if model.model_id == model_id]
         return [f"{fit.device_id}: {fit.state.value}: {fit.why}" for fit in model.fits]
 
     node.devices["cpu:0"].lane.preload("a")
