@@ -47,7 +47,7 @@ from nodeagent.front.inference import Inference
 from nodeagent.front.ordinary_road import LazyApp
 from nodeagent.front.server import bind, serve
 from nodeagent.llama_server import stall_watch
-from nodeagent.llama_server.binary_help import dialect_of
+from nodeagent.llama_server.binary_help import Dialects
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import child_spec
 from nodeagent.llama_server.device_servers import DeviceServers
@@ -138,7 +138,8 @@ class Agent:
             last_words=last_error,
         )
         self._monitor = DeviceMonitor(backend, devices, settle_max_s=config.memory_settle_timeout_s)
-        self._catalogue = Catalogue()
+        self._dialects = Dialects()
+        self._catalogue = Catalogue(look_at_programs=self._dialects.look)
         self._caches = SavedCaches(state_dir.kv_folder(config.state_dir))
         self._meter = LoadMeter(
             self._caches,
@@ -259,7 +260,7 @@ class Agent:
         config = self._config
         # One key per device and start of the agent: nobody else on the host can use the children.
         api_key = secrets.token_urlsafe(32)
-        build_specs: BuildSpecs = partial(_ChildSpecs, ref, backend, binary, api_key, self._catalogue)
+        build_specs: BuildSpecs = partial(_ChildSpecs, ref, backend, binary, api_key, self._catalogue, self._dialects)
         servers = DeviceServers(
             ref,
             {model.model_id: model for model in config.models},
@@ -298,6 +299,7 @@ class _ChildSpecs(Mapping[str, ChildSpec]):
         binary: Path,
         api_key: str,
         catalogue: Catalogue,
+        dialects: Dialects,
         config: NodeConfig,
     ) -> None:
         self._device = device
@@ -305,8 +307,11 @@ class _ChildSpecs(Mapping[str, ChildSpec]):
         self._binary = binary
         self._api_key = api_key
         self._catalogue = catalogue
+        self._dialects = dialects
         self._config = config
         self._models = {model.model_id: model for model in config.models}
+        for model_id in self._models:
+            self[model_id]  # so that the binaries that matter are known before the first load
 
     def __len__(self) -> int:
         return len(self._models)
@@ -323,7 +328,7 @@ class _ChildSpecs(Mapping[str, ChildSpec]):
             config=self._config,
             probe=LlamaServerProbe(model_id, self._api_key),
             api_key=self._api_key,
-            dialect_of=dialect_of,
+            dialect_of=self._dialects.of,
             header=self._catalogue.header(model_id),
         )
 

@@ -22,6 +22,7 @@ NodeAgentError
     ├── QueueTimeout         the request waited too long for its turn
     ├── ModelLoadTimeout     the model was not ready in time; its start goes on
     ├── BackendUnavailable   no device can serve the model now
+    │   └── OutOfDeviceMemory  the load needs more of the device's memory than was free
     ├── BackendCrashed       the server crashed during the request, and after one retry again
     ├── BadAnswer            the server's answer can't be translated for the client
     ├── RequestCancelled     an operator ended the request
@@ -243,6 +244,21 @@ class BackendUnavailable(Refusal):
     def for_operators(self) -> "BackendUnavailable":
         """The same with the last lines in its reason."""
         return BackendUnavailable(self.model_id, with_last_lines(self.reason, self.last_lines), self.retry_after_s)
+
+
+class OutOfDeviceMemory(BackendUnavailable):
+    """A load needs more of the device's memory than was free: `least_bytes` at least, None if unknown."""
+
+    def __init__(
+        self,
+        model_id: str,
+        reason: str,
+        least_bytes: int | None,
+        retry_after_s: float | None,
+        last_lines: Sequence[str],
+    ) -> None:
+        self.least_bytes = least_bytes
+        super().__init__(model_id, reason, retry_after_s, last_lines)
 
 
 class BackendCrashed(Refusal):

@@ -1,8 +1,9 @@
 """One device as the node runs it: its servers, its lane, and what its servers printed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from nodeagent.config import NodeConfig
+from nodeagent.device_fit import Facts, device_fit
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.values import DeviceRef
 from nodeagent.events import Ring
@@ -11,7 +12,7 @@ from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.queueing import FirstCome
 from nodeagent.scheduling.swap_aware import SwapAware
-from nodeagent.status import DeviceStatus
+from nodeagent.status import DeviceFit, DeviceStatus
 from supervisor.lifecycle import Event
 from supervisor.spec import ChildSpec
 
@@ -53,12 +54,35 @@ class ManagedDevice:
         self.lane.rules = rules = lane_rules(config, self.ref.device_id)
         models = {model.model_id: model for model in config.models}
         patience_s = config.llama_server_startup_timeout_s
+        self.lane.nudge()
         return self.servers.replace(models, self._build_specs(config), patience_s, rules.max_models)
 
     def status(self, monitor: DeviceMonitor) -> DeviceStatus:
         """The device at this moment."""
         metrics = monitor.latest(self.ref.device_id)
         return DeviceStatus(self.ref, metrics, self.lane.view(), tuple(self.servers.views()))
+
+    def fits(self, model_ids: Iterable[str]) -> dict[str, DeviceFit]:
+        """How each of these configured models fits on the device at this moment."""
+        servers = self.servers
+        views = {view.model_id: view for view in servers.views()}
+        has_place = sum(view.is_active for view in views.values()) < self.lane.rules.max_models
+        free_bytes = servers.memory_free_bytes()
+        facts = {
+            model_id: Facts(
+                device_id=self.ref.device_id,
+                fit=servers.fit(model_id),
+                server=views.get(model_id),
+                obstacle=servers.obstacle(model_id),
+                why_loaded=self.lane.why_loaded(model_id),
+                free_bytes=free_bytes,
+                most_bytes=servers.memory_most_bytes(model_id),
+                has_place=has_place,
+                offloads_in_part=self.ref.backend != "cpu",
+            )
+            for model_id in model_ids
+        }
+        return {model_id: device_fit(its) for model_id, its in facts.items()}
 
 
 def lane_rules(config: NodeConfig, device_id: str) -> LaneRules:

@@ -24,7 +24,16 @@ from nodeagent.containment import Containment
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import Heartbeat, Register
-from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, ReloadRefused, ShuttingDown
+from nodeagent.errors import (
+    BackendUnavailable,
+    ConfigError,
+    Draining,
+    NoSuchDevice,
+    OutOfDeviceMemory,
+    Refusal,
+    ReloadRefused,
+    ShuttingDown,
+)
 from nodeagent.events import EventLog, Ring
 from nodeagent.front.parameters import Parameters
 from nodeagent.front.seam import ModelCard, ModelDetails, Reloaded
@@ -201,7 +210,7 @@ class Node:
         return state
 
     def inventory_json(self, *, for_operators: bool = False) -> bytes:
-        return inventory(self.snapshot(), for_operators=for_operators).model_dump_json().encode()
+        return inventory(self.snapshot(with_fits=True), for_operators=for_operators).model_dump_json().encode()
 
     def log_of(self, device_id: str) -> Ring[str]:
         return self._device(device_id).lines
@@ -211,12 +220,17 @@ class Node:
         for name, device in self.devices.items():
             if device_id in (None, name) and device.servers.reset_failure(model_id):
                 logger.info("%s: retrying %s, which had failed, at an operator's request", name, model_id)
-        lane = self._lane(device_id or self.scheduler.place_load(model_id))
-        ticket = lane.request_load(model_id)
+        first = device_id or self.scheduler.place_load(model_id)
         try:
-            return (await ticket.granted()).device_id
-        finally:
-            ticket.close()
+            return await self._load_on(first, model_id)
+        except OutOfDeviceMemory:
+            if device_id is not None:
+                raise
+            with suppress(BackendUnavailable):
+                other = self.scheduler.place_load(model_id)
+                if other != first:
+                    return await self._load_on(other, model_id)
+            raise
 
     def load_soon(self, model_id: str, device_id: str | None) -> None:
         self._refuse_if_ending("load a model")
@@ -281,9 +295,13 @@ class Node:
     def heartbeat_payload(self, sequence: int) -> Heartbeat:
         return heartbeat(self.snapshot(), sequence)
 
-    def snapshot(self) -> NodeSnapshot:
-        """Everything about the node now."""
+    def snapshot(self, *, with_fits: bool = False) -> NodeSnapshot:
+        """Everything about the node now; how each model fits on each device only if it is asked for."""
         config, identity = self._config, self.identity
+        models = [self._model_status(model) for model in config.models]
+        if with_fits:
+            fits = [device.fits([model.model_id for model in models]) for device in self.devices.values()]
+            models = [replace(model, fits=tuple(its[model.model_id] for its in fits)) for model in models]
         return NodeSnapshot(
             now=trio.current_time(),
             node_id=config.node_id,
@@ -295,7 +313,7 @@ class Node:
             heartbeat_interval_s=config.heartbeat_interval_s,
             state=self.state(),
             devices=tuple(device.status(self._monitor) for device in self.devices.values()),
-            models=tuple(self._model_status(model) for model in config.models),
+            models=tuple(models),
         )
 
     # What the agent and its shutdown call (shutdown.Drainable).
@@ -405,6 +423,13 @@ class Node:
                 await self.load(model_id, device_id)
             except Refusal as refusal:
                 logger.warning("loading %s: %s", model_id, refusal)
+
+    async def _load_on(self, device_id: str, model_id: str) -> str:
+        ticket = self._lane(device_id).request_load(model_id)
+        try:
+            return (await ticket.granted()).device_id
+        finally:
+            ticket.close()
 
     def _device(self, device_id: str) -> ManagedDevice:
         if device_id not in self.devices:

@@ -77,12 +77,46 @@ class DeviceStatus:
     servers: tuple[ServerView[Any], ...]
 
 
+class FitState(StrEnum):
+    """How a model fits on a device, as a closed set of codes for programs; the text beside it is for people."""
+
+    LOADED = "loaded"
+    LOADING = "loading"
+    """Its server runs or is about to, and is not ready."""
+    FITS = "fits"
+    """The memory is free."""
+    NEEDS_ROOM = "needs_room"
+    """It fits once other models have given way to it."""
+    FITS_IN_PART = "fits_in_part"
+    """llama-server puts as many layers on the device as fit."""
+    DOES_NOT_FIT = "does_not_fit"
+    FAILED = "failed"
+    """Its last server there failed, and it is not started again yet."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFit:
+    """How a model fits on a device, and why: if it is loaded, who asked for that; else what it needs and what is free.
+
+    `needed_bytes` is what a server of it takes of the device's memory, by a measurement (`is_measured`) or an estimate;
+    `taken_bytes` is the same while one runs. What is unknown is None.
+    """
+
+    device_id: str
+    state: FitState
+    why: str
+    needed_bytes: int | None
+    taken_bytes: int | None
+    is_measured: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
     """One model: what its configuration and its file say, and its average load time in seconds (None: not measured).
 
-    `problem` is what is wrong with its file, None if nothing is known. `ctx_size` is in tokens. `arguments` are those
-    of llama-server.
+    `fits` has one entry for each device, if it was asked for. `problem` is what is wrong with its file, None if nothing
+    is known. `ctx_size` is in tokens. `arguments` are those of llama-server.
     """
 
     model_id: str
@@ -96,6 +130,7 @@ class ModelStatus:
     size_bytes: int | None
     problem: str | None
     load_time_s: float | None
+    fits: tuple[DeviceFit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Policy: no vendor, no process, no HTTP.
     "nodeagent.scheduling": VALUES,
     "nodeagent.status": {"nodeagent.scheduling", *VALUES},
+    "nodeagent.device_fit": {
+        "nodeagent.llama_server.fit",
+        "nodeagent.llama_server.reason_codes",
+        "nodeagent.scheduling.seam",
+        "nodeagent.status",
+    },
     # llama-server: its command line, its HTTP, which one runs where.
     "nodeagent.llama_server": {
         "nodeagent.config",
@@ -85,6 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.reload": {"nodeagent.config", "nodeagent.errors", "nodeagent.front.seam", "nodeagent.state_dir"},
     "nodeagent.managed_device": {
         "nodeagent.config",
+        "nodeagent.device_fit",
         "nodeagent.devices",
         "nodeagent.events",
         "nodeagent.llama_server",

@@ -14,12 +14,13 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def _check_config(args: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     try:
         binary = find_llama_server(config)
-        problems += unknown_to_binary(config, parse_help(read_help(binary)))
+        problems += unknown_to_binary(config, cache(partial(_flags_of, binary)))
     except ConfigError:  # a missing binary is among the problems already
         binary = Path(config.llama_server_bin or "llama-server")
     with ExitStack() as stack:
@@ -178,6 +179,12 @@ def _check_config(args: argparse.Namespace) -> int:
             print(f"# {cpus}\n")
         print(describe(config, found, backend, binary, dialect_of, _headers(config)))
     return EXIT_OK
+
+
+def _flags_of(node_binary: Path, own: str | None) -> Mapping[str, bool]:
+    """What that binary takes, by its help; a missing one is reported elsewhere."""
+    binary = node_binary if own is None else shutil.which(own)
+    return parse_help(read_help(Path(binary))) if binary is not None else {}
 
 
 def _schema(args: argparse.Namespace) -> int:

@@ -231,8 +231,19 @@ def table(inventory: dict[str, Any]) -> str:
                 ", ".join(model["roles"]) or "-",
             )
         )
+    fits = [("MODEL", "DEVICE", "STATE", "MEMORY", "WHY")]
+    for model in inventory["models"]:
+        for fit in model.get("fits", ()):  # an older agent says nothing of it
+            state = fit["state"].replace("_", " ")
+            fits.append((model["model_id"], fit["device_id"], state, _needed(fit), fit["why"]))
     head = printable(f"{inventory['node_id']} at {inventory['base_url']}: {inventory['status']}") + reasons
-    return "\n\n".join((head, columns(rows), columns(models)))
+    return "\n\n".join((head, columns(rows), columns(models), columns(fits)))
+
+
+def _needed(fit: dict[str, Any]) -> str:
+    """What a server of the model takes of the device's memory; `~` is an estimate."""
+    needed = fit["memory_needed_bytes"]
+    return gib(needed) if needed is None or fit["measured"] else f"~{gib(needed)}"
 
 
 def _server_facts(server: dict[str, Any] | None) -> tuple[str, str, str, str, str]:

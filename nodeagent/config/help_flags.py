@@ -11,7 +11,7 @@ end before the description.
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from nodeagent.config.keys import NodeConfig
@@ -54,21 +54,25 @@ def parse_dialect(text: str) -> Dialect:
     )
 
 
-def unknown_to_binary(config: NodeConfig, flags: Mapping[str, bool]) -> list[Problem]:
-    """A problem for each flag in `server_args` that the node's binary with these flags would refuse; none if `flags` is
-    empty. A model with a binary of its own is not checked, nor is any where a device has one."""
-    if not flags or any(device.llama_server_bin is not None for device in config.devices):
-        return []
+FlagsOf = Callable[[str | None], Mapping[str, bool]]
+"""The flags of a binary, as `parse_help` reads them, by its name in the configuration; None is the node's binary."""
+
+
+def unknown_to_binary(config: NodeConfig, flags_of: FlagsOf) -> list[Problem]:
+    """A problem for each flag in `server_args` that the binary of the model, else of a device, else of the node would
+    refuse; none where nothing is known of a binary's flags."""
+    on_devices = list(dict.fromkeys(device.llama_server_bin for device in config.devices)) or [None]
     return [
         config.problem(("models", index, "server_args", name), message)
         for index, model in enumerate(config.models)
-        if model.llama_server_bin is None
+        for binary in ([model.llama_server_bin] if model.llama_server_bin is not None else on_devices)
+        if (flags := flags_of(binary))
         for name, value in model.server_args.items()
-        for message in _faults(name, value, flags)
+        for message in _faults(name, value, flags, binary or "the configured llama-server")
     ]
 
 
-def _faults(name: str, value: FlagValue, flags: Mapping[str, bool]) -> Iterator[str]:
+def _faults(name: str, value: FlagValue, flags: Mapping[str, bool], binary: str) -> Iterator[str]:
     argv = flags_argv({name: value})
     if not argv:
         return
@@ -76,8 +80,8 @@ def _faults(name: str, value: FlagValue, flags: Mapping[str, bool]) -> Iterator[
     if spelling not in flags:
         close = difflib.get_close_matches(spelling, flags, n=1)
         hint = f"; did you mean {close[0].lstrip('-')}?" if close else ""
-        yield f"is not a flag of the configured llama-server{hint}"
+        yield f"is not a flag of {binary}{hint}"
     elif flags[spelling] and len(argv) == 1:
-        yield "needs a value with the configured llama-server, found true"
+        yield f"needs a value with {binary}, found true"
     elif not flags[spelling] and len(argv) > 1:
-        yield f"takes no value with the configured llama-server, found {value!r}; write true to set the flag"
+        yield f"takes no value with {binary}, found {value!r}; write true to set the flag"

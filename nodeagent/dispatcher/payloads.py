@@ -6,7 +6,7 @@ from typing import Any
 from nodeagent.dispatcher import wire
 from nodeagent.errors import with_last_lines
 from nodeagent.scheduling.seam import ServerState, ServerView
-from nodeagent.status import DeviceStatus, ModelStatus, NodeSnapshot
+from nodeagent.status import DeviceFit, DeviceStatus, ModelStatus, NodeSnapshot
 
 
 def register(node: NodeSnapshot) -> wire.Register:
@@ -38,6 +38,8 @@ def inventory(node: NodeSnapshot, *, for_operators: bool = False) -> wire.Invent
     devices = [
         wire.InventoryDevice(
             **_device_facts(device) | _device_state(device, node.now, sent_at, for_operators=for_operators),
+            pci_id=device.ref.pci_id,
+            integrated=device.ref.integrated,
             threads=device.ref.threads,
             cpus=sorted(device.ref.cpus) if device.ref.cpus is not None else None,
         )
@@ -49,6 +51,7 @@ def inventory(node: NodeSnapshot, *, for_operators: bool = False) -> wire.Invent
             path=model.path,
             arguments=list(model.arguments),
             problem=model.problem,
+            fits=[wire.Fit(**_fit(fit)) for fit in model.fits],
         )
         for model in node.models
     ]
@@ -143,6 +146,17 @@ def _model_facts(model: ModelStatus) -> dict[str, Any]:
         "ctx_size": model.ctx_size,
         "parallel": model.parallel,
         "size_bytes": model.size_bytes,
+    }
+
+
+def _fit(fit: DeviceFit) -> dict[str, Any]:
+    return {
+        "device_id": fit.device_id,
+        "state": fit.state.value,
+        "why": fit.why,
+        "memory_needed_bytes": fit.needed_bytes,
+        "memory_taken_bytes": fit.taken_bytes,
+        "measured": fit.is_measured,
     }
 
 

@@ -144,18 +144,34 @@ class HeartbeatResponse(Payload):
 
 
 class InventoryDevice(RegisteredDevice, DeviceState):
-    """A device with its state and its configuration."""
+    """A device with its state and its configuration. `pci_id` is as `0000:01:00.0`; `integrated` says whether it shares
+    the host's memory."""
 
+    pci_id: str | None
+    integrated: bool | None
     threads: int | None
     cpus: list[int] | None
 
 
+class Fit(Payload):
+    """How a model fits on a device: its server takes `memory_needed_bytes` there (measured or estimated), and takes
+    `memory_taken_bytes` now, if it runs. `state` is one of `FitState`; `why` says it for people."""
+
+    device_id: str
+    state: str
+    why: str
+    memory_needed_bytes: int | None
+    memory_taken_bytes: int | None
+    measured: bool
+
+
 class InventoryModel(RegisteredModel, ModelState):
-    """A model with its state and its configuration; `arguments` are llama-server's."""
+    """A model with its state and its configuration; `arguments` are llama-server's, `fits` has each device."""
 
     path: str
     arguments: list[str]
     problem: str | None
+    fits: list[Fit]
 
 
 class Inventory(Payload):

@@ -5,7 +5,7 @@ A file is inspected when the agent starts and again each time its model is loade
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,20 @@ PATIENCE_S = 10.0
 
 
 class Catalogue:
-    """Headers and problems by model id. Only `inspect` writes them."""
+    """Headers and problems by model id. Only `inspect` writes them.
 
-    def __init__(self, *, read: Callable[[Path], GgufHeader] = read_header, patience_s: float = PATIENCE_S) -> None:
+    `look_at_programs` is called with each inspection: what a load needs to know of the llama-servers themselves.
+    """
+
+    def __init__(
+        self,
+        *,
+        read: Callable[[Path], GgufHeader] = read_header,
+        patience_s: float = PATIENCE_S,
+        look_at_programs: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+    ) -> None:
         self._read = read
+        self._look_at_programs = look_at_programs
         self._patience_s = patience_s
         # One thread for each model: a mount that hangs must not use up the threads of other models and of the devices.
         self._threads = defaultdict[str, trio.CapacityLimiter](lambda: trio.CapacityLimiter(1))
@@ -46,6 +56,7 @@ class Catalogue:
 
     async def inspect(self, model: ModelConfig) -> str | None:
         """Read the model's header, for `patience_s` at most; return what is wrong with the file, None if nothing is."""
+        await self._look_at_programs()
         try:
             with trio.fail_after(self._patience_s):
                 # In a thread: the file may be on a mount that is slow or hangs.

@@ -14,9 +14,9 @@ import trio
 
 from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
-from nodeagent.errors import BackendUnavailable
-from nodeagent.gguf.header import GgufHeader
-from nodeagent.llama_server.fit import Fit, fit_of, shortage
+from nodeagent.errors import BackendUnavailable, OutOfDeviceMemory
+from nodeagent.llama_server.device_memory import DeviceMemory
+from nodeagent.llama_server.fit import Fit
 from nodeagent.llama_server.last_words import LINES_READ, last_words
 from nodeagent.llama_server.page_cache import read_ahead
 from nodeagent.llama_server.reason_codes import ReasonCode
@@ -39,9 +39,10 @@ from supervisor.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-# What a model's fit and a view of a ready server are made of.
-_FitOf = tuple[GgufHeader, ModelConfig, int]
+# What a view of a ready server is made of.
 _MadeOf = tuple[ModelConfig | None, ChildSnapshot, Upstream | None, bool, int | None]
+# So long after a server ran out of memory the free memory says how much there was for it.
+_NOTED_WITHIN_S = 10.0
 # These ends follow from the state of the host or of the agent, whatever the server was doing.
 _NO_REQUEST_IS_TO_BLAME = frozenset(
     {
@@ -63,8 +64,8 @@ class DeviceServers:
 
     What changes: `_models`, `_specs`, `_patience_s` and `_max_models` in `replace`; `_started` (the spec with which
     each model was last started) and `_still_starting` (the model whose server is not ready before `after_ready` is
-    done) in `ensure`; `_upstreams` in `handle`; `_fits` and `_ready_views`, which keep what every request asks, in
-    `_fit` and `_view_of_ready`.
+    done) in `ensure`, and `_noted` (the generation of each model's child whose running out of memory has been noted);
+    `_upstreams` in `handle`; `_ready_views`, which keeps what every request asks, in `_view_of_ready`.
     """
 
     def __init__(
@@ -95,9 +96,13 @@ class DeviceServers:
         self._measurements = measurements
         self._still_starting: str | None = None
         self._started: dict[str, ChildSpec] = {}
+        self._noted: dict[str, int] = {}
         self._upstreams: dict[str, Upstream] = {}
-        self._fits: dict[str, tuple[_FitOf, Fit]] = {}
         self._ready_views: dict[str, tuple[_MadeOf, ServerView[Upstream]]] = {}
+        self._memory = DeviceMemory(
+            device, self._running_children, catalogue=catalogue, monitor=monitor, measurements=measurements
+        )
+        self._memory.configure(models, specs)
 
     def __repr__(self) -> str:
         return f"<DeviceServers {self.device.device_id}: running {self._running()}>"
@@ -117,6 +122,7 @@ class DeviceServers:
         has failed and whose configuration changes may be started at once.
         """
         self._models, self._specs = models, specs
+        self._memory.configure(models, specs)
         self._patience_s, self._max_models = patience_s, max_models
         for model_id, spec in self._started.items():
             if specs.get(model_id) != spec:
@@ -126,6 +132,7 @@ class DeviceServers:
     def reset_failure(self, model_id: str) -> bool:
         """Let a model that has failed be started at once, as if it never had; return whether it had failed."""
         child = self._child(model_id)
+        self._memory.forget_shortage(model_id)
         if child is None or child.state is not ChildState.FAILED:
             return False
         self._supervisor.forget(child.child_id)
@@ -142,13 +149,23 @@ class DeviceServers:
         """What keeps this device from serving the model: it is no longer configured, does not fit, or has failed."""
         if model_id not in self._models:
             return Obstacle("it is no longer configured", reason_code=ReasonCode.NOT_CONFIGURED)
-        fit = self._fit(model_id)
+        fit = self.fit(model_id)
         if fit is not None and fit.misfit is not None:
             return Obstacle(fit.misfit, reason_code=ReasonCode.DOES_NOT_FIT)
-        crowded = self._crowded_out(model_id)
+        crowded = self._memory.crowded_out(model_id, self._max_models)
         if crowded is not None:
             return Obstacle(crowded, reason_code=ReasonCode.NO_ROOM_BESIDE_PINNED)
         child = self._child(model_id)
+        if child is not None and self._is_unnoted(child, model_id):
+            return None  # `ensure` notes how much memory there was
+        least_bytes = fit.least_bytes if fit is not None else None
+        if least_bytes is not None and not (child is not None and child.is_active):
+            most_bytes = self._memory.most_bytes(model_id)
+            if most_bytes is not None and most_bytes < least_bytes:
+                reason = self._memory.too_little(model_id, most_bytes, self._last_lines(child))
+                return Obstacle(reason, reason_code=ReasonCode.OUT_OF_DEVICE_MEMORY)
+            if most_bytes is not None and _ran_out(child):
+                return None  # more can be made free than there was
         if child is None or child.retry_at is None:
             return None
         wait_s = child.retry_at - trio.current_time()
@@ -156,30 +173,32 @@ class DeviceServers:
             return Obstacle(self._with_figures(child, child.reason or "failed"), child.retry_at, code_of(child))
         return None
 
-    def has_room(self, model_id: str) -> bool:
-        free_bytes = self.memory_free_bytes()
-        movable = (other for other in self._running() if not self._is_pinned(other))
-        return free_bytes is None or self.bytes_of(model_id) <= free_bytes + sum(map(self.bytes_of, movable))
+    def has_room(self, model_id: str, least_bytes: int = 0) -> bool:
+        return self._memory.has_room(model_id, least_bytes)
 
     def memory_free_bytes(self) -> int | None:
-        reading = self._monitor.latest(self.device.device_id)
-        if reading is None or reading.memory_free_bytes is None:
-            return None
-        return max(0, reading.memory_free_bytes - self.device.memory_reserve_bytes)
+        return self._memory.usable_bytes()
+
+    def bytes_of(self, model_id: str) -> int:
+        return self._memory.bytes_of(model_id)
 
     async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
         """Return when this device runs a ready server of the model, and no other but `beside`. See
         `scheduling.seam.Servers`."""
-        model = await self._usable(model_id)
-        spec = self._specs[model_id]
+        await self._note_if_ran_out(model_id)
+        await self._usable(model_id)
+        _model, spec = self._configured(model_id)
         stay = {it for it in self._running() if it in beside or (it == model_id and self._runs_as(it, spec))}
         to_stop = [other for other in self._running() if other not in stay]
         for other in to_stop:
             await self.stop(other)
         if to_stop:
             await self._monitor.settled(self.device.device_id)
+        model, spec = self._configured(model_id)  # as it is now: a reload may have come in between
         if model_id in self._running():
             spec = self._started[model_id]
+        else:
+            self._prepare_try_after_shortage(model_id)
         self._started[model_id] = spec
         try:
             await self._start(model, spec)
@@ -189,11 +208,45 @@ class DeviceServers:
             is_same = child is not None and child.generation == failure.generation
             lines = self._lines(failure.child_id) if is_same else failure.exit.last_lines
             said = last_words(lines, spec.argv)
+            if failure.exit.cause is Cause.OUT_OF_DEVICE_MEMORY:
+                raise await self._out_of_memory(model_id, failure.generation, failure.exit.reason, lines) from failure
             reason = self._with_figures(child, failure.exit.reason) if is_same else failure.exit.reason
             raise self._unavailable(model_id, reason, retry_at, said) from failure
         except GivenUp as failure:
             reason = self._with_figures(self._child(model_id), failure.reason)
             raise self._unavailable(model_id, reason, failure.retry_at) from failure
+
+    async def _note_if_ran_out(self, model_id: str) -> None:
+        """Raise OutOfDeviceMemory if the model's last server ran out of memory while it served, or nobody waited."""
+        child = self._child(model_id)
+        if child is not None and self._is_unnoted(child, model_id):
+            lines = self._lines(child.child_id)
+            raise await self._out_of_memory(model_id, child.generation, child.reason or "out of device memory", lines)
+
+    async def _out_of_memory(
+        self, model_id: str, generation: int, reason: str, lines: Sequence[str]
+    ) -> OutOfDeviceMemory:
+        """Note how much memory there was for the server that ran out of it, once its own is free again."""
+        await self._monitor.settled(self.device.device_id)
+        least_bytes = self._memory.note_shortage(model_id, self._started[model_id], lines)
+        self._noted[model_id] = generation
+        child = self._child(model_id)
+        retry_at = child.retry_at if child is not None else None
+        said = last_words(lines, self._argv(model_id))
+        reason = self._memory.with_figures(model_id, reason, lines)
+        return self._short_of_memory(model_id, reason, least_bytes, retry_at, said)
+
+    def _prepare_try_after_shortage(self, model_id: str) -> None:
+        """Let a model that ran out of memory be started again; raise OutOfDeviceMemory if no more is free now."""
+        least_bytes, free_bytes = self._memory.least_bytes(model_id), self._memory.free_bytes()
+        child = self._child(model_id)
+        if least_bytes is None or free_bytes is None:
+            return
+        if free_bytes < least_bytes:
+            reason = self._memory.too_little(model_id, free_bytes, self._last_lines(child))
+            raise self._short_of_memory(model_id, reason, least_bytes, None)
+        if child is not None and _ran_out(child):
+            self._supervisor.forget(child.child_id)
 
     async def prepare(self, model_id: str) -> None:
         """Check the model's file, and read it into the page cache. See `scheduling.seam.Servers`."""
@@ -209,6 +262,14 @@ class DeviceServers:
         await self._supervisor.stop(self._child_id(model_id))
 
     # What the rest of the node asks.
+
+    def fit(self, model_id: str) -> Fit | None:
+        """How the model fits here, None if nothing is known."""
+        return self._memory.fit(model_id)
+
+    def memory_most_bytes(self, model_id: str) -> int | None:
+        """The free memory once all other models that may go are gone, without the reserve; None if unknown."""
+        return self._memory.most_usable_bytes(model_id)
 
     def runs(self, model_id: str) -> bool:
         """Whether the model has a process here, or is about to get one."""
@@ -259,6 +320,12 @@ class DeviceServers:
             raise BackendUnavailable(model_id, problem)
         return model
 
+    def _configured(self, model_id: str) -> tuple[ModelConfig, ChildSpec]:
+        """The model and its child as they are configured now. Raises BackendUnavailable if a reload removed it."""
+        if model_id not in self._models:
+            raise self._unavailable(model_id, "it is no longer configured", None)
+        return self._models[model_id], self._specs[model_id]
+
     async def _start(self, model: ModelConfig, spec: ChildSpec) -> None:
         model_id = model.model_id
         try:
@@ -281,62 +348,32 @@ class DeviceServers:
 
     def _running(self) -> list[str]:
         """The models whose child has a process, or is about to get one."""
+        return list(self._running_children())
+
+    def _running_children(self) -> dict[str, ChildSnapshot]:
         children = {model_id: self._child(model_id) for model_id in self._started}
-        return [model_id for model_id, child in children.items() if child is not None and child.is_active]
+        return {model_id: child for model_id, child in children.items() if child is not None and child.is_active}
 
     def _runs_as(self, model_id: str, spec: ChildSpec | None) -> bool:
         """Whether that spec would give the same process as the running one. How a child is supervised (its restarts,
         its time-outs) may differ: that changes with its next start."""
         return spec is not None and _process(self._started[model_id]) == _process(spec)
 
-    def _is_pinned(self, model_id: str) -> bool:
-        model = self._models.get(model_id)
-        return model is not None and model.pinned
-
-    def _crowded_out(self, model_id: str) -> str | None:
-        """Why the pinned models that run here leave no room for this one."""
-        if not any(model.pinned for model in self._models.values()):
-            return None
-        running = self._running()
-        pinned = [other for other in running if other != model_id and self._is_pinned(other)]
-        if model_id in running or not pinned:
-            return None
-        names = ", ".join(pinned)
-        if len(pinned) >= self._max_models:
-            return f"all places for models are taken by pinned ones ({names})"
-        total = self.device.memory_total_bytes
-        reserve = self.device.memory_reserve_bytes
-        if total is not None and sum(map(self.bytes_of, [*pinned, model_id])) > total - reserve:
-            return f"the pinned models ({names}) leave too little memory"
-        return None
-
-    def bytes_of(self, model_id: str) -> int:
-        """What a server of the model takes of the device's memory, 0 if unknown."""
-        fit = self._fit(model_id)
-        return 0 if fit is None else fit.needed_bytes
-
-    def _fit(self, model_id: str) -> Fit | None:
-        """How the model fits here, None if nothing is known. Every request asks, so the answer is kept."""
-        header, model = self._catalogue.header(model_id), self._models.get(model_id)
-        if header is None or model is None:
-            return None
-        made_of = (header, model, self._measurements.changes if self._measurements is not None else 0)
-        known = self._fits.get(model_id)
-        if known is None or any(ours is not now for ours, now in zip(known[0], made_of, strict=True)):
-            measured_bytes = None
-            if self._measurements is not None:
-                measured_bytes = self._measurements.memory_bytes(model, self._specs[model_id])
-            known = self._fits[model_id] = made_of, fit_of(header, model, self.device, measured_bytes)
-        return known[1]
+    def _is_unnoted(self, child: ChildSnapshot, model_id: str) -> bool:
+        """Whether the child has just run out of memory, and how much there was has not been noted yet."""
+        is_recent = trio.current_time() - child.since <= _NOTED_WITHIN_S
+        return is_recent and _ran_out(child) and self._noted.get(model_id) != child.generation
 
     def _with_figures(self, child: ChildSnapshot | None, reason: str) -> str:
         """The reason, with the figures if the device's memory ran out."""
         if child is None or child.cause is not Cause.OUT_OF_DEVICE_MEMORY:
             return reason
         model_id = ServerId.parse(child.child_id).model_id
-        header, model = self._catalogue.header(model_id), self._models.get(model_id)
-        figures = shortage(header, model, self.device, self.memory_free_bytes())
-        return f"{reason}; {figures}" if figures else reason
+        return self._memory.with_figures(model_id, reason, self._lines(child.child_id))
+
+    def _last_lines(self, child: ChildSnapshot | None) -> Sequence[str]:
+        """What the child printed last, if it ran out of the device's memory."""
+        return self._lines(child.child_id) if child is not None and _ran_out(child) else ()
 
     def _view(self, model_id: str) -> ServerView[Upstream] | None:
         model, child = self._models.get(model_id), self._child(model_id)
@@ -389,11 +426,28 @@ class DeviceServers:
         """The last lines that the child's latest process printed."""
         return self._supervisor.lines(child_id, LINES_READ)
 
+    def _short_of_memory(
+        self,
+        model_id: str,
+        reason: str,
+        least_bytes: int | None,
+        retry_at: float | None,
+        last_lines: Sequence[str] = (),
+    ) -> OutOfDeviceMemory:
+        retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
+        reason = f"{self.device.device_id}: {reason}"
+        return OutOfDeviceMemory(model_id, reason, least_bytes, retry_after_s, last_lines)
+
     def _unavailable(
         self, model_id: str, reason: str, retry_at: float | None, last_lines: Sequence[str] = ()
     ) -> BackendUnavailable:
         retry_after_s = None if retry_at is None else max(0.0, retry_at - trio.current_time())
         return BackendUnavailable(model_id, f"{self.device.device_id}: {reason}", retry_after_s, last_lines)
+
+
+def _ran_out(child: ChildSnapshot | None) -> bool:
+    """Whether the child has failed since the device's memory ran out."""
+    return child is not None and child.state is ChildState.FAILED and child.cause is Cause.OUT_OF_DEVICE_MEMORY
 
 
 def _process(spec: ChildSpec) -> tuple[object, ...]:

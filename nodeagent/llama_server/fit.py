@@ -22,21 +22,44 @@ _MIB: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a model takes of a device's memory, and why it is known not to fit there, None if it may."""
+    """What a model takes of a device's memory, and why it is known not to fit there, None if it may.
+
+    `least_bytes` has to be free at least, since a load ran out of memory; None if none did. `measured`: what it takes
+    was measured, and is no estimate.
+    """
 
     needed_bytes: int
     misfit: str | None
+    least_bytes: int | None = None
+    measured: bool = False
 
 
-def fit_of(header: GgufHeader, model: ModelConfig, device: DeviceRef, measured_bytes: int | None) -> Fit:
+def fit_of(
+    header: GgufHeader,
+    model: ModelConfig,
+    device: DeviceRef,
+    measured_bytes: int | None,
+    least_bytes: int | None = None,
+) -> Fit:
     """How the model fits on the device. A measurement of an earlier load there beats the estimate."""
+    fit = _fit_of(header, model, device, measured_bytes)
+    if least_bytes is None:
+        return fit
+    total, misfit_said = device.memory_total_bytes, fit.misfit
+    if misfit_said is None and total is not None and least_bytes > total - device.memory_reserve_bytes:
+        has = _capacity(device, total)
+        misfit_said = f"needs more than {readable(least_bytes)}, as a load showed that failed, and the device has {has}"
+    return replace(fit, needed_bytes=max(fit.needed_bytes, least_bytes), misfit=misfit_said, least_bytes=least_bytes)
+
+
+def _fit_of(header: GgufHeader, model: ModelConfig, device: DeviceRef, measured_bytes: int | None) -> Fit:
     if measured_bytes is None:
         return Fit(bytes_on_device(header, model, device), misfit(header, model, device))
     total = device.memory_total_bytes
     if total is None or measured_bytes <= total - device.memory_reserve_bytes:
-        return Fit(measured_bytes, None)
+        return Fit(measured_bytes, None, measured=True)
     said = f"took {readable(measured_bytes)} when it was last loaded, and the device has {_capacity(device, total)}"
-    return Fit(measured_bytes, said)
+    return Fit(measured_bytes, said, measured=True)
 
 
 def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | None:
@@ -118,12 +141,17 @@ def _own_memory(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> Me
 
 
 def shortage(
-    header: GgufHeader | None, model: ModelConfig | None, device: DeviceRef, free_bytes: int | None
+    header: GgufHeader | None,
+    model: ModelConfig | None,
+    device: DeviceRef,
+    free_bytes: int | None,
+    asked_bytes: int | None = None,
 ) -> str | None:
     """The figures for a model that ran out of the device's memory, None if there are none."""
     needed = memory_on_device(header, model, device) if header is not None and model is not None else None
     total = device.memory_total_bytes
     said = [] if needed is None else [f"the model needs about {in_words(needed)}"]
+    said += [] if asked_bytes is None else [f"its server asked for {readable(asked_bytes)} at once"]
     said += [] if total is None else [f"the device has {readable(total)}"]
     said += [] if free_bytes is None else [f"{readable(free_bytes)} are free now"]
     return ", ".join(said) or None

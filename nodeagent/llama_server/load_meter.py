@@ -1,7 +1,8 @@
 """Measures each load: its time, the memory that it took of the device, and the context that the server has.
 
 On a CPU the memory is what the server has for itself, without the mapped weights. On a GPU it is the difference of two
-readings of the device, if nothing else of the agent's changed there in between and the estimate is not far off.
+readings of the device, if nothing else of the agent's changed there in between and what was expected is not far off:
+the estimate, or what a load that ran out of memory showed.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +23,7 @@ from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.llama_server.context import read_slot_ctx_size, shrunk
 from nodeagent.llama_server.control import ControlError
 from nodeagent.llama_server.fit import bytes_on_device
-from nodeagent.llama_server.measured_loads import Load, MeasuredLoads
+from nodeagent.llama_server.measured_loads import Load, MeasuredLoads, Shortage
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.seams import ModelFiles, ServerHooks
 from supervisor.snapshot import ChildSnapshot
@@ -29,7 +31,7 @@ from supervisor.spec import ChildSpec
 
 logger = logging.getLogger(__name__)
 
-# Loads that wait to be measured; with more, some are not.
+# Loads that wait to be measured, and shortages that wait to be written; with more, some are not.
 _MOST_WAITING = 32
 
 
@@ -92,7 +94,7 @@ class LoadMeter:
         self._read_slot_ctx_size = read_slot_ctx_size
         self._begun: dict[str, _Begun] = {}
         self._changed_at: dict[str, float] = {}
-        self._send, self._receive = trio.open_memory_channel[_Done](_MOST_WAITING)
+        self._send, self._receive = trio.open_memory_channel[_Done | None](_MOST_WAITING)
         self._containment = Containment("measuring a load")
 
     # What DeviceServers asks (seams.Measurements).
@@ -105,6 +107,23 @@ class LoadMeter:
     def memory_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
         load = self._load_of(model, spec)
         return load.memory_bytes if load is not None else None
+
+    def least_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
+        key = self._key(model, spec)
+        shortage = None if key is None else self._loads.shortage(key)
+        return shortage.least_bytes if shortage is not None else None
+
+    def ran_out(self, model: ModelConfig, spec: ChildSpec, least_bytes: int | None) -> None:
+        key = self._key(model, spec)
+        if key is None:
+            return
+        if least_bytes is not None:
+            ids = {"model_id": model.model_id, "device_id": spec.group}
+            self._loads.put_shortage(Shortage(key=key, least_bytes=least_bytes, **ids))
+        elif not self._loads.drop_shortage(key):
+            return
+        with suppress(trio.WouldBlock):  # the loads that wait to be measured are written, and this with them
+            self._send.send_nowait(None)
 
     def load_s(self, model: ModelConfig, spec: ChildSpec) -> float | None:
         load = self._load_of(model, spec)
@@ -143,8 +162,11 @@ class LoadMeter:
         task_status.started()
         async for done in self._receive:
             with self._containment:
-                await self._look_at_context(done)
-                await self._measure(done)
+                if done is None:
+                    await self._write()
+                else:
+                    await self._look_at_context(done)
+                    await self._measure(done)
 
     async def _look_at_context(self, done: _Done) -> None:
         try:
@@ -174,6 +196,9 @@ class LoadMeter:
             )
         )
         logger.debug("%s: loaded in %.2f s, memory %s bytes", done.spec.child_id, done.load_s, memory_bytes)
+        await self._write()
+
+    async def _write(self) -> None:
         # In a thread: a disk may be slow. What is written is complete, whatever happens meanwhile.
         await trio.to_thread.run_sync(self._loads.write, self._loads.encoded(), abandon_on_cancel=True)
 
@@ -186,7 +211,8 @@ class LoadMeter:
         free_bytes = (await self._monitor.read_now(device.device_id)).memory_free_bytes
         if header is None or free_bytes is None or done.free_bytes is None:
             return None
-        took, expected = done.free_bytes - free_bytes, bytes_on_device(header, done.model, device)
+        least_bytes = self.least_bytes(done.model, done.spec) or 0
+        took, expected = done.free_bytes - free_bytes, max(least_bytes, bytes_on_device(header, done.model, device))
         return took if expected / 2 <= took <= expected * 2 else None
 
     def _free_bytes(self, device_id: str) -> int | None:

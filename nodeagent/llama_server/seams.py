@@ -37,6 +37,12 @@ class Measurements(Protocol):
     def memory_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
         """The memory that the server took of the device, None if it was never measured."""
 
+    def least_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
+        """How much of the device's memory must be free at least, by a load that ran out of it; None if none did."""
+
+    def ran_out(self, model: ModelConfig, spec: ChildSpec, least_bytes: int | None) -> None:
+        """A load ran out of the device's memory, and needs at least so much of it. None: forget that."""
+
     def load_s(self, model: ModelConfig, spec: ChildSpec) -> float | None:
         """How long it took from its spawn until it was ready, None if it was never measured."""
 

@@ -77,7 +77,8 @@ class _Simulation:
     def load(self, model_id: str, beside: frozenset[str]) -> None:
         bytes_of, free_bytes = self._room.bytes_of, self._room.free_bytes
         if free_bytes is not None:
-            freed = sum(bytes_of(other) for other in self._servers if other not in beside and other != model_id)
+            resident = {other for other, server in self._servers.items() if server.resident}
+            freed = sum(map(bytes_of, resident - beside - {model_id}))
             self._room = replace(self._room, free_bytes=free_bytes + freed - bytes_of(model_id))
         self._servers = {other: server for other, server in self._servers.items() if other in beside}
         self._loading, self._staying, self._loaded_at = model_id, beside, self.now + self._times.load_s(model_id)

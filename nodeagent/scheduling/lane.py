@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from nodeagent.errors import ModelLoadTimeout, QueueFull, Refusal
+from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, OutOfDeviceMemory, QueueFull, Refusal
 from nodeagent.scheduling.deadlines import Deadlines
 from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
@@ -31,6 +31,9 @@ from nodeagent.scheduling.swap_aware import SwapAware
 logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
+
+# Who asked for a load.
+_A_REQUEST, _AN_OPERATOR, _PRELOAD = "for a request", "by an operator", "preload"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +63,10 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
-    task, always synchronously; `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is
-    called whenever the lane has nothing to do, and returns when to call it again.
+    task, always synchronously; `_why_loaded` in the lane's task; `_preload_held` in `hold_preload`. `rules` may be
+    replaced at any time. `on_idle` is called whenever the lane has nothing to do, and returns when to call it again.
+    `moves_elsewhere` is asked to hand a request over to another lane, whose device has so many bytes for its model; it
+    returns whether it did.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -69,12 +74,14 @@ class Lane(Generic[E]):
         self.rules = rules
         self.times = LaneTimes()
         self.on_idle: Callable[[], float] = lambda: math.inf
+        self.moves_elsewhere: Callable[[Ticket[E], int], bool] = lambda _ticket, _least_bytes: False
         self._servers = servers
         self._admitted = 0
         self._numbers = itertools.count()
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
         self._in_flight: list[Ticket[E]] = []
         self._preload_held = False
+        self._why_loaded: dict[str, str] = {}
         self._loads = Loads(
             device_id,
             servers,
@@ -167,7 +174,7 @@ class Lane(Generic[E]):
         self._queue.remove(ticket)
         self._admitted -= ticket.counted
         to._admitted += ticket.counted
-        ticket.lane = to
+        ticket.lane, ticket.tried_again = to, False
         to._queue.insert(ticket)
         self._loads.waiter_left(ticket.model_id, self.wanted)
         self.nudge()
@@ -212,6 +219,10 @@ class Lane(Generic[E]):
     def is_idle(self) -> bool:
         """Whether nothing is in flight, queued or loading."""
         return not (self._admitted or self._queue.waiting or self._in_flight or self._loads.current)
+
+    def why_loaded(self, model_id: str) -> str | None:
+        """Who asked for the model's last load here, None if nobody did yet."""
+        return self._why_loaded.get(model_id)
 
     def view(self) -> LaneView:
         """The load of the lane now."""
@@ -289,6 +300,7 @@ class Lane(Generic[E]):
         self._queue.collect()
         now, views = trio.current_time(), self._servers.views()
         self._grant_load_requests(now, views)
+        self._refuse_crowded_out(views)
         wake_at = min(
             self._refuse_overdue(now, views), self._loads.end_abandoned(nursery, self.rules.abandoned_load_grace_s)
         )
@@ -299,6 +311,8 @@ class Lane(Generic[E]):
                 case Load(model_id, reason, beside):
                     begun = self._loads.begin(nursery, model_id, reason, beside)
                     if begun:
+                        own = [it for it in self._queue.waiting if it.model_id == model_id]
+                        self._why_loaded[model_id] = _A_REQUEST if any(it.counted for it in own) else _AN_OPERATOR
                         stay = {model_id, *beside}
                         self._loads.displaced(it.model_id for it in views if it.returns and it.model_id not in stay)
                     if not begun or not self.rules.concurrent_models:
@@ -338,8 +352,14 @@ class Lane(Generic[E]):
         """No request can be granted and none needs a load: preload, unload what is idle, help other lanes."""
         busy = {*self.wanted, *(ticket.model_id for ticket in self._in_flight)}
         if not busy and not self._preload_held:
-            self._loads.begin_preload(nursery, partial(self._stay_beside, views))
+            begun = self._loads.begin_preload(nursery, partial(self._stay_beside, views))
+            if begun is not None:
+                self._why_loaded[begun] = _PRELOAD
         unload_at = self._loads.unload_idle(nursery, views, busy, self.rules.abandoned_load_grace_s)
+        if sum(view.is_active for view in views) > self.rules.max_models:
+            now = trio.current_time()
+            surplus = self._room().surplus(self._server_uses(now, views), reload_s=self.times.load_s, now=now)
+            self._loads.unload_surplus(nursery, surplus - busy)
         return min(unload_at, self.on_idle() if self.is_idle else math.inf)
 
     def _stay_beside(self, views: Sequence[ServerView[E]], model_id: str) -> frozenset[str]:
@@ -455,8 +475,46 @@ class Lane(Generic[E]):
 
     def _refuse_model(self, model_id: str, refusal: Refusal) -> None:
         self._queue.collect()
-        for ticket in [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]:
+        waiting = [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]
+        if isinstance(refusal, OutOfDeviceMemory):
+            if self._makes_room(model_id, waiting):
+                return
+            self._hand_over_or_refuse(waiting, refusal, refusal.least_bytes or 0)
+            return
+        for ticket in waiting:
             self._refuse(ticket, refusal)
+
+    def _hand_over_or_refuse(self, tickets: Sequence[Ticket[E]], refusal: Refusal, least_bytes: int = 0) -> None:
+        """Another device may take over what this one has no room for."""
+        for ticket in tickets:
+            if not (ticket.counted and self.moves_elsewhere(ticket, least_bytes)):
+                self._refuse(ticket, refusal)
+
+    def _refuse_crowded_out(self, views: Sequence[ServerView[E]]) -> None:
+        """Refuse the requests for models that pinned ones leave no room for: nothing that a lane does changes that."""
+        if not any(view.pinned for view in views):
+            return
+        running = {view.model_id for view in views if view.is_active}
+        for model_id in [it for it in self.wanted if it not in running and it != self.loading]:
+            if self.leaving(model_id, views) is None:
+                obstacle = self._servers.obstacle(model_id)
+                reason = obstacle.reason if obstacle is not None else "pinned models leave no room for it"
+                refusal = BackendUnavailable(model_id, f"{self.device_id}: {reason}")
+                waiting = [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]
+                self._hand_over_or_refuse(waiting, refusal)
+
+    def _makes_room(self, model_id: str, waiting: Sequence[Ticket[E]]) -> bool:
+        """Whether others here can give way to a model that ran out of memory. Then its requests go on waiting, for one
+        more try: what it needs is known better now, so that its next load has more of the others stopped."""
+        if not waiting or any(ticket.tried_again for ticket in waiting) or self._servers.obstacle(model_id):
+            return False
+        leaving = self.leaving(model_id)
+        if not leaving:
+            return False
+        logger.info("%s: making room for %s: %s will be unloaded", self.device_id, model_id, ", ".join(sorted(leaving)))
+        for ticket in waiting:
+            ticket.tried_again = True
+        return True
 
     def _refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
         self._queue.remove(ticket)

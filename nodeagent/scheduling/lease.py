@@ -59,7 +59,7 @@ class Ticket(Generic[E]):
     `number` rises with each ticket of the lane that made it. `counted` says whether it takes up one of the lane's
     places and `slots` slots of a server; a ticket that only asks for a load does not. Written by the lane alone:
     `lane`, `state`, `lease`, `refusal`, `granted_at`, `passed_since` (when a later request was first granted ahead of
-    it), `load_s`.
+    it), `load_s`, `tried_again` (its model ran out of memory here, and others give way for one more try).
     """
 
     lane: Lane[E]
@@ -76,6 +76,7 @@ class Ticket(Generic[E]):
     passed_since: float | None = None
     load_s: float = 0.0
     counted: bool = True
+    tried_again: bool = False
     _decided: trio.Event = field(default_factory=trio.Event)
     _as_queued: QueuedRequest | None = None
 

@@ -105,11 +105,13 @@ class Loads(Generic[E]):
         """These models give way to a load. They are preloaded again once a model has been unloaded for being idle."""
         self._displaced += [model_id for model_id in model_ids if model_id not in self._displaced]
 
-    def begin_preload(self, nursery: trio.Nursery, beside: Callable[[str], frozenset[str]]) -> None:
-        """No request is queued: load the next model that is to be preloaded, beside those of `beside`."""
-        if self.preloads and self.current is None:
-            model_id = self.preloads.pop(0)
-            self.begin(nursery, model_id, "preload", beside(model_id))
+    def begin_preload(self, nursery: trio.Nursery, beside: Callable[[str], frozenset[str]]) -> str | None:
+        """No request is queued: load the next model that is to be preloaded, beside those of `beside`; return it."""
+        if not self.preloads or self.current is not None:
+            return None
+        model_id = self.preloads.pop(0)
+        self.begin(nursery, model_id, "preload", beside(model_id))
+        return model_id
 
     def waiter_added(self, model_id: str) -> None:
         """A request waits for the model."""
@@ -154,6 +156,13 @@ class Loads(Generic[E]):
                 self._unload_soon(nursery, view.model_id)
                 self.preloads, self._displaced = [*self.preloads, *self._displaced], []
         return next_at
+
+    def unload_surplus(self, nursery: trio.Nursery, model_ids: Iterable[str]) -> None:
+        """Unload these models, which are idle: fewer may be loaded now."""
+        for model_id in model_ids:
+            if not self.is_held(model_id) and (self.current is None or self.current.model_id != model_id):
+                logger.info("%s: unloading %s: fewer models may be loaded now", self._device_id, model_id)
+                self._unload_soon(nursery, model_id)
 
     def prepare(self, nursery: trio.Nursery, model_id: str) -> None:
         """The model is loaded next: prepare that, once, while another model is in use."""

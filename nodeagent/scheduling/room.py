@@ -1,7 +1,7 @@
 """Which models may be resident on a device at the same time, and which of them give way to another. Pure."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 # Up to so many residents every combination is compared (256 at most); of more only the cheapest few, added one by one.
@@ -68,7 +68,10 @@ class Room:
 
         def worth(model_id: str) -> float:
             use = servers[model_id]
-            return reload_s(model_id) / (1.0 + now - max(use.used_at, use.since))
+            # Of models in use always the same has to become idle: if that changed with each request that ends, models
+            # that are kept busy would never give way.
+            idle_s = 0.0 if use.in_use else now - max(use.used_at, use.since)
+            return reload_s(model_id) / (1.0 + idle_s)
 
         in_use = None
         for gone in _sets(sorted(movable, key=lambda model_id: (servers[model_id].in_use, worth(model_id)))):
@@ -80,6 +83,17 @@ class Room:
         if in_use is not None:
             return in_use
         return frozenset(movable) if len(movable) == len(others) else None
+
+    def surplus(
+        self, servers: Mapping[str, ServerUse], *, reload_s: Callable[[str], float], now: float
+    ) -> frozenset[str]:
+        """The idle models that go since more are resident than may be now."""
+        resident = [model_id for model_id, use in servers.items() if use.resident]
+        if len(resident) <= self.max_models:
+            return frozenset()
+        one_more = replace(self, max_models=self.max_models + 1)
+        leaving = one_more.leaving("", servers, reload_s=reload_s, now=now) or frozenset()
+        return frozenset(model_id for model_id in leaving if not servers[model_id].in_use)
 
 
 def staying(wanted: str, servers: Mapping[str, ServerUse], leaving: frozenset[str]) -> frozenset[str]:

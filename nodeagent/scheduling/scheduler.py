@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -52,6 +52,7 @@ class Scheduler(Generic[E]):
         node_times = LaneTimes()
         for lane in lanes.values():
             lane.on_idle = partial(self._help_others, lane)
+            lane.moves_elsewhere = self._move_elsewhere
             lane.times.node = node_times
 
     def admit(
@@ -114,26 +115,34 @@ class Scheduler(Generic[E]):
 
     def preload(self, model_ids: list[str]) -> list[str]:
         """Load the models, each on a device of its own while there are such, then as many on each device as it may
-        have; return those for which there is no place."""
-        planned = dict.fromkeys(self.lanes, 0)
+        have and has memory for; return those for which there is no place."""
+        planned: dict[str, list[str]] = {device_id: [] for device_id in self.lanes}
         left_over = []
         for model_id in model_ids:
             device_id = self._place_preload(model_id, planned)
             if device_id is None:
                 left_over.append(model_id)
                 continue
-            planned[device_id] += 1
+            planned[device_id].append(model_id)
             self.lanes[device_id].preload(model_id)
         return left_over
 
-    def _place_preload(self, model_id: str, planned: Mapping[str, int]) -> str | None:
+    def _place_preload(self, model_id: str, planned: Mapping[str, Sequence[str]]) -> str | None:
         """The best of the devices on which the fewest are planned and that can run the model, None if there is none."""
-        for count in sorted(set(planned.values())):
-            devices = [it for it in planned if planned[it] == count and count < self.lanes[it].rules.max_models]
+        counts = {device_id: len(models) for device_id, models in planned.items()}
+        for count in sorted(set(counts.values())):
+            devices = [it for it in counts if counts[it] == count and count < self.lanes[it].rules.max_models]
+            devices = [it for it in devices if not count or self._fit_together(it, [*planned[it], model_id])]
             match choose([self._candidate(device_id, model_id) for device_id in devices]):
                 case Placed(device_id):
                     return device_id
         return None
+
+    def _fit_together(self, device_id: str, model_ids: Sequence[str]) -> bool:
+        """Whether the device has memory for all of them: else the last one would evict the others."""
+        servers = self._servers[device_id]
+        free_bytes = servers.memory_free_bytes()
+        return free_bytes is None or sum(map(servers.bytes_of, model_ids)) <= free_bytes
 
     def hold_preloads(self, *, held: bool) -> None:
         """Begin no preload while `held`; those that were asked for begin afterwards."""
@@ -179,6 +188,22 @@ class Scheduler(Generic[E]):
         if starts_in_s is None or not able or not ticket.counted:
             return None
         return Movable(starts_in_s, candidate.start_s + candidate.delays_s)
+
+    def _move_elsewhere(self, ticket: Ticket[E], least_bytes: int) -> bool:
+        """Hand over a request that its device has no room for to another device, if its model may fit on one."""
+        others = [device_id for device_id, lane in self.lanes.items() if lane is not ticket.lane]
+        roomy = [it for it in others if self._servers[it].has_room(ticket.model_id, least_bytes)]
+        placed = choose([it for name in roomy if not (it := self._candidate(name, ticket.model_id)).failing])
+        if not isinstance(placed, Placed):
+            return False
+        logger.info(
+            "%s: taking over a request for %s from %s, which has no room for it",
+            placed.device_id,
+            ticket.model_id,
+            ticket.lane.device_id,
+        )
+        ticket.lane.hand_over(ticket, self.lanes[placed.device_id])
+        return True
 
     def _only_choice(self, model_id: str) -> str | None:
         """The node's only device if it can take the request, without the estimates: they would cost ten times as much,

@@ -74,7 +74,8 @@ class Servers(Protocol[E]):
         """Return once the device runs a ready server of that model; servers of models that are not in `beside` are
         stopped first.
 
-        Raises BackendUnavailable as soon as a start failed. Cancelling only stops the waiting; the next `ensure` of
+        Raises BackendUnavailable as soon as a start failed, OutOfDeviceMemory if the device's memory was too small:
+        from then on `bytes_of` is what is known to be needed. Cancelling only stops the waiting; the next `ensure` of
         another model stops the start.
         """
 
@@ -90,9 +91,9 @@ class Servers(Protocol[E]):
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model, None if nothing is known to."""
 
-    def has_room(self, model_id: str) -> bool:
+    def has_room(self, model_id: str, least_bytes: int = 0) -> bool:
         """Whether one more copy of a model that is loaded elsewhere fits into the free memory, counting what is freed
-        when the servers here are stopped; True if unknown."""
+        when the servers here are stopped; True if unknown. It is known to need `least_bytes`."""
 
     def memory_free_bytes(self) -> int | None:
         """The last reading, None if unknown."""

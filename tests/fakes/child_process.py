@@ -16,13 +16,15 @@ class Fate:
     """What becomes of a process. Times are seconds after its spawn, None for never.
 
     It is ready, exits by itself with `code`, fails its probe, leaves its probe without an answer, or is suspended.
-    `out_of_memory`: the limit for which the kernel kills it. `broken_by`: what these methods raise.
-    `ignores_sigterm`: only SIGKILL ends it. `hangs_in_a_driver`: not even that does, and the supervisor gives up on it.
+    `prints`: its last lines before that. `out_of_memory`: the limit for which the kernel kills it.
+    `broken_by`: what these methods raise. `ignores_sigterm`: only SIGKILL ends it. `hangs_in_a_driver`: not even that
+    does, and the supervisor gives up on it.
     """
 
     ready_after_s: float | None = 0.0
     exits_after_s: float | None = None
     code: int = 1
+    prints: bytes = b""
     ill_after_s: float | None = None
     hangs_after_s: float | None = None
     suspended_after_s: float | None = None
@@ -83,6 +85,8 @@ class FakeProcess:
         with trio.CancelScope(shield=True):
             with trio.move_on_at(self.spawned_at + lifetime_s):
                 await self._killed.wait()
+            if self.fate.prints:
+                self.output.feed(self.fate.prints)
             if not self.fate.hangs_in_a_driver:
                 self.returncode = self.fate.code if self.killed_by is None else -self.killed_by
             self.on_exit()
@@ -129,16 +133,18 @@ class FakeSpawner:
         self._fates = iter(fates)
         self._afterwards = afterwards
         self.processes: list[FakeProcess] = []
+        self.argvs: list[object] = []
         self.running: set[str] = set()
 
     def __call__(
-        self, name: str, generation: int, _argv: object, /, *, on_line: Callable[[str], None], **_more: Any
+        self, name: str, generation: int, argv: object, /, *, on_line: Callable[[str], None], **_more: Any
     ) -> ChildProcess:
         assert name not in self.running, "two processes of one child at a time"
         fate = next(self._fates, self._afterwards)
         if isinstance(fate, Exception):
             raise fate
         self.running.add(name)
+        self.argvs.append(argv)
         pid = 101 + len(self.processes)
         process = FakeProcess(name, generation, fate, on_line, lambda: self.running.remove(name), pid)
         self.processes.append(process)

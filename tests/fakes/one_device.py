@@ -1,7 +1,7 @@
 """The servers of one device over the real supervisor and fake processes, with fakes of all that is around them."""
 
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,19 @@ class Files:
 
 
 class Readings:
-    """Implements `seams.DeviceReadings`."""
+    """Implements `seams.DeviceReadings`; with `free_now` each reading is up to date."""
 
     def __init__(self) -> None:
         self.free_bytes: int | None = None
+        self.measured_at = 0.0
         self.is_read = False
         self.settled_at: list[float] = []
+        self.free_now: Callable[[], int] | None = None
 
     def latest(self, device_id: str) -> DeviceMetrics | None:
-        return DeviceMetrics(measured_at=0, memory_free_bytes=self.free_bytes) if self.is_read else None
+        if self.free_now is not None:
+            return DeviceMetrics(measured_at=trio.current_time(), memory_free_bytes=self.free_now())
+        return DeviceMetrics(measured_at=self.measured_at, memory_free_bytes=self.free_bytes) if self.is_read else None
 
     async def settled(self, device_id: str) -> None:
         self.settled_at.append(trio.current_time())
@@ -107,9 +111,20 @@ class Measured:
         self.changes = 0
         self.bytes: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.least: dict[str, int] = {}
 
     def memory_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
         return self.bytes.get(model.model_id)
+
+    def least_bytes(self, model: ModelConfig, spec: ChildSpec) -> int | None:
+        return self.least.get(model.model_id)
+
+    def ran_out(self, model: ModelConfig, spec: ChildSpec, least_bytes: int | None) -> None:
+        self.changes += 1
+        if least_bytes is None:
+            self.least.pop(model.model_id, None)
+        else:
+            self.least[model.model_id] = least_bytes
 
     def load_s(self, model: ModelConfig, spec: ChildSpec) -> float | None:
         return self.seconds.get(model.model_id)
@@ -162,6 +177,7 @@ class Device:
             hooks=self.hooks,
             patience_s=patience_s,
             measurements=self.measured,
+            max_models=2,
         )
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from nodeagent.errors import BackendUnavailable
+from nodeagent.errors import BackendUnavailable, OutOfDeviceMemory
 from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
 
 
@@ -16,7 +16,8 @@ class FakeServers:
 
     One in `missing` has no file. `history` lists what was done, in order. Before a load stops another server,
     `hesitates_s` pass, as real ones take to look at the model's file. A server of a model takes what `sizes` says of
-    `total_bytes`; without that, the free memory is `free_bytes`.
+    `total_bytes`; without that, the free memory is `free_bytes`. What it really takes is in `needs`, if that is not
+    what `sizes` says: with less than that free its load runs out of memory.
     """
 
     load_s: float = 1.0
@@ -34,6 +35,7 @@ class FakeServers:
     on_change: Callable[[], None] = lambda: None
     sizes: dict[str, int] = field(default_factory=dict)
     total_bytes: int | None = None
+    needs: dict[str, int] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
     returning: set[str] = field(default_factory=set)
     servers: dict[str, ServerView[str]] = field(default_factory=dict)
@@ -46,13 +48,13 @@ class FakeServers:
     def obstacle(self, model_id: str) -> Obstacle | None:
         return self.obstacles.get(model_id)
 
-    def has_room(self, model_id: str) -> bool:
-        return self.room
+    def has_room(self, model_id: str, least_bytes: int = 0) -> bool:
+        return self.room and (self.total_bytes is None or least_bytes <= self.total_bytes)
 
     def memory_free_bytes(self) -> int | None:
         if self.total_bytes is None:
             return self.free_bytes
-        return self.total_bytes - sum(map(self.bytes_of, self.servers))
+        return self.total_bytes - sum(self.needs.get(it, self.bytes_of(it)) for it in self.servers)
 
     def bytes_of(self, model_id: str) -> int:
         return self.sizes.get(model_id, 0)
@@ -75,6 +77,15 @@ class FakeServers:
         await trio.sleep_until(spawned_at + self.load_s)
         if model_id not in self.servers:
             raise BackendUnavailable(model_id, "was stopped")
+        free_bytes = self.memory_free_bytes()
+        if model_id in self.needs and free_bytes is not None and free_bytes < 0:
+            self._remove(model_id)
+            free_bytes += self.needs[model_id]
+            self.history.append(f"{model_id} runs out of memory")
+            self.sizes[model_id] = free_bytes + 1
+            if not self.servers:
+                self.obstacles[model_id] = Obstacle(f"needs more than {free_bytes}")
+            raise OutOfDeviceMemory(model_id, f"out of device memory: {free_bytes} free", free_bytes + 1, 60.0, ())
         if model_id in self.broken:
             self._remove(model_id)
             raise BackendUnavailable(model_id, "exited with code 1", 4.0)

@@ -167,8 +167,8 @@ class UpstreamServers:
     def obstacle(self, model_id: str) -> Obstacle | None:
         return self.fake.obstacle(model_id)
 
-    def has_room(self, model_id: str) -> bool:
-        return self.fake.has_room(model_id)
+    def has_room(self, model_id: str, least_bytes: int = 0) -> bool:
+        return self.fake.has_room(model_id, least_bytes)
 
     def memory_free_bytes(self) -> int | None:
         return self.fake.memory_free_bytes()

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 from fakes.child_process import Fate
 from fakes.node_with_fakes import FakeDispatcherClient, NodeWithFakes, loaded, request_in_flight
 from nodeagent.dispatcher.wire import Inventory
-from nodeagent.errors import BackendUnavailable, NoSuchDevice
+from nodeagent.errors import BackendUnavailable, NoSuchDevice, OutOfDeviceMemory
 from nodeagent.front.seam import ModelCard
 from nodeagent.llama_server.reason_codes import ReasonCode
 from nodeagent.scheduling.seam import ServerState
@@ -20,6 +20,7 @@ from supervisor.probe import LivenessPolicy
 
 EXITS = Fate(ready_after_s=None, exits_after_s=0.5)
 SLOW = Fate(ready_after_s=5.0)
+RUNS_OUT = Fate(ready_after_s=None, exits_after_s=0.5, prints=b"CUDA error: out of memory\n")
 
 
 # Loading and unloading.
@@ -343,3 +344,25 @@ async def test_an_unforeseen_error_in_the_background_ends_only_what_was_done_the
     assert error.__name__ in caplog.text
     await node.load("a", None)
     assert node.state().status is NodeStatus.READY
+
+
+@pytest.mark.parametrize(
+    ("fates", "device_id", "loaded_on"),
+    [([RUNS_OUT], None, "cpu:1"), ([RUNS_OUT], "cpu:0", None), ([RUNS_OUT, RUNS_OUT], None, None)],
+)
+async def test_an_operators_load_that_runs_out_of_memory_goes_to_another_device_unless_one_is_named(
+    fates: list[Fate],
+    device_id: str | None,
+    loaded_on: str | None,
+    autojump_clock: MockClock,
+    nursery: trio.Nursery,
+    tmp_path: Path,
+) -> None:
+    node = await NodeWithFakes(tmp_path, fates, device_ids=("cpu:0", "cpu:1")).start(nursery)
+    if loaded_on is None:
+        with pytest.raises(OutOfDeviceMemory) as caught:
+            await node.load("a", device_id)
+        assert caught.value.reason.startswith("cpu:0: out of device memory")
+        assert node.devices["cpu:0"].lane.is_idle
+    else:
+        assert await node.load("a", device_id) == loaded_on

@@ -95,6 +95,11 @@ def inventory(**changes: Any) -> dict[str, Any]:
         "servers": [server],
     }
     model = {"model_id": "tiny", "loaded_on": ["cpu:0"], "size_bytes": 2**30, "load_time_s": 1.25, "roles": ["chat"]}
+    fit = {"device_id": "cpu:0", "state": "loaded", "why": "preload, pinned", "memory_needed_bytes": 2**29}
+    model["fits"] = [
+        fit | {"measured": True},
+        fit | {"device_id": "gpu:0", "state": "needs_room", "why": "needs more", "measured": False},
+    ]
     whole = {
         "node_id": "n1",
         "base_url": "http://10.0.0.1:8081",
@@ -118,6 +123,10 @@ def test_the_table_has_a_row_per_server_and_per_model() -> None:
         "",
         "MODEL  LOADED ON  SIZE     LOADS IN  ROLES",
         "tiny   cpu:0      1.0 GiB  1.2 s     chat",
+        "",
+        "MODEL  DEVICE  STATE       MEMORY    WHY",
+        "tiny   cpu:0   loaded      0.5 GiB   preload, pinned",
+        "tiny   gpu:0   needs room  ~0.5 GiB  needs more",
     ]
 
 
@@ -126,6 +135,7 @@ def test_the_table_says_why_a_node_is_degraded_and_a_server_is_not_ready() -> No
     backing_off = device["servers"][0] | {"state": "backing_off", "ready_in_s": 4.2, "reason": "exit 1"}
     empty = device | {"device_id": "gpu:0", "servers": [], "metrics": {"memory_free_bytes": None}}
     model = inventory()["models"][0] | {"loaded_on": [], "load_time_s": None, "roles": [], "size_bytes": None}
+    del model["fits"]  # as an older agent
     text = table(
         inventory(
             status="degraded",
@@ -134,7 +144,7 @@ def test_the_table_says_why_a_node_is_degraded_and_a_server_is_not_ready() -> No
             models=[model],
         )
     )
-    head, reason, _, _, first, second, _, _, last = text.splitlines()
+    head, reason, _, _, first, second, _, _, last, _, _ = text.splitlines()
     assert (head, reason) == ("n1 at http://10.0.0.1:8081: degraded", "  tiny failed on cpu:0")
     assert first.endswith("ready in 4 s: exit 1")
     assert second.split() == ["gpu:0", "-", "empty", "-", "-", "1", "3/64", "-"]

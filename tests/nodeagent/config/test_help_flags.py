@@ -29,7 +29,7 @@ def test_a_flag_that_the_binary_would_refuse_is_a_problem_at_its_line(flag: str,
     model = config.models[0].model_copy(update={"server_args": {"temp": 1, name: value}})
     changed = with_keys(config, {"models": (model,)})
 
-    [problem] = unknown_to_binary(changed, FLAGS)
+    [problem] = unknown_to_binary(changed, lambda _binary: FLAGS)
 
     assert (problem.line, problem.where, problem.message) == (6, f"models[0].server_args.{name}", message)
 
@@ -38,7 +38,7 @@ def test_without_a_help_text_nothing_is_refused() -> None:
     config = parse_config("models: [{model_id: a, path: a.gguf, server_args: {zzzz: 1}}]", Path("/a.yaml"))
 
     assert parse_help("usage: some wrapper\n--verbose\n") == {}
-    assert unknown_to_binary(config, {}) == []
+    assert unknown_to_binary(config, lambda _binary: {}) == []
 
 
 @pytest.mark.real
@@ -66,3 +66,29 @@ def test_check_config_asks_the_configured_binary(
 
     assert main(["check-config", "--config", str(config)]) == 78
     assert "is not a flag of the configured llama-server; did you mean no-warmup?" in capsys.readouterr().err
+
+
+def test_check_config_asks_the_binary_of_a_model_and_of_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path, llama_server: Path
+) -> None:
+    help_text = "".join(f"--flag-{number}  a flag\n" for number in range(30)) + "--new-flag N  a new one\n"
+    own = tmp_path / "new-llama-server"
+    own.write_text(f"#!/bin/sh\ncat <<EOF\n{help_text}EOF\n")
+    own.chmod(0o755)
+    config = tmp_path / "agent.yaml"
+    config.write_text(
+        f"backend: cpu\nllama_server_bin: {llama_server}\nmodels:\n"
+        f"- {{model_id: a, path: {tiny_model}, llama_server_bin: {own}, server_args: {{new_flag: 1}}}}\n"
+        f"- {{model_id: b, path: {tiny_model}, llama_server_bin: {own}, server_args: {{flag_3: 1}}}}\n"
+        f"- {{model_id: c, path: {tiny_model}, server_args: {{new_flag: 1}}}}\n"
+    )
+
+    assert main(["check-config", "--config", str(config)]) == 78
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(
+        f":5: models[1].server_args.flag_3: takes no value with {own}, found 1; write true to set the flag"
+    )
+    assert [
+        f"{config}:6: models[2].server_args.new_flag: is not a flag of the configured llama-server" in lines[1]
+    ] == [True]
+    assert len(lines) == 2

@@ -10,7 +10,16 @@ from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register
 from nodeagent.dispatcher.wire import PROTOCOL, as_json
 from nodeagent.scheduling.seam import LaneView, ServerState, ServerView
-from nodeagent.status import DeviceStatus, ModelStatus, NodeReason, NodeSnapshot, NodeState, NodeStatus
+from nodeagent.status import (
+    DeviceFit,
+    DeviceStatus,
+    FitState,
+    ModelStatus,
+    NodeReason,
+    NodeSnapshot,
+    NodeState,
+    NodeStatus,
+)
 
 NOW = 1000.0
 STARTED_AT = datetime(2026, 11, 23, 18, 7, 11, 500_000, tzinfo=UTC)
@@ -23,6 +32,8 @@ KNOWN_DEVICE = DeviceStatus(
         name="NVIDIA L4",
         uuid="GPU-6f",
         memory_total_bytes=24_000,
+        pci_id="0000:01:00.0",
+        integrated=False,
         threads=4,
         cpus=frozenset({3, 1}),
     ),
@@ -67,6 +78,16 @@ KNOWN_MODEL = ModelStatus(
     size_bytes=5_000,
     problem=None,
     load_time_s=3.1,
+    fits=(
+        DeviceFit(
+            device_id="gpu:0",
+            state=FitState.LOADED,
+            why="preload",
+            needed_bytes=5_500,
+            taken_bytes=5_500,
+            is_measured=True,
+        ),
+    ),
 )
 UNKNOWN_MODEL = ModelStatus(
     model_id="coder",
@@ -234,10 +255,15 @@ def test_a_heartbeat_has_the_status_of_the_node_its_devices_and_its_models() -> 
 
 def test_the_inventory_is_both_with_parts_of_the_configuration() -> None:
     sent = as_json(inventory(SNAPSHOT))
-    configured_devices: list[dict[str, Any]] = [{"threads": 4, "cpus": [1, 3]}, {"threads": None, "cpus": None}]
+    configured_devices: list[dict[str, Any]] = [
+        {"pci_id": "0000:01:00.0", "integrated": False, "threads": 4, "cpus": [1, 3]},
+        {"pci_id": None, "integrated": None, "threads": None, "cpus": None},
+    ]
+    fit = {"device_id": "gpu:0", "state": "loaded", "why": "preload", "memory_needed_bytes": 5_500}
+    fit |= {"memory_taken_bytes": 5_500, "measured": True}
     configured_models: list[dict[str, Any]] = [
-        {"path": "/models/planner.gguf", "arguments": ["-m", "/models/planner.gguf"], "problem": None},
-        {"path": "/models/coder.gguf", "arguments": [], "problem": "no such file"},
+        {"path": "/models/planner.gguf", "arguments": ["-m", "/models/planner.gguf"], "problem": None, "fits": [fit]},
+        {"path": "/models/coder.gguf", "arguments": [], "problem": "no such file", "fits": []},
     ]
     states = rounded(device_states(sent["sent_at"]), sent)
     devices = [

@@ -88,6 +88,12 @@ async def test_pinned_models_that_leave_no_room_are_an_obstacle(autojump_clock: 
         crowded = device.servers.obstacle("b")
         assert crowded is not None
         assert crowded.reason == "the pinned models (a) leave too little memory"
+        device.files.headers["b"] = header(size_bytes=2 * GIB)
+        assert device.servers.obstacle("b") is None
+        device.readings.is_read, device.readings.free_bytes, device.readings.measured_at = True, GIB, 1.0
+        crowded = device.servers.obstacle("b")
+        assert crowded is not None
+        assert crowded.reason == "the pinned models (a) and other programs leave too little memory"
 
 
 async def test_a_start_that_fails_is_refused_with_the_time_of_the_restart(autojump_clock: MockClock) -> None:
@@ -408,3 +414,35 @@ async def test_prepare_reads_the_file_of_the_next_model_ahead(tmp_path: Path, ca
         with trio.fail_after(5):
             await device.servers.prepare("a")
     assert "cpu:0: reading ahead 5000 bytes of a" in caplog.messages
+
+
+async def test_what_a_server_takes_that_the_last_reading_does_not_show_yet_is_not_free(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(Fate(ready_after_s=5.0), Fate(exits_after_s=1.0), backend="cuda") as device:
+        device.files.headers |= {"a": header(size_bytes=4 * GIB), "b": header(size_bytes=2 * GIB)}
+        device.readings.is_read, device.readings.free_bytes = True, 8 * GIB
+        need = device.servers.bytes_of("a")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.servers.ensure, "a")
+            await trio.sleep(4)
+            assert device.servers.memory_free_bytes() == 8 * GIB - need, "it is about to take that"
+        assert device.servers.memory_free_bytes() == 8 * GIB - need, "the last reading was before it was ready"
+        await trio.sleep(1)
+        device.readings.measured_at, device.readings.free_bytes = trio.current_time(), 3 * GIB
+        assert device.servers.memory_free_bytes() == 3 * GIB
+        device.spawner.processes[0].kill()
+        await trio.sleep(0.5)
+        assert device.view("a").state is ServerState.READY, "restarted at once"
+        await trio.sleep(1)
+        assert device.view("a").state is ServerState.BACKING_OFF
+        device.readings.measured_at, device.readings.free_bytes = trio.current_time(), 8 * GIB
+        assert device.servers.memory_free_bytes() == 8 * GIB - need, "it comes back"
+
+
+async def test_without_a_reading_what_others_run_is_not_free_either(autojump_clock: MockClock) -> None:
+    async with running_device(backend="metal") as device:
+        device.files.headers |= {"a": header(size_bytes=4 * GIB), "b": header(size_bytes=5 * GIB)}
+        assert device.servers.memory_free_bytes() is None
+        await device.servers.ensure("b")
+        assert device.servers.memory_free_bytes() == 8 * GIB - device.servers.bytes_of("b")

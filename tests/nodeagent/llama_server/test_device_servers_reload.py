@@ -109,3 +109,29 @@ async def test_a_failure_can_be_reset(autojump_clock: MockClock) -> None:
         assert device.servers.views() == []
         await device.servers.ensure("a")
         assert not device.servers.reset_failure("a")
+
+
+async def test_a_reload_while_another_server_is_being_stopped_is_not_missed(autojump_clock: MockClock) -> None:
+    async with running_device(Fate(ignores_sigterm=True)) as device, trio.open_nursery() as nursery:
+        await device.servers.ensure("b")
+        nursery.start_soon(device.servers.ensure, "a")
+        await trio.sleep(1)
+        assert [view.state for view in device.servers.views()] == [ServerState.STOPPING]
+        specs = device.specs | {"a": spec("a", argument="new")}
+        assert device.servers.replace(device.models, specs, 1000) == [], "it does not run yet"
+    assert device.spawner.argvs[-1] == ("llama-server", "a", "new")
+
+
+async def test_a_model_that_a_reload_removes_while_another_server_is_being_stopped_is_not_started(
+    autojump_clock: MockClock,
+) -> None:
+    async with running_device(Fate(ignores_sigterm=True)) as device, trio.open_nursery() as nursery:
+        await device.servers.ensure("b")
+
+        async def replace() -> None:
+            await trio.sleep(1)
+            device.servers.replace({"b": device.models["b"]}, {"b": device.specs["b"]}, 1000)
+
+        nursery.start_soon(replace)
+        assert (await device.refused("a")).reason == "cpu:0: it is no longer configured"
+        assert len(device.spawner.processes) == 1

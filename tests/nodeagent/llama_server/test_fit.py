@@ -89,7 +89,7 @@ def test_any_model_may_fit_on_a_device_whose_memory_is_unknown() -> None:
 
 def test_a_measurement_beats_the_estimate_and_must_fit_beside_the_reserve() -> None:
     assert fit_of(header(40 * GIB), model(gpu_layers=99), GPU, None).misfit is not None
-    assert fit_of(header(40 * GIB), model(gpu_layers=99), GPU, 23 * GIB) == Fit(23 * GIB, None)
+    assert fit_of(header(40 * GIB), model(gpu_layers=99), GPU, 23 * GIB) == Fit(23 * GIB, None, measured=True)
     reserving = replace(GPU, memory_reserve_bytes=2 * GIB)
     assert fit_of(header(1 * GIB), model(), reserving, 23 * GIB).misfit == (
         "took 23.0 GiB when it was last loaded, and the device has 24.0 GiB, of which 2.0 GiB are reserved for others"

@@ -204,3 +204,21 @@ async def test_less_context_than_was_asked_for_is_a_warning(tmp_path: Path, capl
                 await trio.to_thread.run_sync(lambda: None)
             assert upstream.slot_ctx_size is None
             assert len(caplog.messages) == 1
+
+
+@pytest.mark.real
+async def test_a_load_that_ran_out_of_memory_is_remembered_across_restarts_until_it_succeeds(tmp_path: Path) -> None:
+    with trio.fail_after(30):
+        async with bench(tmp_path) as it:
+            it.meter.ran_out(model("a"), spec("a"), None)
+            assert it.meter.changes == 0, "nothing to forget"
+            it.meter.ran_out(model("a"), spec("a"), 7 * GIB)
+            assert (it.meter.least_bytes(model("a"), spec("a")), it.meter.changes) == (7 * GIB, 1)
+            await until_written(it)
+            assert it.another("cuda").least_bytes(model("a"), spec("a")) == 7 * GIB
+            assert it.another("cuda").least_bytes(model("a"), spec("a", argument="-ngl 5")) is None
+            await it.load(0.1)
+            assert it.meter.least_bytes(model("a"), spec("a")) is None
+            del it.files.headers["a"]
+            it.meter.ran_out(model("a"), spec("a"), 7 * GIB)
+            assert it.meter.least_bytes(model("a"), spec("a")) is None, "nothing is known of its file"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.llama_server.measured_loads import Load, MeasuredLoads
+from nodeagent.llama_server.measured_loads import Load, MeasuredLoads, Shortage
 
 
 def load(key: str = "k", load_s: float = 4.0, memory_bytes: int | None = 1000) -> Load:
@@ -88,3 +88,21 @@ def test_a_file_that_can_not_be_written_is_one_line_in_the_log(
     folder.mkdir()
     loads.write(loads.encoded())
     assert MeasuredLoads(folder / "loads.json").get("k") == load()
+
+
+def test_what_ran_out_of_memory_is_kept_until_it_is_loaded_or_forgotten(tmp_path: Path) -> None:
+    file = tmp_path / "loads.json"
+    loads = MeasuredLoads(file)
+    for key in ("k", "other"):
+        loads.put_shortage(Shortage(key=key, model_id="m", device_id="gpu:0", least_bytes=5000))
+    loads.write(loads.encoded())
+    again = MeasuredLoads(file)
+    assert again.shortage("k") == Shortage(key="k", model_id="m", device_id="gpu:0", least_bytes=5000)
+    again.put(load(memory_bytes=None))
+    assert again.shortage("k") is not None, "nobody knows what it took"
+    again.put(load())
+    assert again.shortage("k") is None
+    assert (again.drop_shortage("other"), again.drop_shortage("other"), again.changes) == (True, False, 3)
+    for number in range(300):
+        again.put_shortage(Shortage(key=str(number), model_id="m", device_id="gpu:0", least_bytes=1))
+    assert (again.shortage("43"), again.shortage("44") is None) == (None, False)

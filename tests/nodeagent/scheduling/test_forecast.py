@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from nodeagent.scheduling.estimates import LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
 from nodeagent.scheduling.queueing import FirstCome, LaneSnapshot, QueuedRequest
-from nodeagent.scheduling.room import ServerUse
+from nodeagent.scheduling.room import Room, ServerUse
 from nodeagent.scheduling.swap_aware import SwapAware
 
 
@@ -62,3 +64,13 @@ def test_far_behind_nothing_is_said() -> None:
     starts = forecast(FirstCome(), lane("a" * 100, {"a": a}), [])
     assert starts[63] == pytest.approx(63)
     assert starts[64:] == [None] * 36
+
+
+def test_a_server_that_has_failed_gives_no_memory_back() -> None:
+    a = ServerUse(ready=True, slots=1, in_flight=0, since=0.0)
+    gone = replace(a, ready=False, resident=False)
+    sizes = {"a": 3, "b": 3, "c": 8, "gone": 9}
+    room = Room(max_models=9, concurrent=True, free_bytes=2, bytes_of=sizes.__getitem__)
+    starts = forecast(FirstCome(), replace(lane("bc", {"a": a, "gone": gone}), room=room), [])
+    # b takes the place of a, is loaded in 6 s and takes 3 s; c has no room beside it, and is loaded in 2 s.
+    assert starts == pytest.approx([6, 6 + 3 + times().load_s("c")])

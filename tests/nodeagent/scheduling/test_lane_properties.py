@@ -65,6 +65,8 @@ ROOMS = st.tuples(
     policy=POLICIES,
     grace_s=st.sampled_from([0.3, 30.0]),
     room=ROOMS,
+    pinned=st.sets(st.sampled_from("abc"), max_size=2),
+    needs=st.dictionaries(st.sampled_from("abc"), st.integers(1, TOTAL_BYTES + 1), max_size=2),
 )
 @settings(max_examples=3 * settings().max_examples, deadline=None)
 def test_a_lane_always_comes_to_rest(
@@ -80,6 +82,8 @@ def test_a_lane_always_comes_to_rest(
     policy: Policy,
     grace_s: float,
     room: tuple[int, bool, dict[str, int]],
+    pinned: set[str],
+    needs: dict[str, int],
 ) -> None:
     max_models, concurrent, sizes = room
     servers = FakeServers(
@@ -88,8 +92,10 @@ def test_a_lane_always_comes_to_rest(
         broken=broken,
         idle_unload_s=idle_unload_s,
         hesitates_s=hesitates_s,
-        sizes=sizes,
+        sizes=dict(sizes),
+        needs=dict(needs),
         total_bytes=TOTAL_BYTES,
+        pinned=pinned,
     )
     rules = replace(
         RULES,
@@ -119,7 +125,8 @@ async def _scenario(
     def on_change() -> None:
         lane.nudge()
         assert len(servers.servers) <= rules.max_models
-        assert len(servers.servers) <= 1 or (servers.memory_free_bytes() or 0) >= 0, "more than the device has"
+        fits = len(servers.servers) <= 1 or (servers.memory_free_bytes() or 0) >= 0
+        assert fits or servers.needs, "more than the device has"
         last = servers.history[-1] if servers.history else ""
         if last.startswith("crash"):  # what they were granted is gone already
             for name in [name for name, lease in running.items() if lease.model_id == last.removeprefix("crash ")]:
@@ -187,7 +194,10 @@ async def _scenario(
                 for order in visits_of_operators:
                     clients.start_soon(load, *order)
             assert lane.admitted == 0
-            servers.broken.clear()
+            for faults in (servers.broken, servers.needs, servers.obstacles, servers.sizes):
+                faults.clear()
+            for model_id in servers.pinned:
+                await lane.unload(model_id)
             await _is_served_in_the_end(lane)
         view = lane.view()
         assert (view.in_flight, view.waiting, lane.queue()) == (0, 0, [])

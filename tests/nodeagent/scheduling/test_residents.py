@@ -9,6 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.checked_policy import CheckedPolicy
 from fakes.servers import FakeServers
+from nodeagent.errors import BackendUnavailable
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.lease import TicketState
 from nodeagent.scheduling.queueing import FirstCome, Policy
@@ -225,3 +226,85 @@ async def test_preloads_go_where_there_is_room(start: Start, autojump_clock: Moc
     lane.preload("b")
     await trio.sleep(5)
     assert servers.history == ["start a", "start b"]
+
+
+@pytest.mark.parametrize("policy", [SwapAware(), FirstCome()])
+async def test_of_two_models_that_are_kept_busy_one_gives_way_to_a_third(
+    start: Start, policy: Policy, autojump_clock: MockClock
+) -> None:
+    """Which of the two it is must not change each time that a request on one of them ends: then neither became idle."""
+    lane, servers = await start(FakeServers(slots=2), policy=CheckedPolicy(policy))
+    for model_id in ("a", "b"):
+        await serve(lane, model_id, 0.1)
+    served = trio.Event()
+
+    async def keep_busy(model_id: str) -> None:
+        while not served.is_set():
+            await serve(lane, model_id, 4.0)
+
+    async with trio.open_nursery() as clients:
+        for delay_s, model_id in ((1.0, "a"), (1.0, "b"), (1.0, "a"), (1.0, "b")):
+            clients.start_soon(keep_busy, model_id)
+            await trio.sleep(delay_s)
+        with trio.move_on_after(100):
+            waited_s = await serve(lane, "c", 0.1)
+            served.set()
+        assert served.is_set(), "never served"
+        clients.cancel_scope.cancel()
+    turn_s = 8 * servers.load_s
+    assert waited_s <= turn_s + 4.0 + servers.load_s + 0.1
+
+
+@pytest.mark.parametrize("policy", [SwapAware(), FirstCome()])
+@pytest.mark.parametrize("concurrent", [True, False])
+async def test_a_request_that_a_pinned_model_has_come_before_is_refused_at_once(
+    start: Start, policy: Policy, concurrent: bool, autojump_clock: MockClock
+) -> None:
+    lane, _servers = await start(
+        FakeServers(pinned={"a"}), max_models=1, concurrent_models=concurrent, policy=CheckedPolicy(policy)
+    )
+    async with trio.open_nursery() as clients:
+        clients.start_soon(serve, lane, "a", 5.0)
+        await wait_all_tasks_blocked()
+        b = lane.submit("", "b")  # it could have been first
+        with pytest.raises(BackendUnavailable) as caught:
+            await b.granted()
+        b.close()
+        assert trio.current_time() < 5
+    assert caught.value.reason == "cpu:0: pinned models leave no room for it"
+    assert await serve(lane, "a", 0.1) == 0
+
+
+async def test_a_request_that_pinned_models_leave_no_memory_for_is_refused_at_once(
+    start: Start, autojump_clock: MockClock
+) -> None:
+    lane, servers = await start(FakeServers(sizes={"a": 2, "b": 3}, total_bytes=6, pinned={"a"}))
+    await serve(lane, "a", 0.1)
+    servers.total_bytes = 4  # another program takes memory
+    with pytest.raises(BackendUnavailable):
+        await serve(lane, "b", 0.1)
+    assert trio.current_time() < 5
+    servers.total_bytes = 6
+    await serve(lane, "b", 0.1)
+
+
+async def test_once_fewer_models_may_be_loaded_those_that_are_too_many_go_when_they_are_idle(
+    start: Start, autojump_clock: MockClock
+) -> None:
+    lane, servers = await start(FakeServers(pinned={"home"}), max_models=4)
+    for model_id in ("home", "a", "b", "c"):
+        await serve(lane, model_id, 0.1)
+        await trio.sleep(1)
+    busy = lane.submit("", "a")
+    await busy.granted()
+    lane.rules = replace(lane.rules, max_models=2)
+    lane.nudge()
+    await trio.sleep(10)
+    assert set(servers.servers) == {"home", "a"}, "a is in use"
+    lane.rules = replace(lane.rules, max_models=1)
+    lane.nudge()
+    await trio.sleep(10)
+    assert set(servers.servers) == {"home", "a"}
+    busy.close()
+    await trio.sleep(10)
+    assert set(servers.servers) == {"home"}

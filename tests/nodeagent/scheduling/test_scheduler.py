@@ -204,3 +204,22 @@ async def test_an_admission_wakes_only_lanes_that_could_serve_the_request(
     del devices["gpu:1"].obstacles["a"]
     await serve(scheduler, "a", 1)
     assert woken == ["gpu:1"]
+
+
+async def test_a_preload_that_would_evict_another_one_is_left_over(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    servers = {
+        "gpu:0": FakeServers(sizes={"a": 3, "b": 3, "c": 2}, total_bytes=5),
+        "gpu:1": FakeServers(sizes={"a": 3, "b": 3, "c": 2}, total_bytes=4),
+    }
+    lanes = {device_id: Lane(device_id, own, replace(RULES, max_models=3)) for device_id, own in servers.items()}
+    scheduler: Scheduler[str] = Scheduler(lanes, servers)
+    for device_id, lane in lanes.items():
+        servers[device_id].on_change = lane.nudge
+        await nursery.start(lane.run)
+    servers["gpu:0"].sizes["d"] = servers["gpu:1"].sizes["d"] = 3
+    assert scheduler.preload(["a", "b", "d", "c"]) == ["d"]
+    await trio.sleep(10)
+    assert servers["gpu:0"].history == ["start a", "start c"]
+    assert servers["gpu:1"].history == ["start b"]
