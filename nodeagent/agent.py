@@ -1,6 +1,7 @@
 """Builds the node from its configuration and runs its tasks from start to stop.
 
 lock the state folder, bind the address, find the devices
+├── self-watch      tells the service manager how the agent is, until the end
 ├── supervisor      owns the children
 ├── node            background work that requests start
 ├── monitor         reads the devices
@@ -22,7 +23,7 @@ import secrets
 import ssl
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -59,9 +60,11 @@ from nodeagent.llama_server.probe import LlamaServerProbe
 from nodeagent.llama_server.saved_caches import SavedCaches
 from nodeagent.managed_device import BuildSpecs, ManagedDevice, lane_rules
 from nodeagent.node import Node, NodeIdentity
+from nodeagent.self_watch import SelfWatch
+from nodeagent.service_manager import ServiceManager
 from nodeagent.shutdown import drain
 from nodeagent.signals import Signals
-from nodeagent.status import Phase
+from nodeagent.status import Phase, in_a_line
 from supervisor.lifecycle import Event
 from supervisor.records import Records, sweep
 from supervisor.spec import ChildSpec
@@ -86,11 +89,11 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
     second signal. Cancelling stops the children and returns.
     """
     signals = Signals(last_resort_s=config.llama_server_stop_grace_s + _LAST_RESORT_S)
-    with signals.caught(), signals.scope:
-        await _run(config, signals, on_ready)
+    with closing(ServiceManager()) as manager, signals.caught(), signals.scope:
+        await _run(config, signals, manager, on_ready)
 
 
-async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], None]) -> None:
+async def _run(config: NodeConfig, signals: Signals, manager: ServiceManager, on_ready: Callable[[str], None]) -> None:
     reload.log_warnings(config)
     descriptors.raise_limit()
     binary = find_llama_server(config)
@@ -107,7 +110,7 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
             if cpus.usable < cpus.host:
                 logger.info("servers may use %s", cpus)
             devices = with_reserve(devices, config)
-            agent = Agent(config, backend, devices, binary, port, keys, tls)
+            agent = Agent(config, backend, devices, binary, port, keys, tls, manager)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             state_dir.write_certificate(config.state_dir, config.tls_cert)
             await agent.run(listeners, signals, on_ready)
@@ -127,8 +130,10 @@ class Agent:
         port: int,
         keys: Mapping[str, ApiKeyConfig],
         tls: ssl.SSLContext | None,
+        manager: ServiceManager,
     ) -> None:
         self._config = config
+        self._manager = manager
         records = Records(state_dir.children_file(config.state_dir))
         self._supervisor = Supervisor(
             on_event=self._on_event,
@@ -157,6 +162,9 @@ class Agent:
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
         self._activity = Activity(config.activity.max_records)
+        self.node.while_reloading = manager.reloading
+        lanes = [device.lane for device in managed.values()]
+        self._self_watch = SelfWatch(manager, lanes, lambda: in_a_line(self.node.snapshot()))
         self._stop_front = trio.Event()
         self._front_ended = trio.Event()
 
@@ -165,15 +173,22 @@ class Agent:
     ) -> None:
         """Run until a signal asks for the end, then drain, stop the children, and return."""
         try:
-            await self._run_parts(listeners, signals, on_ready)
+            async with trio.open_nursery() as watching:
+                await self._run_parts(listeners, signals, on_ready, watching)
+                watching.cancel_scope.cancel()
         finally:
             signals.on_kill = lambda: None
             self._caches.clear()
             logger.info("node %s has stopped", self.node.node_id)
 
     async def _run_parts(
-        self, listeners: list[trio.SocketListener], signals: Signals, on_ready: Callable[[str], None]
+        self,
+        listeners: list[trio.SocketListener],
+        signals: Signals,
+        on_ready: Callable[[str], None],
+        watching: trio.Nursery,
     ) -> None:
+        """What is started in `watching` goes on until the children have stopped."""
         node = self.node
         await self._catalogue.inspect_all(self._config.models)
         for device in node.devices.values():
@@ -199,8 +214,12 @@ class Agent:
                 await nursery.start(self._dispatcher.run, name="dispatcher")
             logger.info("node %s accepts requests at %s", node.node_id, node.identity.base_url)
             _spare_the_collector()
+            watching.start_soon(self._self_watch.run, name="self-watch")
+            self._manager.ready()
             on_ready(node.identity.base_url)
-            await drain(node, await signals.until_asked())
+            signum = await signals.until_asked()
+            self._self_watch.stop()
+            await drain(node, signum)
             signals.on_reload = lambda: None
             signals.end_in_time()
             await self._stop()

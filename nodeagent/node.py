@@ -7,8 +7,8 @@ import logging
 import math
 import ssl
 from collections import Counter
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -73,8 +73,8 @@ class Node:
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
     which a drained node still accepts requests) in `drain`, `backend_exits` in `on_child_event`; `_cards` in `cards`;
-    `tls` in `reload`; `dispatcher` and `full_host_name` (with its domain; "" until it has been looked up) once, by
-    `agent`.
+    `tls` in `reload`; `dispatcher`, `while_reloading` (entered for the time of a reload) and `full_host_name` (with
+    its domain; "" until it has been looked up) once, by `agent`.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Node:
         )
         self.events: EventLog = Ring(events.KEPT)
         self.dispatcher: Dispatcher | None = None
+        self.while_reloading: Callable[[], AbstractContextManager[None]] = nullcontext
         self._cards: list[ModelCard] = []
         self._cards_of: list[object] = []
         self.backend_exits: Counter[tuple[str, str, str]] = Counter()
@@ -248,17 +249,10 @@ class Node:
             self.enter(Phase.SERVING)
 
     async def reload(self) -> Reloaded:
-        async with self._reloading:  # one at a time, in the order of the requests
-            try:
-                again = await trio.to_thread.run_sync(reload.read_again, self._config)
-            except ConfigError as error:
-                problems = [str(problem) for problem in error.problems]
-                logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
-                raise ReloadRefused(problems) from error
-            self._gate.replace(again.keys)
-            if (again.tls is None) == (self.tls is None):  # else clients would have another kind of address
-                self.tls = again.tls
-            return await self._reconfigure(again.config)
+        # One at a time, in the order of the requests.
+        async with self._reloading:
+            with self.while_reloading():
+                return await self._reload()
 
     def read_api_keys(self) -> dict[str, ApiKeyConfig]:
         """Every API key by its SHA-256. Blocks on the disk; raises ConfigError."""
@@ -359,6 +353,18 @@ class Node:
         logs.child_line(server.device_id, server.model_id, generation, line)
 
     # Inside.
+
+    async def _reload(self) -> Reloaded:
+        try:
+            again = await trio.to_thread.run_sync(reload.read_again, self._config)
+        except ConfigError as error:
+            problems = [str(problem) for problem in error.problems]
+            logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
+            raise ReloadRefused(problems) from error
+        self._gate.replace(again.keys)
+        if (again.tls is None) == (self.tls is None):  # else clients would have another kind of address
+            self.tls = again.tls
+        return await self._reconfigure(again.config)
 
     async def _reconfigure(self, config: NodeConfig) -> Reloaded:
         """Apply another configuration; what it does not change goes on as it is."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.config import NodeConfig, parse_config
+from nodeagent.self_watch import ROUND_MAX_S
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 UNIT = EXAMPLES / "systemd" / "rolemesh-node-agent.service"
@@ -19,6 +20,11 @@ def program(name: str) -> str:
     found = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
     assert found is not None, f"{name} is missing: install its package"
     return found
+
+
+def systemd_version() -> int:
+    shown = subprocess.run([program("systemd-analyze"), "--version"], capture_output=True, text=True, timeout=60)
+    return int(shown.stdout.split()[1])
 
 
 def settings_of_unit() -> dict[str, str]:
@@ -34,6 +40,8 @@ def defaults() -> NodeConfig:
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     # verify looks for the program itself, which is not installed under /opt here.
     text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if systemd_version() < 253:  # as the unit says
+        text = re.sub(r"^Type=notify-reload\n#Type=notify\n#Exec", "Type=notify\nExec", text, flags=re.MULTILINE)
     unit = tmp_path / UNIT.name
     unit.write_text(text, encoding="utf-8")
     done = subprocess.run(
@@ -47,6 +55,8 @@ def test_the_unit_signals_the_agent_alone_and_waits_for_its_drain() -> None:
     settings, config = settings_of_unit(), defaults()
     needed_s = config.drain_grace_s + config.shutdown_timeout_s + config.llama_server_stop_grace_s
     assert settings["KillMode"] == "mixed"
+    assert settings["Type"] == "notify-reload"
+    assert float(settings["WatchdogSec"]) > 2 * ROUND_MAX_S
     assert float(settings["TimeoutStopSec"]) > needed_s
     assert settings["RestartPreventExitStatus"] == "78"
 

@@ -110,6 +110,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.status",
         "supervisor.lifecycle",
     },
+    "nodeagent.service_manager": set(),
+    "nodeagent.self_watch": {"nodeagent.service_manager"},
     "nodeagent.shutdown": {"nodeagent.config"},
     "nodeagent.signals": {"nodeagent.errors", "nodeagent.shutdown"},
     # The shell.
@@ -133,6 +135,8 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "nodeagent.containment": set(),
     "nodeagent.descriptors": set(),
     "nodeagent.host_names": {"trio"},
+    "nodeagent.service_manager": set(),
+    "nodeagent.self_watch": {"trio"},
     "nodeagent.gguf": set(),
 }
 

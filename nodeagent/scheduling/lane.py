@@ -60,8 +60,9 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
-    task, always synchronously; `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is
-    called whenever the lane has nothing to do, and returns when to call it again.
+    task, always synchronously; `turns`, how many the task has taken, in `run`; `_preload_held` in
+    `hold_preload`. `rules` may be replaced at any time. `on_idle` is called whenever the lane has nothing to do, and
+    returns when to call it again.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -70,6 +71,7 @@ class Lane(Generic[E]):
         self.times = LaneTimes()
         self.on_idle: Callable[[], float] = lambda: math.inf
         self._servers = servers
+        self.turns = 0
         self._admitted = 0
         self._numbers = itertools.count()
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
@@ -272,6 +274,7 @@ class Lane(Generic[E]):
             task_status.started()
             while True:
                 wake_at = self._take_turn(nursery)
+                self.turns += 1
                 await self._queue.change(wake_at)
 
     def _take_turn(self, nursery: trio.Nursery) -> float:
