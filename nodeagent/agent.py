@@ -10,7 +10,7 @@ lock the state folder, bind the address, find the devices
 ├── API keys        reads them again when they change, keeps their sums
 ├── lanes           one task per device
 ├── stall watch     reports busy servers that make no progress to the supervisor
-├── front           hypercorn and the Quart-Trio app
+├── front           hypercorn and the Quart-Trio app; HAProxy's agent check
 └── dispatcher      registration and heartbeats
 
 Stopping goes from the outside in: drain, the front, the dispatcher's last heartbeat, the children. Signals are caught
@@ -24,6 +24,7 @@ import ssl
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +41,7 @@ from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.selection import devices_of, select
 from nodeagent.devices.values import DeviceRef
+from nodeagent.front import agent_check
 from nodeagent.front.activity import Activity
 from nodeagent.front.asgi import Front
 from nodeagent.front.exchange import ASGIApp
@@ -102,6 +104,7 @@ async def _run(config: NodeConfig, signals: Signals, manager: ServiceManager, on
         keys, tls = guarding_keys(config), tls_context(config)
         sweep(state_dir.children_file(config.state_dir))
         listeners, port = await bind(config.listen_host, config.listen_port)
+        checked = await _bind_agent_check(config)
         backend = await trio.to_thread.run_sync(select, config.backend, config.devices, Build(binary))
         try:
             # In threads, here and above: drivers can be slow.
@@ -113,9 +116,26 @@ async def _run(config: NodeConfig, signals: Signals, manager: ServiceManager, on
             agent = Agent(config, backend, devices, binary, port, keys, tls, manager)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             state_dir.write_certificate(config.state_dir, config.tls_cert)
-            await agent.run(listeners, signals, on_ready)
+            await agent.run(Listeners(listeners, checked), signals, on_ready)
         finally:
             backend.close()
+
+
+async def _bind_agent_check(config: NodeConfig) -> list[trio.SocketListener]:
+    """The listeners for HAProxy's agent check, none if it is not configured. Raises StartupError."""
+    if config.agent_check_port is None:
+        return []
+    listeners, port = await bind(config.listen_host, config.agent_check_port, port_key="agent_check_port")
+    logger.info("HAProxy's agent check is answered at port %d", port)
+    return listeners
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Where the node listens."""
+
+    http: list[trio.SocketListener]
+    agent_check: list[trio.SocketListener]
 
 
 class Agent:
@@ -168,9 +188,7 @@ class Agent:
         self._stop_front = trio.Event()
         self._front_ended = trio.Event()
 
-    async def run(
-        self, listeners: list[trio.SocketListener], signals: Signals, on_ready: Callable[[str], None]
-    ) -> None:
+    async def run(self, listeners: "Listeners", signals: Signals, on_ready: Callable[[str], None]) -> None:
         """Run until a signal asks for the end, then drain, stop the children, and return."""
         try:
             async with trio.open_nursery() as watching:
@@ -183,7 +201,7 @@ class Agent:
 
     async def _run_parts(
         self,
-        listeners: list[trio.SocketListener],
+        listeners: "Listeners",
         signals: Signals,
         on_ready: Callable[[str], None],
         watching: trio.Nursery,
@@ -208,7 +226,9 @@ class Agent:
             nursery.start_soon(self._learn_host_name, name="look up the host's name")
             nursery.start_soon(stall_watch.watch, self._watched_servers, self._supervisor.fail, name="stall watch")
             node.preload()
-            await nursery.start(self._serve_front, listeners, name="front")
+            await nursery.start(self._serve_front, listeners.http, name="front")
+            if listeners.agent_check:
+                await nursery.start(agent_check.serve, node, listeners.agent_check, name="agent check")
             node.enter(Phase.SERVING)
             if self._dispatcher is not None:
                 await nursery.start(self._dispatcher.run, name="dispatcher")

@@ -78,8 +78,10 @@ def haproxy(folder: Path, nodes: dict[str, AgentProcess], check: str) -> Iterato
     text = re.sub(r"^ *(retries|retry-on|option redispatch).*\n", "", text, flags=re.MULTILINE)
     text = text.replace("GET /readyz?drain=404", f"GET {check}").replace(":8080", f":{port}")
     for name, old, agent in zip("ab", (8081, 8082), nodes.values(), strict=True):
-        assert f"box-{name} 127.0.0.1:{old} check inter 1s" in text
+        assert f"box-{name} 127.0.0.1:{old} agent-port" in text
         text = text.replace(f"127.0.0.1:{old}", agent.base_url.removeprefix("http://"))
+        if "drain=404" in check:  # as in the example; the other check is alone
+            text = text.replace(f"agent-port {old + 10}", f"agent-port {agent_check_port(agent)}")
     file = folder / "haproxy.cfg"
     file.write_text(text, encoding="utf-8")
     program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
@@ -90,6 +92,11 @@ def haproxy(folder: Path, nodes: dict[str, AgentProcess], check: str) -> Iterato
             yield f"http://127.0.0.1:{port}/v1/chat/completions"
         finally:
             process.kill()
+
+
+def agent_check_port(agent: AgentProcess) -> int:
+    [line] = [line["message"] for line in agent.lines if "agent check is answered at port" in line["message"]]
+    return int(line.rpartition(" ")[2])
 
 
 def wait_until_it_accepts(port: int, within_s: float = 10.0) -> None:
@@ -127,7 +134,7 @@ def test_no_request_is_lost_while_an_operator_drains_one_node_after_the_other(
     llama_server: Path, tiny_model: Path, tmp_path: Path, check: str
 ) -> None:
     models = [{"model_id": "tiny", "path": str(tiny_model), "preload": True, "threads": 1}]
-    keys: dict[str, Any] = {"drain_grace_s": GRACE_S, "max_pending_requests_per_device": 16}
+    keys: dict[str, Any] = {"drain_grace_s": GRACE_S, "max_pending_requests_per_device": 16, "agent_check_port": 0}
     configs = {name: write_config(tmp_path / name, llama_server, models, node_id=name, **keys) for name in ("a", "b")}
     with (
         running_agent(configs["a"]) as a,
