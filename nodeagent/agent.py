@@ -2,6 +2,7 @@
 
 lock the state folder, bind the address, find the devices
 ├── self-watch      tells the service manager how the agent is, until the end
+├── loop lag        how late the event loop is, and why
 ├── supervisor      owns the children
 ├── node            background work that requests start
 ├── monitor         reads the devices
@@ -60,6 +61,7 @@ from nodeagent.llama_server.load_meter import LoadMeter
 from nodeagent.llama_server.measured_loads import MeasuredLoads
 from nodeagent.llama_server.probe import LlamaServerProbe
 from nodeagent.llama_server.saved_caches import SavedCaches
+from nodeagent.loop_lag import LoopLag
 from nodeagent.managed_device import BuildSpecs, ManagedDevice, lane_rules
 from nodeagent.node import Node, NodeIdentity
 from nodeagent.self_watch import SelfWatch
@@ -235,6 +237,7 @@ class Agent:
             logger.info("node %s accepts requests at %s", node.node_id, node.identity.base_url)
             _spare_the_collector()
             watching.start_soon(self._self_watch.run, name="self-watch")
+            watching.start_soon(LoopLag(node.loop_lag_s).run, name="loop lag")
             self._manager.ready()
             on_ready(node.identity.base_url)
             signum = await signals.until_asked()

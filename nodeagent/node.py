@@ -17,7 +17,7 @@ from typing import Protocol
 
 import trio
 
-from nodeagent import events, logs, reload
+from nodeagent import events, logs, loop_lag, reload
 from nodeagent.access.gate import Gate
 from nodeagent.config import ApiKeyConfig, ModelConfig, NodeConfig, read_api_keys
 from nodeagent.containment import Containment
@@ -28,6 +28,7 @@ from nodeagent.errors import ConfigError, Draining, NoSuchDevice, Refusal, Reloa
 from nodeagent.events import EventLog, Ring
 from nodeagent.front.parameters import Parameters
 from nodeagent.front.seam import ModelCard, ModelDetails, Reloaded
+from nodeagent.histogram import Histogram
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import model_arguments
 from nodeagent.llama_server.relay import Upstream
@@ -100,6 +101,7 @@ class Node:
         self._cards: list[ModelCard] = []
         self._cards_of: list[object] = []
         self.backend_exits: Counter[tuple[str, str, str]] = Counter()
+        self.loop_lag_s = Histogram(loop_lag.BOUNDS_S)
         self.full_host_name = ""
         self._config = config
         self._catalogue = catalogue

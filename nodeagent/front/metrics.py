@@ -22,7 +22,8 @@ from prometheus_client.registry import Collector
 from quart import Blueprint, Response, request
 
 from nodeagent.front.seam import Node
-from nodeagent.front.tallies import Histogram, Tallies
+from nodeagent.front.tallies import Tallies
+from nodeagent.histogram import Histogram
 from nodeagent.scheduling.seam import ServerState
 from nodeagent.status import NodeStatus
 
@@ -65,6 +66,11 @@ class _NodeCollector(Collector):
         yield from _of_lanes(inventory["devices"])
         yield from _of_readings(inventory["devices"])
         yield from _of_servers(inventory["devices"], self._node.backend_exits)
+        lag = HistogramMetricFamily(
+            f"{_PREFIX}_event_loop_lag_seconds", "How late the agent's event loop was, five times a second."
+        )
+        _add_histogram(lag, [], self._node.loop_lag_s)
+        yield lag
         yield from self._of_requests()
 
     def _of_requests(self) -> Iterator[Metric]:
@@ -157,9 +163,13 @@ def _of_servers(devices: list[Mapping[str, Any]], exits: Mapping[tuple[str, str,
 def _histograms(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metric:
     family = HistogramMetricFamily(f"{_PREFIX}_{name}", text, labels=["model"])
     for model_id, histogram in histograms.items():
-        buckets, total = [], 0
-        for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        family.add_metric([model_id], buckets, histogram.sum)
+        _add_histogram(family, [model_id], histogram)
     return family
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
+    buckets, total = [], 0
+    for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
+        total += count
+        buckets.append((bound, total))
+    family.add_metric(labels, buckets, histogram.sum)

@@ -5,9 +5,8 @@ says there how many tokens there were (`usage.py`).
 """
 
 import time
-from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +17,7 @@ from nodeagent.front.accounts import account_var
 from nodeagent.front.activity import Activity, user_agent_of
 from nodeagent.front.refusals import code_of
 from nodeagent.front.usage import HEAD_BYTES, TAIL_BYTES, Usage, usage_of
+from nodeagent.histogram import Histogram
 
 if TYPE_CHECKING:
     from nodeagent.front.first_bytes import InferenceRequest
@@ -33,20 +33,6 @@ CLIENT_CLOSED: Final = 499
 # Why a request ended that is neither complete nor refused.
 CLIENT_LEFT: Final = "client_left"
 SERVER_LOST: Final = "server_lost"
-
-
-class Histogram:
-    """Observations by bucket. `counts` has one more than `bounds`: those above all of them."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one observation."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
 
 
 class Tallies:

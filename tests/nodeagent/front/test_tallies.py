@@ -14,7 +14,8 @@ from nodeagent.config import ApiKeyConfig
 from nodeagent.errors import InvalidApiKey, ModelNotFound, QueueFull
 from nodeagent.front.accounts import account_var
 from nodeagent.front.activity import as_json
-from nodeagent.front.tallies import Histogram, RequestTally, Tallies
+from nodeagent.front.tallies import RequestTally, Tallies
+from nodeagent.histogram import Histogram
 
 TIMINGS = b'"timings":{"cache_n":3,"prompt_n":5,"prompt_ms":1.0,"predicted_n":7,"predicted_per_token_ms":20.5}'
 
