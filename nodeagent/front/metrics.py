@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from quart import Blueprint, Response, request
 
+from nodeagent.front.kv_use import KvUse
 from nodeagent.front.seam import Node
 from nodeagent.front.tallies import Tallies
 from nodeagent.histogram import Histogram
@@ -38,14 +39,15 @@ _READINGS: Final = {
 }
 
 
-def blueprint(node: Node, tallies: Tallies) -> Blueprint:
+def blueprint(node: Node, tallies: Tallies, kv_use: KvUse) -> Blueprint:
     """The route `/metrics`."""
     routes = Blueprint("metrics", __name__)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_NodeCollector(node, tallies))
+    registry.register(_NodeCollector(node, tallies, kv_use))
 
     @routes.get("/metrics")
     async def metrics() -> Response:
+        await kv_use.refresh()
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return Response(encode(registry), content_type=content_type)
 
@@ -55,9 +57,10 @@ def blueprint(node: Node, tallies: Tallies) -> Blueprint:
 class _NodeCollector(Collector):
     """Reads the node when it is asked."""
 
-    def __init__(self, node: Node, tallies: Tallies) -> None:
+    def __init__(self, node: Node, tallies: Tallies, kv_use: KvUse) -> None:
         self._node = node
         self._tallies = tallies
+        self._kv_use = kv_use
 
     def collect(self) -> Iterable[Metric]:
         """Every metric as it is now."""
@@ -71,7 +74,21 @@ class _NodeCollector(Collector):
         )
         _add_histogram(lag, [], self._node.loop_lag_s)
         yield lag
+        yield from self._of_caches()
         yield from self._of_requests()
+
+    def _of_caches(self) -> Iterator[Metric]:
+        text = "Share of the KV cache that requests in progress fill"
+        on_node, of_servers = self._kv_use.ratios()
+        whole = GaugeMetricFamily(f"{_PREFIX}_kv_cache_usage_ratio", f"{text}, of all servers together.")
+        whole.add_metric([], on_node)
+        yield whole
+        each = GaugeMetricFamily(
+            f"{_PREFIX}_backend_kv_cache_usage_ratio", f"{text}, of a server.", labels=["device", "model"]
+        )
+        for labels, ratio in of_servers.items():
+            each.add_metric(labels, ratio)
+        yield each
 
     def _of_requests(self) -> Iterator[Metric]:
         tallies = self._tallies

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -53,6 +53,13 @@ class Scheduler(Generic[E]):
         for lane in lanes.values():
             lane.on_idle = partial(self._help_others, lane)
             lane.times.node = node_times
+
+    def ready_servers(self) -> Iterator[tuple[str, str, E]]:
+        """The device, model and endpoint of each server that is ready."""
+        for device_id, servers in self._servers.items():
+            for view in servers.views():
+                if view.endpoint is not None:
+                    yield device_id, view.model_id, view.endpoint
 
     def admit(
         self,

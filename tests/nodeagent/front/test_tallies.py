@@ -89,6 +89,18 @@ async def test_a_request_that_is_not_answered_completely_counts_with_the_reason(
     }
 
 
+async def test_requests_in_flight_whose_answers_are_not_streamed_are_known(autojump_clock: MockClock) -> None:
+    tallies = Tallies()
+    whole, queued, stream = (RequestTally(tallies, replace(REQUEST, streamed=it)) for it in (False, False, True))
+    whole.granted("cpu:0", 0.0, 0.0)
+    whole.granted("cpu:0", 0.0, 0.0)  # again, after its server was lost
+    stream.granted("cpu:0", 0.0, 0.0)
+    assert tallies.whole_in_flight["a"] == 1
+    for tally in (queued, stream, whole):
+        tally.close()
+    assert tallies.whole_in_flight["a"] == 0
+
+
 async def test_a_complete_request_is_a_record_of_what_it_took(autojump_clock: MockClock) -> None:
     tallies = Tallies()
     headers = [(b"user-agent", b"curl/8 \x1b[31m" + b"x" * 500)]
