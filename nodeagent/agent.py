@@ -1,6 +1,8 @@
 """Builds the node from its configuration and runs its tasks from start to stop.
 
 lock the state folder, bind the address, find the devices
+├── self-watch      tells the service manager how the agent is, until the end
+├── loop lag        how late the event loop is, and why
 ├── supervisor      owns the children
 ├── node            background work that requests start
 ├── monitor         reads the devices
@@ -9,7 +11,7 @@ lock the state folder, bind the address, find the devices
 ├── API keys        reads them again when they change, keeps their sums
 ├── lanes           one task per device
 ├── stall watch     reports busy servers that make no progress to the supervisor
-├── front           hypercorn and the Quart-Trio app
+├── front           hypercorn and the Quart-Trio app; HAProxy's agent check
 └── dispatcher      registration and heartbeats
 
 Stopping goes from the outside in: drain, the front, the dispatcher's last heartbeat, the children. Signals are caught
@@ -22,7 +24,8 @@ import secrets
 import ssl
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +42,7 @@ from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.selection import devices_of, select
 from nodeagent.devices.values import DeviceRef
+from nodeagent.front import agent_check
 from nodeagent.front.activity import Activity
 from nodeagent.front.asgi import Front
 from nodeagent.front.exchange import ASGIApp
@@ -57,11 +61,14 @@ from nodeagent.llama_server.load_meter import LoadMeter
 from nodeagent.llama_server.measured_loads import MeasuredLoads
 from nodeagent.llama_server.probe import LlamaServerProbe
 from nodeagent.llama_server.saved_caches import SavedCaches
+from nodeagent.loop_lag import LoopLag
 from nodeagent.managed_device import BuildSpecs, ManagedDevice, lane_rules
 from nodeagent.node import Node, NodeIdentity
+from nodeagent.self_watch import SelfWatch
+from nodeagent.service_manager import ServiceManager
 from nodeagent.shutdown import drain
 from nodeagent.signals import Signals
-from nodeagent.status import Phase
+from nodeagent.status import Phase, in_a_line
 from supervisor.lifecycle import Event
 from supervisor.records import Records, sweep
 from supervisor.spec import ChildSpec
@@ -86,11 +93,11 @@ async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _b
     second signal. Cancelling stops the children and returns.
     """
     signals = Signals(last_resort_s=config.llama_server_stop_grace_s + _LAST_RESORT_S)
-    with signals.caught(), signals.scope:
-        await _run(config, signals, on_ready)
+    with closing(ServiceManager()) as manager, signals.caught(), signals.scope:
+        await _run(config, signals, manager, on_ready)
 
 
-async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], None]) -> None:
+async def _run(config: NodeConfig, signals: Signals, manager: ServiceManager, on_ready: Callable[[str], None]) -> None:
     reload.log_warnings(config)
     descriptors.raise_limit()
     binary = find_llama_server(config)
@@ -99,6 +106,7 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
         keys, tls = guarding_keys(config), tls_context(config)
         sweep(state_dir.children_file(config.state_dir))
         listeners, port = await bind(config.listen_host, config.listen_port)
+        checked = await _bind_agent_check(config)
         backend = await trio.to_thread.run_sync(select, config.backend, config.devices, Build(binary))
         try:
             # In threads, here and above: drivers can be slow.
@@ -107,12 +115,29 @@ async def _run(config: NodeConfig, signals: Signals, on_ready: Callable[[str], N
             if cpus.usable < cpus.host:
                 logger.info("servers may use %s", cpus)
             devices = with_reserve(devices, config)
-            agent = Agent(config, backend, devices, binary, port, keys, tls)
+            agent = Agent(config, backend, devices, binary, port, keys, tls, manager)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             state_dir.write_certificate(config.state_dir, config.tls_cert)
-            await agent.run(listeners, signals, on_ready)
+            await agent.run(Listeners(listeners, checked), signals, on_ready)
         finally:
             backend.close()
+
+
+async def _bind_agent_check(config: NodeConfig) -> list[trio.SocketListener]:
+    """The listeners for HAProxy's agent check, none if it is not configured. Raises StartupError."""
+    if config.agent_check_port is None:
+        return []
+    listeners, port = await bind(config.listen_host, config.agent_check_port, port_key="agent_check_port")
+    logger.info("HAProxy's agent check is answered at port %d", port)
+    return listeners
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Where the node listens."""
+
+    http: list[trio.SocketListener]
+    agent_check: list[trio.SocketListener]
 
 
 class Agent:
@@ -127,8 +152,10 @@ class Agent:
         port: int,
         keys: Mapping[str, ApiKeyConfig],
         tls: ssl.SSLContext | None,
+        manager: ServiceManager,
     ) -> None:
         self._config = config
+        self._manager = manager
         records = Records(state_dir.children_file(config.state_dir))
         self._supervisor = Supervisor(
             on_event=self._on_event,
@@ -158,23 +185,31 @@ class Agent:
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
         self._activity = Activity(config.activity.max_records)
+        self.node.while_reloading = manager.reloading
+        lanes = [device.lane for device in managed.values()]
+        self._self_watch = SelfWatch(manager, lanes, lambda: in_a_line(self.node.snapshot()))
         self._stop_front = trio.Event()
         self._front_ended = trio.Event()
 
-    async def run(
-        self, listeners: list[trio.SocketListener], signals: Signals, on_ready: Callable[[str], None]
-    ) -> None:
+    async def run(self, listeners: "Listeners", signals: Signals, on_ready: Callable[[str], None]) -> None:
         """Run until a signal asks for the end, then drain, stop the children, and return."""
         try:
-            await self._run_parts(listeners, signals, on_ready)
+            async with trio.open_nursery() as watching:
+                await self._run_parts(listeners, signals, on_ready, watching)
+                watching.cancel_scope.cancel()
         finally:
             signals.on_kill = lambda: None
             self._caches.clear()
             logger.info("node %s has stopped", self.node.node_id)
 
     async def _run_parts(
-        self, listeners: list[trio.SocketListener], signals: Signals, on_ready: Callable[[str], None]
+        self,
+        listeners: "Listeners",
+        signals: Signals,
+        on_ready: Callable[[str], None],
+        watching: trio.Nursery,
     ) -> None:
+        """What is started in `watching` goes on until the children have stopped."""
         node = self.node
         await self._catalogue.inspect_all(self._config.models)
         for device in node.devices.values():
@@ -194,14 +229,21 @@ class Agent:
             nursery.start_soon(self._learn_host_name, name="look up the host's name")
             nursery.start_soon(stall_watch.watch, self._watched_servers, self._supervisor.fail, name="stall watch")
             node.preload()
-            await nursery.start(self._serve_front, listeners, name="front")
+            await nursery.start(self._serve_front, listeners.http, name="front")
+            if listeners.agent_check:
+                await nursery.start(agent_check.serve, node, listeners.agent_check, name="agent check")
             node.enter(Phase.SERVING)
             if self._dispatcher is not None:
                 await nursery.start(self._dispatcher.run, name="dispatcher")
             logger.info("node %s accepts requests at %s", node.node_id, node.identity.base_url)
             _spare_the_collector()
+            watching.start_soon(self._self_watch.run, name="self-watch")
+            watching.start_soon(LoopLag(node.loop_lag_s).run, name="loop lag")
+            self._manager.ready()
             on_ready(node.identity.base_url)
-            await drain(node, await signals.until_asked())
+            signum = await signals.until_asked()
+            self._self_watch.stop()
+            await drain(node, signum)
             signals.on_reload = lambda: None
             signals.end_in_time()
             await self._stop()

@@ -7,8 +7,8 @@ import logging
 import math
 import ssl
 from collections import Counter
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Protocol
 
 import trio
 
-from nodeagent import events, logs, reload
+from nodeagent import events, logs, loop_lag, reload
 from nodeagent.access.gate import Gate
 from nodeagent.config import ApiKeyConfig, ModelConfig, NodeConfig, read_api_keys
 from nodeagent.containment import Containment
@@ -37,6 +37,7 @@ from nodeagent.errors import (
 from nodeagent.events import EventLog, Ring
 from nodeagent.front.parameters import Parameters
 from nodeagent.front.seam import ModelCard, ModelDetails, Reloaded
+from nodeagent.histogram import Histogram
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import model_arguments
 from nodeagent.llama_server.relay import Upstream
@@ -82,8 +83,8 @@ class Node:
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
     which a drained node still accepts requests) in `drain`, `backend_exits` in `on_child_event`; `_cards` in `cards`;
-    `tls` in `reload`; `dispatcher` and `full_host_name` (with its domain; "" until it has been looked up) once, by
-    `agent`.
+    `tls` in `reload`; `dispatcher`, `while_reloading` (entered for the time of a reload) and `full_host_name` (with
+    its domain; "" until it has been looked up) once, by `agent`.
     """
 
     def __init__(
@@ -105,9 +106,11 @@ class Node:
         )
         self.events: EventLog = Ring(events.KEPT)
         self.dispatcher: Dispatcher | None = None
+        self.while_reloading: Callable[[], AbstractContextManager[None]] = nullcontext
         self._cards: list[ModelCard] = []
         self._cards_of: list[object] = []
         self.backend_exits: Counter[tuple[str, str, str]] = Counter()
+        self.loop_lag_s = Histogram(loop_lag.BOUNDS_S)
         self.full_host_name = ""
         self._config = config
         self._catalogue = catalogue
@@ -265,17 +268,10 @@ class Node:
             self.enter(Phase.SERVING)
 
     async def reload(self) -> Reloaded:
-        async with self._reloading:  # one at a time, in the order of the requests
-            try:
-                again = await trio.to_thread.run_sync(reload.read_again, self._config)
-            except ConfigError as error:
-                problems = [str(problem) for problem in error.problems]
-                logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
-                raise ReloadRefused(problems) from error
-            self._gate.replace(again.keys)
-            if (again.tls is None) == (self.tls is None):  # else clients would have another kind of address
-                self.tls = again.tls
-            return await self._reconfigure(again.config)
+        # One at a time, in the order of the requests.
+        async with self._reloading:
+            with self.while_reloading():
+                return await self._reload()
 
     def read_api_keys(self) -> dict[str, ApiKeyConfig]:
         """Every API key by its SHA-256. Blocks on the disk; raises ConfigError."""
@@ -380,6 +376,18 @@ class Node:
         logs.child_line(server.device_id, server.model_id, generation, line)
 
     # Inside.
+
+    async def _reload(self) -> Reloaded:
+        try:
+            again = await trio.to_thread.run_sync(reload.read_again, self._config)
+        except ConfigError as error:
+            problems = [str(problem) for problem in error.problems]
+            logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
+            raise ReloadRefused(problems) from error
+        self._gate.replace(again.keys)
+        if (again.tls is None) == (self.tls is None):  # else clients would have another kind of address
+            self.tls = again.tls
+        return await self._reconfigure(again.config)
 
     async def _reconfigure(self, config: NodeConfig) -> Reloaded:
         """Apply another configuration; what it does not change goes on as it is."""

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 FIXED_KEYS = (
     "listen_host",
     "listen_port",
+    "agent_check_port",
     "node_id",
     "node_name",
     "state_dir",

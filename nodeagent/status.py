@@ -159,6 +159,21 @@ class NodeSnapshot:
         ]
 
 
+def in_a_line(node: NodeSnapshot) -> str:
+    """The node's status for people: its requests and what is loaded, or what is wrong."""
+    lanes = [device.lane for device in node.devices]
+    running, waiting = sum(lane.in_flight for lane in lanes), sum(lane.waiting for lane in lanes)
+    loaded = [
+        f"{server.model_id} on {device.ref.device_id}"
+        for device in node.devices
+        for server in device.servers
+        if server.state is ServerState.READY
+    ]
+    requests = f"{running} requests in flight, {waiting} queued"
+    models = f"loaded: {', '.join(loaded)}" if loaded else "no model loaded"
+    return "; ".join([f"{node.state.status.value}: {requests}", models, *node.state.reasons])
+
+
 _BY_PHASE: dict[Phase, tuple[NodeStatus, tuple[NodeReason, ...]]] = {
     Phase.STARTING: (NodeStatus.STARTING, ()),
     Phase.SERVING: (NodeStatus.READY, ()),

@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.containment",
         "nodeagent.descriptors",
         "nodeagent.events",
+        "nodeagent.histogram",
         "nodeagent.llama_server.headers",
         "nodeagent.llama_server.relay",
         "nodeagent.logs",
@@ -117,6 +118,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.status",
         "supervisor.lifecycle",
     },
+    "nodeagent.service_manager": set(),
+    "nodeagent.self_watch": {"nodeagent.service_manager"},
+    "nodeagent.histogram": set(),
+    "nodeagent.loop_lag": {"nodeagent.containment", "nodeagent.histogram"},
     "nodeagent.shutdown": {"nodeagent.config"},
     "nodeagent.signals": {"nodeagent.errors", "nodeagent.shutdown"},
     # The shell.
@@ -140,6 +145,10 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "nodeagent.containment": set(),
     "nodeagent.descriptors": set(),
     "nodeagent.host_names": {"trio"},
+    "nodeagent.service_manager": set(),
+    "nodeagent.self_watch": {"trio"},
+    "nodeagent.loop_lag": {"trio"},
+    "nodeagent.histogram": set(),
     "nodeagent.gguf": set(),
 }
 

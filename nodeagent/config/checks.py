@@ -22,6 +22,7 @@ Document = Mapping[str, object]
 def check_document(document: Document) -> Iterator[Finding]:
     """Everything that is wrong between the keys of one configuration."""
     yield from _reachable(document)
+    yield from _ports(document)
     yield from _devices(document)
     yield from _model_names(document)
     yield from _fallbacks(document)
@@ -67,6 +68,12 @@ def _reachable(document: Document) -> Iterator[Finding]:
             ("listen_host",),
             f"{host} does not tell the dispatcher where to reach this node; set advertise_url as well",
         )
+
+
+def _ports(document: Document) -> Iterator[Finding]:
+    port = document.get("agent_check_port")
+    if port and port == document.get("listen_port", 8081):
+        yield ("agent_check_port",), f"must be another port than listen_port, found {shown(port)}"
 
 
 def _devices(document: Document) -> Iterator[Finding]:

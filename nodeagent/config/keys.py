@@ -331,6 +331,13 @@ class NodeConfig(Keys):
 
     listen_host: Host = Field(default="127.0.0.1", description="Address to listen on.")
     listen_port: int = Field(default=8081, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    agent_check_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port on `listen_host` for HAProxy's agent check (`agent-port`), which tells how the node is, how "
+        "many of its places are free, and how many there are. 0 picks a free one; none by default.",
+    )
     node_id: str = Field(
         default_factory=_default_node_id,
         pattern=NODE_ID,

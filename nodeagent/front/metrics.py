@@ -21,8 +21,10 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from quart import Blueprint, Response, request
 
+from nodeagent.front.kv_use import KvUse
 from nodeagent.front.seam import Node
-from nodeagent.front.tallies import Histogram, Tallies
+from nodeagent.front.tallies import Tallies
+from nodeagent.histogram import Histogram
 from nodeagent.scheduling.seam import ServerState
 from nodeagent.status import NodeStatus
 
@@ -37,14 +39,15 @@ _READINGS: Final = {
 }
 
 
-def blueprint(node: Node, tallies: Tallies) -> Blueprint:
+def blueprint(node: Node, tallies: Tallies, kv_use: KvUse) -> Blueprint:
     """The route `/metrics`."""
     routes = Blueprint("metrics", __name__)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_NodeCollector(node, tallies))
+    registry.register(_NodeCollector(node, tallies, kv_use))
 
     @routes.get("/metrics")
     async def metrics() -> Response:
+        await kv_use.refresh()
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return Response(encode(registry), content_type=content_type)
 
@@ -54,9 +57,10 @@ def blueprint(node: Node, tallies: Tallies) -> Blueprint:
 class _NodeCollector(Collector):
     """Reads the node when it is asked."""
 
-    def __init__(self, node: Node, tallies: Tallies) -> None:
+    def __init__(self, node: Node, tallies: Tallies, kv_use: KvUse) -> None:
         self._node = node
         self._tallies = tallies
+        self._kv_use = kv_use
 
     def collect(self) -> Iterable[Metric]:
         """Every metric as it is now."""
@@ -65,7 +69,26 @@ class _NodeCollector(Collector):
         yield from _of_lanes(inventory["devices"])
         yield from _of_readings(inventory["devices"])
         yield from _of_servers(inventory["devices"], self._node.backend_exits)
+        lag = HistogramMetricFamily(
+            f"{_PREFIX}_event_loop_lag_seconds", "How late the agent's event loop was, five times a second."
+        )
+        _add_histogram(lag, [], self._node.loop_lag_s)
+        yield lag
+        yield from self._of_caches()
         yield from self._of_requests()
+
+    def _of_caches(self) -> Iterator[Metric]:
+        text = "Share of the KV cache that requests in progress fill"
+        on_node, of_servers = self._kv_use.ratios()
+        whole = GaugeMetricFamily(f"{_PREFIX}_kv_cache_usage_ratio", f"{text}, of all servers together.")
+        whole.add_metric([], on_node)
+        yield whole
+        each = GaugeMetricFamily(
+            f"{_PREFIX}_backend_kv_cache_usage_ratio", f"{text}, of a server.", labels=["device", "model"]
+        )
+        for labels, ratio in of_servers.items():
+            each.add_metric(labels, ratio)
+        yield each
 
     def _of_requests(self) -> Iterator[Metric]:
         tallies = self._tallies
@@ -157,9 +180,13 @@ def _of_servers(devices: list[Mapping[str, Any]], exits: Mapping[tuple[str, str,
 def _histograms(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metric:
     family = HistogramMetricFamily(f"{_PREFIX}_{name}", text, labels=["model"])
     for model_id, histogram in histograms.items():
-        buckets, total = [], 0
-        for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        family.add_metric([model_id], buckets, histogram.sum)
+        _add_histogram(family, [model_id], histogram)
     return family
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
+    buckets, total = [], 0
+    for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
+        total += count
+        buckets.append((bound, total))
+    family.add_metric(labels, buckets, histogram.sum)

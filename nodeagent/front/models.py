@@ -5,29 +5,21 @@ loaded server's own answers.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final
-from weakref import WeakKeyDictionary
+from typing import Any
 
-import trio
 from quart import Blueprint, Response, request
 
-from nodeagent.errors import BackendUnavailable, ModelNotLoaded, UpstreamLost
+from nodeagent.errors import ModelNotLoaded
 from nodeagent.front.accounts import may_use
 from nodeagent.front.openai import model_of_name
 from nodeagent.front.seam import ModelCard, ModelDetails, Node, find_card
-from nodeagent.llama_server.relay import Upstream
-
-# A server that is asked for its slots more often than once a second does not notice that a client has left a request
-# that is not streamed.
-_GOOD_S: Final = 2.0
-_TIMEOUT_S: Final = 5.0
-_RETRY_S: Final = 1.0
+from nodeagent.front.window import Window
 
 
-def blueprint(node: Node) -> Blueprint:
-    """The routes that show models and servers."""
+def blueprint(node: Node, slots: Window) -> Blueprint:
+    """The routes that show models and servers; `slots` is that on `/slots`."""
     routes = Blueprint("models", __name__)
-    windows = {"/props": _Window("/props"), "/slots": _Window("/slots")}
+    windows = {"/props": Window("/props"), "/slots": slots}
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -52,43 +44,6 @@ def blueprint(node: Node) -> Blueprint:
         return Response(content, status=status, content_type="application/json")
 
     return routes
-
-
-class _Window:
-    """What servers answer on one path; they are asked at most once each `_GOOD_S`.
-
-    What changes: `_seen` (the last answer of each server, and until when it is good) and `_asking`, in `look`.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._seen = WeakKeyDictionary[Upstream, tuple[float, tuple[int, bytes]]]()
-        self._asking = trio.Lock()
-
-    async def look(self, model_id: str, server: Upstream) -> tuple[int, bytes]:
-        """The status and body that the server answers, or has just answered. Raises BackendUnavailable."""
-        async with self._asking:
-            good_until, seen = self._seen.get(server, (0.0, (0, b"")))
-            if trio.current_time() < good_until:
-                return seen
-            try:
-                with trio.fail_after(_TIMEOUT_S):
-                    seen = await self._ask(server)
-            except (UpstreamLost, trio.TooSlowError) as error:
-                raise BackendUnavailable(model_id, f"its server does not answer {self._path}", _RETRY_S) from error
-            self._seen[server] = trio.current_time() + _GOOD_S, seen
-            return seen
-
-    async def _ask(self, server: Upstream) -> tuple[int, bytes]:
-        sent = server.request("GET", self._path, [], b"")
-        try:
-            response = await sent.response()
-            content = b""
-            while (chunk := await response.next_chunk()) is not None:
-                content += chunk
-            return response.status, content
-        finally:
-            sent.close()
 
 
 def _json(card: ModelCard, details: ModelDetails) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from nodeagent.errors import ModelNotFound
 from nodeagent.events import NodeEvent, Ring
 from nodeagent.front.accounts import check_model, may_use
 from nodeagent.front.parameters import Parameters
+from nodeagent.histogram import Histogram
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.status import NodeState
@@ -112,6 +113,10 @@ class Node(Protocol):
     @property
     def backend_exits(self) -> Mapping[tuple[str, str, str], int]:
         """How many servers have ended, by device, model and cause."""
+
+    @property
+    def loop_lag_s(self) -> Histogram:
+        """How late the event loop was, in seconds."""
 
     @property
     def gate(self) -> Gate:

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 1024
 
 
-async def bind(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
+async def bind(host: str, port: int, *, port_key: str = "listen_port") -> tuple[list[trio.SocketListener], int]:
     """Listen on every address of `host`, all on one port, and return that port; 0 lets the system choose it.
+    `port_key` is the key of the configuration that it comes from.
 
     Raises StartupError with one line. The caller closes the listeners unless `serve` gets them.
     """
@@ -44,7 +45,7 @@ async def bind(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
     except OSError as error:
         for listener in listeners:
             listener.socket.close()
-        raise StartupError(f"can't listen on {place}: {_why(error)}") from None
+        raise StartupError(f"can't listen on {place}: {_why(error, port_key)}") from None
     return listeners, port
 
 
@@ -64,14 +65,14 @@ def _listen(family: int, address: tuple[Any, ...], *, dual_stack: bool) -> trio.
         raise
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, port_key: str) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "another process already listens there (listen_host, listen_port)"
+            return f"another process already listens there (listen_host, {port_key})"
         case errno.EADDRNOTAVAIL:
             return "no interface of this host has that address (listen_host)"
         case errno.EACCES:
-            return "ports below 1024 need a privilege that this process does not have (listen_port)"
+            return f"ports below 1024 need a privilege that this process does not have ({port_key})"
         case _:
             return str(error)
 

@@ -5,9 +5,8 @@ says there how many tokens there were (`usage.py`).
 """
 
 import time
-from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +17,7 @@ from nodeagent.front.accounts import account_var
 from nodeagent.front.activity import Activity, user_agent_of
 from nodeagent.front.refusals import code_of
 from nodeagent.front.usage import HEAD_BYTES, TAIL_BYTES, Usage, usage_of
+from nodeagent.histogram import Histogram
 
 if TYPE_CHECKING:
     from nodeagent.front.first_bytes import InferenceRequest
@@ -35,24 +35,11 @@ CLIENT_LEFT: Final = "client_left"
 SERVER_LOST: Final = "server_lost"
 
 
-class Histogram:
-    """Observations by bucket. `counts` has one more than `bounds`: those above all of them."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one observation."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-
 class Tallies:
     """The sums since the start, by model id; those of `requests` by model id, status and reason ("" if complete).
 
     Only requests that were admitted, or refused for want of a place, count: until then they may name any model.
+    `whole_in_flight` are the requests in flight whose answers are not streamed, by model.
     """
 
     def __init__(self, activity: Activity | None = None) -> None:
@@ -64,6 +51,7 @@ class Tallies:
         self.prompt_tokens: Counter[str] = Counter()
         self.cached_tokens: Counter[str] = Counter()
         self.generated_tokens: Counter[str] = Counter()
+        self.whole_in_flight: Counter[str] = Counter()
         self.activity = Activity() if activity is None else activity
 
     def refused_early(
@@ -111,10 +99,14 @@ class RequestTally:
         self._before = b""
         self._first = b""
         self._pieces = 0
+        self._is_whole = False
 
     def granted(self, device_id: str, queued_s: float, load_s: float) -> None:
         """It has its turn there, for which it waited that long, and then for the load of its model."""
         self._device_id, self._queued_s, self._load_s = device_id, queued_s, load_s
+        if not self._request.streamed and not self._is_whole:
+            self._is_whole = True
+            self._tallies.whole_in_flight[self._model_id] += 1
         self._tallies.queue_wait_s[self._model_id].observe(queued_s)
 
     def answered(self, status: int) -> None:
@@ -147,6 +139,7 @@ class RequestTally:
     def close(self) -> None:
         """Add it to the sums, and to the activity."""
         tallies, model_id = self._tallies, self._model_id
+        tallies.whole_in_flight[model_id] -= self._is_whole
         duration_s = trio.current_time() - self._began_at
         tallies.requests[model_id, self._status, self._reason] += 1
         tallies.duration_s[model_id].observe(duration_s)

@@ -63,10 +63,10 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
-    task, always synchronously; `_why_loaded` in the lane's task; `_preload_held` in `hold_preload`. `rules` may be
-    replaced at any time. `on_idle` is called whenever the lane has nothing to do, and returns when to call it again.
-    `moves_elsewhere` is asked to hand a request over to another lane, whose device has so many bytes for its model; it
-    returns whether it did.
+    task, always synchronously; `_why_loaded` and `turns`, how many the task has taken, in the lane's task;
+    `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is called whenever the lane has
+    nothing to do, and returns when to call it again. `moves_elsewhere` is asked to hand a request over to another lane,
+    whose device has so many bytes for its model; it returns whether it did.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -76,6 +76,7 @@ class Lane(Generic[E]):
         self.on_idle: Callable[[], float] = lambda: math.inf
         self.moves_elsewhere: Callable[[Ticket[E], int], bool] = lambda _ticket, _least_bytes: False
         self._servers = servers
+        self.turns = 0
         self._admitted = 0
         self._numbers = itertools.count()
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
@@ -290,6 +291,7 @@ class Lane(Generic[E]):
             task_status.started()
             while True:
                 wake_at = self._take_turn(nursery)
+                self.turns += 1
                 await self._queue.change(wake_at)
 
     def _take_turn(self, nursery: trio.Nursery) -> float:

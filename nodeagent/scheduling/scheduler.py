@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -54,6 +54,13 @@ class Scheduler(Generic[E]):
             lane.on_idle = partial(self._help_others, lane)
             lane.moves_elsewhere = self._move_elsewhere
             lane.times.node = node_times
+
+    def ready_servers(self) -> Iterator[tuple[str, str, E]]:
+        """The device, model and endpoint of each server that is ready."""
+        for device_id, servers in self._servers.items():
+            for view in servers.views():
+                if view.endpoint is not None:
+                    yield device_id, view.model_id, view.endpoint
 
     def admit(
         self,

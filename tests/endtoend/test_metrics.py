@@ -30,6 +30,13 @@ def agent(
         yield agent
 
 
+@pytest.fixture(scope="module")
+def slow(llama_server: Path, slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
+    models = [{"model_id": "slow", "path": str(slow_model), "threads": 1}]
+    with running_agent(write_config(tmp_path_factory.mktemp("slow"), llama_server, models)) as agent:
+        yield agent
+
+
 def scrape(agent: AgentProcess) -> str:
     answer = httpx.get(f"{agent.base_url}/metrics", trust_env=False)
     assert answer.status_code == 200
@@ -71,6 +78,7 @@ def test_requests_and_their_tokens_are_counted(agent: AgentProcess) -> None:
         assert grown(f"{name}_bucket", model="a", le="+Inf") == 2
     assert value(after, "backend_state", device="cpu:0", model="a", state="ready") == 1
     assert value(after, "num_requests_running") == 0
+    assert grown("event_loop_lag_seconds_count") >= 1
 
 
 def test_no_counter_goes_back_and_every_sample_is_finite_through_switches_and_crashes(agent: AgentProcess) -> None:
@@ -90,6 +98,25 @@ def test_no_counter_goes_back_and_every_sample_is_finite_through_switches_and_cr
         counters = [key for key in last if key[0].endswith(("_total", "_count", "_sum", "_bucket"))]
         assert all(now[key] >= last[key] for key in counters)
         last = now
+
+
+def test_the_use_of_the_kv_cache_is_told_while_a_stream_runs(
+    slow: AgentProcess,
+) -> None:
+    body = {"model": "slow", "prompt": "once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{slow.base_url}/v1/completions", json=body, timeout=60, trust_env=False) as stream:
+        lines = stream.iter_lines()
+        for _ in range(40):
+            next(lines)
+        now = samples(slow)
+        ratio = value(now, "backend_kv_cache_usage_ratio", device="cpu:0", model="slow")
+        assert 0 < ratio < 1
+        assert value(now, "kv_cache_usage_ratio") == ratio
+    until = time.monotonic() + 10
+    while value(samples(slow), "num_requests_running"):
+        assert time.monotonic() < until
+    time.sleep(2.1)  # an older look is good for 2 s
+    assert value(samples(slow), "kv_cache_usage_ratio") == 0
 
 
 def test_openmetrics_is_spoken_to_those_who_ask_for_it(agent: AgentProcess) -> None:

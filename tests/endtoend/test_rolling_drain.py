@@ -70,16 +70,17 @@ class SteadyLoad:
 
 
 @contextmanager
-def haproxy(folder: Path, nodes: dict[str, AgentProcess], check: str) -> Iterator[str]:
-    """The example's configuration with these nodes and this check, and without its retries, which would hide a loss."""
+def haproxy(folder: Path, nodes: dict[str, AgentProcess]) -> Iterator[str]:
+    """The example's configuration with these nodes, and without its retries, which would hide a loss."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = EXAMPLE.read_text(encoding="utf-8")
     text = re.sub(r"^ *(retries|retry-on|option redispatch).*\n", "", text, flags=re.MULTILINE)
-    text = text.replace("GET /readyz?drain=404", f"GET {check}").replace(":8080", f":{port}")
+    text = text.replace(":8080", f":{port}")
     for name, old, agent in zip("ab", (8081, 8082), nodes.values(), strict=True):
-        assert f"box-{name} 127.0.0.1:{old} check inter 1s" in text
+        assert f"box-{name} 127.0.0.1:{old} agent-port {old + 10}" in text
         text = text.replace(f"127.0.0.1:{old}", agent.base_url.removeprefix("http://"))
+        text = text.replace(f"agent-port {old + 10}", f"agent-port {agent_check_port(agent)}")
     file = folder / "haproxy.cfg"
     file.write_text(text, encoding="utf-8")
     program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
@@ -90,6 +91,12 @@ def haproxy(folder: Path, nodes: dict[str, AgentProcess], check: str) -> Iterato
             yield f"http://127.0.0.1:{port}/v1/chat/completions"
         finally:
             process.kill()
+
+
+def agent_check_port(agent: AgentProcess) -> int:
+    """Port 1, where nobody answers, if the agent has none."""
+    lines = [line["message"] for line in agent.lines if "agent check is answered at port" in line["message"]]
+    return int(lines[0].rpartition(" ")[2]) if lines else 1
 
 
 def wait_until_it_accepts(port: int, within_s: float = 10.0) -> None:
@@ -122,17 +129,18 @@ def ask(agent: AgentProcess) -> httpx.Response:
     return httpx.post(url, json=BODY, timeout=20, trust_env=False)
 
 
-@pytest.mark.parametrize("check", ["/readyz", "/readyz?drain=404"])
+@pytest.mark.parametrize("agent_check", [False, True], ids=["without agent check", "with agent check"])
 def test_no_request_is_lost_while_an_operator_drains_one_node_after_the_other(
-    llama_server: Path, tiny_model: Path, tmp_path: Path, check: str
+    llama_server: Path, tiny_model: Path, tmp_path: Path, agent_check: bool
 ) -> None:
     models = [{"model_id": "tiny", "path": str(tiny_model), "preload": True, "threads": 1}]
     keys: dict[str, Any] = {"drain_grace_s": GRACE_S, "max_pending_requests_per_device": 16}
+    keys |= {"agent_check_port": 0} if agent_check else {}
     configs = {name: write_config(tmp_path / name, llama_server, models, node_id=name, **keys) for name in ("a", "b")}
     with (
         running_agent(configs["a"]) as a,
         running_agent(configs["b"]) as b,
-        haproxy(tmp_path, {"a": a, "b": b}, check) as url,
+        haproxy(tmp_path, {"a": a, "b": b}) as url,
         SteadyLoad(url) as load,
     ):
         load.wait_until_served_by("a", "b")

@@ -40,6 +40,7 @@ def test_models_are_compared_by_id_and_by_all_their_keys(
 CHANGES: dict[str, Any] = {
     "listen_host": "127.0.0.2",
     "listen_port": 1,
+    "agent_check_port": 2,
     "node_id": "other",
     "node_name": "Other",
     "state_dir": "/elsewhere",

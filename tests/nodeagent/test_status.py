@@ -7,7 +7,7 @@ import pytest
 
 from nodeagent.devices.values import DeviceRef
 from nodeagent.scheduling.seam import LaneView, ServerState, ServerView
-from nodeagent.status import DeviceStatus, NodeReason, NodeSnapshot, NodeState, NodeStatus, Phase, node_state
+from nodeagent.status import DeviceStatus, NodeReason, NodeSnapshot, NodeState, NodeStatus, Phase, in_a_line, node_state
 
 Servers = Sequence[ServerView[str]]
 
@@ -67,13 +67,13 @@ def test_a_node_can_serve_unless_every_model_has_failed_everywhere(
     assert len(state.reasons) == len(state.reason_codes)
 
 
-def test_devices_are_found_by_model_and_state() -> None:
+def snapshot_of(state: NodeState) -> NodeSnapshot:
     def device(device_id: str, *servers: ServerView[str]) -> DeviceStatus:
         return DeviceStatus(
-            DeviceRef(device_id=device_id, backend="cpu", index=0, name="CPU"), None, LaneView(0, 0, 2, 0.0), servers
+            DeviceRef(device_id=device_id, backend="cpu", index=0, name="CPU"), None, LaneView(1, 2, 4, 0.0), servers
         )
 
-    snapshot = NodeSnapshot(
+    return NodeSnapshot(
         now=0.0,
         node_id="box",
         node_name="Box",
@@ -82,10 +82,21 @@ def test_devices_are_found_by_model_and_state() -> None:
         incarnation="i",
         started_at=datetime.now(UTC),
         heartbeat_interval_s=10.0,
-        state=NodeState(NodeStatus.READY, (), can_serve=True),
+        state=state,
         devices=(device("cpu:0", READY), device("cpu:1", server("a", ServerState.STARTING), FAILED)),
         models=(),
     )
+
+
+def test_the_status_fits_into_a_line() -> None:
+    state = NodeState(NodeStatus.DEGRADED, ("b on cpu:1: exited with code 1",), can_serve=True)
+    assert in_a_line(snapshot_of(state)) == (
+        "degraded: 2 requests in flight, 4 queued; loaded: a on cpu:0; b on cpu:1: exited with code 1"
+    )
+
+
+def test_devices_are_found_by_model_and_state() -> None:
+    snapshot = snapshot_of(NodeState(NodeStatus.READY, (), can_serve=True))
     assert snapshot.devices_with("a", ServerState.READY) == ["cpu:0"]
     assert snapshot.devices_with("a", ServerState.READY, ServerState.STARTING) == ["cpu:0", "cpu:1"]
     assert snapshot.devices_with("b", ServerState.READY) == []

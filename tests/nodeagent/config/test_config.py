@@ -60,6 +60,7 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
     assert config.model_dump() == {
         "listen_host": "127.0.0.1",
         "listen_port": 8081,
+        "agent_check_port": None,
         "node_id": "box",
         "node_name": "box",
         "state_dir": config.state_dir,
@@ -276,6 +277,8 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file() -> 
         ("devices", "[{device_id: gpu:0, env: {LLAMA_ARG_X: x}}]", "must not set LLAMA_ARG_X: put flags"),
         ("devices", '[{device_id: gpu:0, env: {A: "x\\0"}}]', "must not hold a NUL character, found one in A"),
         ("scheduling", "lifo", "'swap_aware' or 'fifo'"),
+        ("agent_check_port", "65536", "must be at most 65535, found 65536"),
+        ("agent_check_port", "8081", "must be another port than listen_port, found 8081"),
         ("swap_fairness_s", "0", "must be more than 0, found 0"),
         ("no_such_key", "30", "is not a known key"),
         ("ctx_size", "30", "is not a known key"),

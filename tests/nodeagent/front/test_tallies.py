@@ -14,7 +14,8 @@ from nodeagent.config import ApiKeyConfig
 from nodeagent.errors import InvalidApiKey, ModelNotFound, QueueFull
 from nodeagent.front.accounts import account_var
 from nodeagent.front.activity import as_json
-from nodeagent.front.tallies import Histogram, RequestTally, Tallies
+from nodeagent.front.tallies import RequestTally, Tallies
+from nodeagent.histogram import Histogram
 
 TIMINGS = b'"timings":{"cache_n":3,"prompt_n":5,"prompt_ms":1.0,"predicted_n":7,"predicted_per_token_ms":20.5}'
 
@@ -86,6 +87,18 @@ async def test_a_request_that_is_not_answered_completely_counts_with_the_reason(
         ("a", 200, "server_lost"): 1,
         ("a", 429, "queue_full"): 1,
     }
+
+
+async def test_requests_in_flight_whose_answers_are_not_streamed_are_known(autojump_clock: MockClock) -> None:
+    tallies = Tallies()
+    whole, queued, stream = (RequestTally(tallies, replace(REQUEST, streamed=it)) for it in (False, False, True))
+    whole.granted("cpu:0", 0.0, 0.0)
+    whole.granted("cpu:0", 0.0, 0.0)  # again, after its server was lost
+    stream.granted("cpu:0", 0.0, 0.0)
+    assert tallies.whole_in_flight["a"] == 1
+    for tally in (queued, stream, whole):
+        tally.close()
+    assert tallies.whole_in_flight["a"] == 0
 
 
 async def test_a_complete_request_is_a_record_of_what_it_took(autojump_clock: MockClock) -> None:

@@ -1,0 +1,52 @@
+"""A look at what servers answer on one path, at most once in a while."""
+
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import trio
+
+from nodeagent.errors import BackendUnavailable, UpstreamLost
+from nodeagent.llama_server.relay import Upstream
+
+# A server that is asked for its slots more often than once a second does not notice that a client has left a request
+# that is not streamed.
+_GOOD_S: Final = 2.0
+_TIMEOUT_S: Final = 5.0
+_RETRY_S: Final = 1.0
+
+
+class Window:
+    """What servers answer on one path; they are asked at most once each `_GOOD_S`.
+
+    What changes: `_seen` (the last answer of each server, and until when it is good) and `_asking`, in `look`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._seen = WeakKeyDictionary[Upstream, tuple[float, tuple[int, bytes]]]()
+        self._asking = trio.Lock()
+
+    async def look(self, model_id: str, server: Upstream) -> tuple[int, bytes]:
+        """The status and body that the server answers, or has just answered. Raises BackendUnavailable."""
+        async with self._asking:
+            good_until, seen = self._seen.get(server, (0.0, (0, b"")))
+            if trio.current_time() < good_until:
+                return seen
+            try:
+                with trio.fail_after(_TIMEOUT_S):
+                    seen = await self._ask(server)
+            except (UpstreamLost, trio.TooSlowError) as error:
+                raise BackendUnavailable(model_id, f"its server does not answer {self._path}", _RETRY_S) from error
+            self._seen[server] = trio.current_time() + _GOOD_S, seen
+            return seen
+
+    async def _ask(self, server: Upstream) -> tuple[int, bytes]:
+        sent = server.request("GET", self._path, [], b"")
+        try:
+            response = await sent.response()
+            content = b""
+            while (chunk := await response.next_chunk()) is not None:
+                content += chunk
+            return response.status, content
+        finally:
+            sent.close()
