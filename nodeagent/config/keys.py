@@ -430,6 +430,9 @@ class NodeConfig(Keys):
         description="Names, besides the host's own, by which browsers may reach this node: those that a reverse proxy "
         "passes on in Host. IP addresses and localhost always work.",
     )
+    page: bool = Field(
+        default=True, description="Serve the page at / to browsers, by which people look at the node and operate it."
+    )
     preload_ready_timeout_s: float = Field(
         default=300.0, ge=0, le=_DAY_S, description="How long /readyz waits for the models with `preload`, in seconds."
     )

@@ -8,7 +8,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import health, metrics, models, node, openai, origins
+from nodeagent.front import health, metrics, models, node, openai, origins, web_page
 from nodeagent.front.asgi import request_id
 from nodeagent.front.error_shapes import dialect_of
 from nodeagent.front.inference import Inference
@@ -39,6 +39,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
         metrics.blueprint(of, inference.tallies),
         node.blueprint(of),
         health.blueprint(of),
+        web_page.blueprint(of),
     ):
         app.register_blueprint(routes)
     origins.guard(app, of)

@@ -71,10 +71,11 @@ class FastRoad:
             with ExitStack() as stack:
                 stack.callback(body.release)
                 body.admit()
-                site = headers.get(b"sec-fetch-site")
+                site = _text(headers.get(b"sec-fetch-site"))
                 if page is not None or site is not None:
-                    refuse_foreign_host(self._node, _text(headers.get(b"host")), origin=page, fetch_site=_text(site))
-                    origins.refuse_foreign(self._node, request.method, path, page)
+                    host = _text(headers.get(b"host"))
+                    refuse_foreign_host(self._node, host, origin=page, fetch_site=site)
+                    origins.refuse_foreign(self._node, request.method, path, page, host=host, fetch_site=site)
                 content = exchange.whole_body()
                 if content is None:
                     content = await body.read()

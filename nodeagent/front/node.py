@@ -1,7 +1,7 @@
 """The node's own paths: its inventory and queues, and what operators can do.
 
 A path that changes something, or shows more than a client needs (events, logs), requires the admin token. Web pages
-may not use it: a request with an Origin is refused there, whatever its token. The inventory is for everybody, but what
+other than the node's own may not use it: their requests are refused there, whatever their token. The inventory is for everybody, but what
 servers printed is in it for operators only.
 """
 
@@ -15,6 +15,7 @@ from quart import Blueprint, Response, request
 
 from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
 from nodeagent.events import NodeEvent, Ring
+from nodeagent.front.origins import is_own_page
 from nodeagent.front.seam import Node, find_card
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane
@@ -111,17 +112,24 @@ def blueprint(node: Node) -> Blueprint:
 
 
 def _authenticate(token: str) -> None:
-    origin = request.headers.get("Origin")
-    if origin is not None:
-        raise OriginForbidden(origin)
+    if _is_foreign_page():
+        raise OriginForbidden(request.headers["Origin"])
     if request.method != "OPTIONS" and not _is_operator(token):
         raise Unauthorized
 
 
 def _is_operator(token: str) -> bool:
-    """Whether the request has the admin token and comes from no web page."""
+    """Whether the request has the admin token and comes from no web page but the node's own."""
     given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-    return "Origin" not in request.headers and hmac.compare_digest(given, f"Bearer {token}".encode())
+    return not _is_foreign_page() and hmac.compare_digest(given, f"Bearer {token}".encode())
+
+
+def _is_foreign_page() -> bool:
+    headers = request.headers
+    origin = headers.get("Origin")
+    return origin is not None and not is_own_page(
+        origin, host=headers.get("Host"), fetch_site=headers.get("Sec-Fetch-Site")
+    )
 
 
 async def _load(node: Node, model_id: str, device_id: str | None) -> str:

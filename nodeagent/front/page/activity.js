@@ -1,0 +1,84 @@
+// The last requests, with where their time went.
+
+import { Failure, get } from "./api.js";
+import { el, pill, setText, table, textPart } from "./dom.js";
+import { clock, count, milliseconds, rate } from "./format.js";
+import { signInPrompt } from "./operator.js";
+
+const SHOWN = 50;
+const POLL_MS = 4_000;
+
+export function activityView({ operator }) {
+  const prompt = signInPrompt(operator, "Activity");
+  const empty = el("p", { class: "empty" });
+  const requests = table("The last requests", [
+    { name: "Time", cell: () => textPart((it) => clock(it.time)) },
+    { name: "Status", cell: statusCell },
+    { name: "Path", cell: () => textPart((it) => it.path, { class: "id" }) },
+    { name: "Model", cell: () => textPart((it) => it.model_id ?? "–") },
+    { name: "Device", cell: () => textPart((it) => it.device_id ?? "–") },
+    { name: "Queue", class: "number", cell: () => textPart((it) => milliseconds(it.queue_ms)) },
+    { name: "Load", class: "number", cell: () => textPart((it) => milliseconds(it.load_ms)) },
+    { name: "First token", class: "number", cell: () => textPart((it) => milliseconds(it.first_token_ms)) },
+    { name: "Duration", class: "number", cell: () => textPart((it) => milliseconds(it.duration_ms)) },
+    { name: "Prompt", class: "number", cell: () => textPart(prompted) },
+    { name: "Answer", class: "number", cell: () => textPart((it) => count(it.completion_tokens)) },
+    { name: "Tokens/s", class: "number", cell: () => textPart((it) => rate(it.tokens_per_s)) },
+    { name: "Client", cell: () => textPart((it) => [it.key_name, it.user_agent].filter(Boolean).join(" · ") || "–", { class: "client" }) },
+  ], (it) => `${it.id} ${it.request_id}`);
+  const node = el("section", { "aria-label": "Activity" }, el("div", { class: "card" }, prompt, empty, requests.node));
+  let timer = null;
+  return { node, update, show: update, hide: stop };
+
+  function update() {
+    prompt.hidden = operator.signedIn;
+    if (!operator.signedIn) {
+      stop();
+      requests.update([]);
+      empty.hidden = requests.node.hidden = true;
+    } else if (timer === null) {
+      ask();
+    }
+  }
+
+  function stop() {
+    clearTimeout(timer);
+    timer = null;
+  }
+
+  async function ask() {
+    const own = (timer = setTimeout(ask, POLL_MS));
+    try {
+      const { activity } = await get(`/v1/node/activity?limit=${SHOWN}`);
+      if (timer !== own) return; // left meanwhile
+      requests.update(activity);
+      show(activity.length ? "" : "There was no request yet.");
+    } catch (error) {
+      if (!(error instanceof Failure)) throw error;
+      if (error.status === 401) operator.signOut();
+      else show(error.status === 404 ? "This node keeps no activity." : error.message);
+      if (error.status === 404) clearTimeout(timer); // until the next visit
+    }
+  }
+
+  function show(text) {
+    setText(empty, text);
+    empty.hidden = !text;
+    requests.node.hidden = Boolean(text);
+  }
+}
+
+function statusCell() {
+  const status = pill();
+  return {
+    node: status.node,
+    update(it) {
+      const isWell = it.status !== null && it.status < 400 && !it.error;
+      status.update(isWell ? "ready" : "failed", [it.status, it.error].filter((part) => part !== null && part !== undefined).join(" "));
+    },
+  };
+}
+
+function prompted(it) {
+  return it.cached_tokens ? `${count(it.prompt_tokens)} (${count(it.cached_tokens)} cached)` : count(it.prompt_tokens);
+}
