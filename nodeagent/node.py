@@ -432,6 +432,11 @@ class Node:
             size_bytes=header.size_bytes if header else None,
             problem=self._catalogue.problem(model.model_id),
             load_time_s=min((load_s for load_s in loads if load_s is not None), default=None),
+            memory_bytes={
+                device_id: needed_bytes
+                for device_id, device in self.devices.items()
+                if (needed_bytes := device.servers.bytes_of(model.model_id))
+            },
         )
 
 

@@ -10,8 +10,8 @@ READY means that requests are accepted, not that a model is loaded. `Phase` is w
 derives the status from it and from the state of the servers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, StrEnum
 from typing import Any
@@ -82,7 +82,7 @@ class ModelStatus:
     """One model: what its configuration and its file say, and its average load time in seconds (None: not measured).
 
     `problem` is what is wrong with its file, None if nothing is known. `ctx_size` is in tokens. `arguments` are those
-    of llama-server.
+    of llama-server. `memory_bytes` is what a server of it takes of each device's memory, where that is known.
     """
 
     model_id: str
@@ -96,6 +96,7 @@ class ModelStatus:
     size_bytes: int | None
     problem: str | None
     load_time_s: float | None
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

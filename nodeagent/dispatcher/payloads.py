@@ -46,6 +46,7 @@ def inventory(node: NodeSnapshot, *, for_operators: bool = False) -> wire.Invent
     models = [
         wire.InventoryModel(
             **_model_facts(model) | _model_state(node, model),
+            memory_bytes=dict(model.memory_bytes),
             path=model.path,
             arguments=list(model.arguments),
             problem=model.problem,

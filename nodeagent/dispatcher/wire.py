@@ -151,8 +151,10 @@ class InventoryDevice(RegisteredDevice, DeviceState):
 
 
 class InventoryModel(RegisteredModel, ModelState):
-    """A model with its state and its configuration; `arguments` are llama-server's."""
+    """A model with its state and its configuration; `arguments` are llama-server's. `memory_bytes` is what a server of
+    it takes of each device's memory (measured, else estimated), where that is known."""
 
+    memory_bytes: dict[str, int]
     path: str
     arguments: list[str]
     problem: str | None

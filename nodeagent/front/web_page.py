@@ -62,23 +62,23 @@ def blueprint(node: Node) -> Blueprint:
     """The routes of the page."""
     routes = Blueprint("page", __name__)
 
-    @routes.before_request
-    async def check() -> None:
-        if not node.has_page:
-            raise NotFound
-        # What asks for a page is a browser, also where it does not say so (`hosts.py`).
-        refuse_foreign_host(node, request.headers.get("Host"), origin=None, fetch_site="none")
-
     @routes.get("/")
     async def page() -> Response:
         if "text/html" not in request.headers.get("Accept", ""):
             raise NotFound  # other clients learn where the paths are
-        response = _response(_INDEX)
+        response = answer(_INDEX)
         response.headers["Vary"] = "Accept"
         return response
 
     @routes.get("/page/<name>")
     async def file(name: str) -> Response:
+        return answer(name)
+
+    def answer(name: str) -> Response:
+        if not node.has_page:
+            raise NotFound
+        # What asks for a page is a browser, also where it does not say so (`hosts.py`).
+        refuse_foreign_host(node, request.headers.get("Host"), origin=None, fetch_site="none")
         return _response(name)
 
     return routes

@@ -31,8 +31,8 @@ export function activityView({ operator }) {
   return { node, update, show: update, hide: stop };
 
   function update() {
-    prompt.hidden = operator.signedIn;
-    if (!operator.signedIn) {
+    prompt.hidden = operator.mayOperate;
+    if (!operator.mayOperate) {
       stop();
       requests.update([]);
       empty.hidden = requests.node.hidden = true;

@@ -1,6 +1,7 @@
 // The node's public endpoints, with the operator's token where there is one.
 
-const TOKEN = "rolemesh-admin-token";
+const TOKEN = "rolemesh-token";
+const OPERATOR = "rolemesh-operator";
 const TIMEOUT_MS = 15_000;
 
 // What went wrong with a request: `status` is 0 if there was no answer.
@@ -16,9 +17,19 @@ export function token() {
   return sessionStorage.getItem(TOKEN);
 }
 
-export function keepToken(value) {
-  if (value) sessionStorage.setItem(TOKEN, value);
-  else sessionStorage.removeItem(TOKEN);
+// Whether it is an operator's. Where the node has API keys, others have a use too.
+export function isOperators() {
+  return sessionStorage.getItem(OPERATOR) === "yes";
+}
+
+export function keepToken(value, mayOperate) {
+  sessionStorage.setItem(TOKEN, value);
+  sessionStorage.setItem(OPERATOR, mayOperate ? "yes" : "no");
+}
+
+export function forgetToken() {
+  sessionStorage.removeItem(TOKEN);
+  sessionStorage.removeItem(OPERATOR);
 }
 
 async function request(path, { method = "GET", body, signal, accept, headers = {} } = {}) {
@@ -66,9 +77,30 @@ export async function post(path, body = {}) {
   return json(await request(path, { method: "POST", body }));
 }
 
-// Raises a Failure with 401 if this is not the token.
-export async function checkToken(value, deviceId) {
-  await request(logsPath(deviceId, 0), { headers: { Authorization: `Bearer ${value}` } });
+// Whether a token is an operator's (true), another that the node knows (false), or none (null). `open` is whether the
+// node serves everybody, so that only operators need a token.
+export async function checkToken(value, deviceId, open) {
+  const headers = { Authorization: `Bearer ${value}` };
+  try {
+    await request(logsPath(deviceId, 0), { headers });
+    return true;
+  } catch (error) {
+    if (error.status === 404) return true; // let in, but there is another device now
+    if (!isRefusal(error)) throw error;
+  }
+  if (open) return null;
+  try {
+    await request("/v1/models", { headers });
+    return false;
+  } catch (error) {
+    if (!isRefusal(error)) throw error;
+    return null;
+  }
+}
+
+// Whether a token is missing, wrong, or not one for this.
+export function isRefusal(error) {
+  return error.status === 401 || error.status === 403;
 }
 
 export function logsPath(deviceId, lines) {

@@ -35,14 +35,15 @@ export function chatView({ store, operator }) {
   return { node, update, show: () => prompt.focus({ preventScroll: true }) };
 
   function update() {
-    const fitting = (store.inventory?.models ?? []).filter((model) => ["chat", null, undefined].includes(store.tasks.get(model.model_id)));
-    list(models, fitting, (model) => model.model_id, (model) => {
-      const option = el("option", { value: model.model_id });
-      return { node: option, update: (now) => setText(option, now.loaded_on.length ? `${model.model_id} (loaded)` : model.model_id) };
+    const loaded = new Set((store.inventory?.models ?? []).filter((model) => model.loaded_on.length).map((model) => model.model_id));
+    const fitting = store.models.filter(({ task }) => task === "chat" || !task);
+    list(models, fitting, ({ id }) => id, ({ id }) => {
+      const option = el("option", { value: id });
+      return { node: option, update: () => setText(option, loaded.has(id) ? `${id} (loaded)` : id) };
     });
     if (isFilled || !fitting.length) return;
     isFilled = true;
-    models.value = (fitting.find((model) => model.loaded_on.length) ?? fitting[0]).model_id;
+    models.value = (fitting.find(({ id }) => loaded.has(id)) ?? fitting[0]).id;
   }
 
   function key(event) {

@@ -23,7 +23,7 @@ export class EventFeed extends EventTarget {
   }
 
   start() {
-    if (this.#following || !this.#operator.signedIn) return;
+    if (this.#following || !this.#operator.mayOperate) return;
     this.#following = new AbortController();
     this.#follow(this.#following.signal);
   }
@@ -72,10 +72,10 @@ export function eventsView({ feed, operator }) {
   return {
     node,
     update() {
-      prompt.hidden = operator.signedIn;
-      items.hidden = !operator.signedIn;
-      empty.hidden = !operator.signedIn || feed.events.length > 0;
-      list(items, operator.signedIn ? feed.events : [], (event) => event.id, eventLine);
+      prompt.hidden = operator.mayOperate;
+      items.hidden = !operator.mayOperate;
+      empty.hidden = !operator.mayOperate || feed.events.length > 0;
+      list(items, operator.mayOperate ? feed.events : [], (event) => event.id, eventLine);
     },
   };
 }

@@ -20,11 +20,11 @@ export function logsView({ store, operator }) {
   return { node, update, show: update, hide: stop };
 
   function update() {
-    prompt.hidden = operator.signedIn;
-    bar.hidden = output.hidden = !operator.signedIn;
+    prompt.hidden = operator.mayOperate;
+    bar.hidden = output.hidden = !operator.mayOperate;
     list(devices, store.inventory?.devices ?? [], (device) => device.device_id, (device) =>
       ({ node: el("option", { value: device.device_id }, `${device.device_id} (${device.name})`) }));
-    if (!operator.signedIn) stop();
+    if (!operator.mayOperate) stop();
     else if (!following && node.isConnected && !document.hidden && devices.value) follow();
   }
 

@@ -51,7 +51,7 @@ function updateHeader() {
   const { inventory, problem } = store;
   const alarm = byId("alarm");
   alarm.hidden = problem === null;
-  setText(alarm, problem === null ? "" : `${problem} What you see may be old.`);
+  setText(alarm, problem === null ? "" : inventory ? `${problem} What you see may be old.` : problem);
   setText(byId("sign-in"), operator.signedIn ? "Sign out" : "Sign in");
   if (!inventory) return;
   document.title = `${inventory.node_name} · RoleMesh node`;
@@ -95,7 +95,7 @@ feed.addEventListener("change", () => {
   if (current === views.events) current.update();
 });
 operator.addEventListener("change", () => {
-  if (operator.signedIn) feed.start();
+  if (operator.mayOperate) feed.start();
   else feed.stop();
   store.refresh();
   update();

@@ -8,7 +8,7 @@ export function modelsView({ store, operator }) {
   const busy = new Map(); // model id -> the order under way
   const models = table("Models", [
     { name: "Model", cell: nameCell },
-    { name: "Task", cell: () => textPart((model) => store.tasks.get(model.model_id) ?? "–") },
+    { name: "Task", cell: () => textPart((model) => store.taskOf(model.model_id) ?? "–") },
     { name: "State", cell: stateCell },
     { name: "Loaded on", cell: () => textPart((model) => model.loaded_on.join(", ") || "–") },
     { name: "File", class: "number", cell: () => textPart((model) => bytes(model.size_bytes)) },

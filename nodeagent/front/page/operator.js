@@ -1,6 +1,6 @@
 // What an operator does here: signing in, orders, questions before them, and notices of how they ended.
 
-import { Failure, checkToken, keepToken, post, token } from "./api.js";
+import { Failure, checkToken, forgetToken, isOperators, keepToken, post, token } from "./api.js";
 import { el, setText } from "./dom.js";
 
 const NOTICE_MS = 8_000;
@@ -20,23 +20,27 @@ export class Operator extends EventTarget {
     return token() !== null;
   }
 
+  get mayOperate() {
+    return isOperators();
+  }
+
   signOut() {
-    keepToken(null);
+    forgetToken();
     this.dispatchEvent(new Event("change"));
   }
 
-  // Whether there is a token, asked for if there was none. `problem` says what was wrong with the last one.
+  // Ask for the token, until there is one or the user gives up. `problem` says what was wrong with the last one.
   async signIn(problem = "") {
     const dialog = byId("token-dialog");
     const field = byId("token");
-    if (dialog.open) return false;
+    if (dialog.open) return;
     setText(byId("token-problem"), problem);
     field.value = "";
     dialog.showModal();
-    const signedIn = await new Promise((resolve) => {
+    await new Promise((resolve) => {
       const end = new AbortController();
       const until = { signal: end.signal };
-      dialog.addEventListener("close", () => { end.abort(); resolve(this.signedIn); }, until);
+      dialog.addEventListener("close", () => { end.abort(); resolve(); }, until);
       dialog.querySelector("[data-answer=cancel]").addEventListener("click", () => dialog.close(), until);
       dialog.querySelector("form").addEventListener("submit", (event) => {
         event.preventDefault();
@@ -44,7 +48,6 @@ export class Operator extends EventTarget {
       }, until);
     });
     this.dispatchEvent(new Event("change"));
-    return signedIn;
   }
 
   async #try(field, dialog) {
@@ -53,19 +56,23 @@ export class Operator extends EventTarget {
     // A header has no others, and neither has a token.
     if (!/^[\x21-\x7e]+$/.test(value)) return setText(problem, "A token has only letters, digits and signs.");
     try {
-      await checkToken(value, this.#store.inventory?.devices[0]?.device_id ?? "cpu:0");
-      keepToken(value);
-      dialog.close();
+      const mayOperate = await checkToken(value, this.#store.inventory?.devices[0]?.device_id ?? "cpu:0", this.#store.isOpen);
+      if (mayOperate !== null) {
+        keepToken(value, mayOperate);
+        return dialog.close();
+      }
+      setText(problem, "The node does not know this token.");
     } catch (error) {
-      const wrong = error instanceof Failure && error.status === 401;
-      setText(problem, wrong ? "This is not the node's admin token." : error.message);
-      field.select();
+      if (!(error instanceof Failure)) throw error;
+      setText(problem, error.message);
     }
+    field.select();
   }
 
   // Send an order; its outcome is a notice. False if it failed or was given up.
   async order(path, { body, done }) {
-    if (!this.signedIn && !(await this.signIn())) return false;
+    if (!this.mayOperate) await this.signIn();
+    if (!this.mayOperate) return false;
     try {
       const answer = await post(path, body);
       this.notice(done(answer));
@@ -74,7 +81,7 @@ export class Operator extends EventTarget {
       if (!(error instanceof Failure)) throw error;
       if (error.status === 401) {
         this.signOut();
-        await this.signIn("This is not the node's admin token any more. Sign in, then try again.");
+        await this.signIn("The node does not know this token any more. Sign in, then try again.");
       } else {
         this.notice(error.message, true);
       }

@@ -2,7 +2,7 @@
 
 import { chart } from "./chart.js";
 import { el, list, pill, setAttribute, setText, table, textPart } from "./dom.js";
-import { ago, bytes, percent, seconds } from "./format.js";
+import { ago, bytes, count, percent, seconds } from "./format.js";
 
 // An older reading is said to be old: a card that sleeps is not woken to be measured.
 const OLD_READING_S = 30;
@@ -91,8 +91,11 @@ function serverLine(store) {
     update(server) {
       setText(model, server.model_id);
       state.update(server.state);
-      const parts = [`for ${ago(server.since, store.inventory.sent_at)}`, server.slots === 1 ? "1 slot" : `${server.slots} slots`];
-      if (server.slot_ctx_size) parts.push(`${server.slot_ctx_size.toLocaleString("en")} tokens each`);
+      const parts = [];
+      if (server.state !== "failed") {
+        parts.push(`for ${ago(server.since, store.inventory.sent_at)}`, server.slots === 1 ? "1 slot" : `${server.slots} slots`);
+      }
+      if (server.slot_ctx_size) parts.push(`${count(server.slot_ctx_size)} tokens each`);
       if (server.ready_in_s !== null) parts.push(`may start in ${seconds(server.ready_in_s)}`);
       setText(facts, parts.join(" · "));
       setText(reason, server.reason);

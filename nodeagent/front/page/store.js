@@ -1,6 +1,6 @@
 // What the page knows of the node. It asks only while somebody looks: a hidden page costs the node nothing.
 
-import { Failure, get } from "./api.js";
+import { Failure, get, token } from "./api.js";
 
 const POLL_MS = 2_000;
 const RETRY_MAX_MS = 15_000;
@@ -11,7 +11,8 @@ const HISTORY_S = 300;
 export class Store extends EventTarget {
   inventory = null; // of /v1/node/inventory
   lanes = new Map(); // of /v1/node/queue, by device; empty while no device is busy
-  tasks = new Map(); // of /v1/models: what each model is for
+  models = []; // of /v1/models
+  isOpen = true; // whether the node serves everybody, or wants an API key
   history = new Map(); // by device: [{at, memory, utilization}], oldest first
   problem = null; // why the last request failed
 
@@ -71,18 +72,39 @@ export class Store extends EventTarget {
   }
 
   async #read() {
-    const inventory = await get("/v1/node/inventory");
+    const inventory = await this.#inventory();
+    if (!inventory) return this.#readModels("");
     const busy = inventory.devices.some(({ lane }) => lane.in_flight || lane.waiting);
     const { lanes } = busy ? await get("/v1/node/queue") : { lanes: [] };
     const models = JSON.stringify(inventory.models.map((model) => [model.model_id, model.size_bytes, inventory.incarnation]));
-    if (models !== this.#modelsOf) {
-      const { data } = await get("/v1/models");
-      this.tasks = new Map(data.map((model) => [model.id, model.task]));
-      this.#modelsOf = models;
-    }
+    await this.#readModels(models);
     this.lanes = new Map(lanes.map((lane) => [lane.device_id, lane]));
     this.inventory = inventory;
     this.#remember(inventory.devices);
+  }
+
+  // Null if an API key is for inference alone: then there is the chat.
+  async #inventory() {
+    try {
+      const inventory = await get("/v1/node/inventory");
+      if (!token()) this.isOpen = true;
+      return inventory;
+    } catch (error) {
+      if (error.status === 401) this.isOpen = false;
+      if (error.status === 403 && token()) return null;
+      throw error;
+    }
+  }
+
+  // `version` changes with what `/v1/models` says, but for the state that the inventory has too.
+  async #readModels(version) {
+    if (version && version === this.#modelsOf) return;
+    this.models = (await get("/v1/models")).data;
+    this.#modelsOf = version;
+  }
+
+  taskOf(modelId) {
+    return this.models.find((model) => model.id === modelId)?.task ?? null;
   }
 
   #remember(devices) {

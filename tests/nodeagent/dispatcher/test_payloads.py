@@ -67,6 +67,7 @@ KNOWN_MODEL = ModelStatus(
     size_bytes=5_000,
     problem=None,
     load_time_s=3.1,
+    memory_bytes={"gpu:0": 6_000},
 )
 UNKNOWN_MODEL = ModelStatus(
     model_id="coder",
@@ -236,8 +237,13 @@ def test_the_inventory_is_both_with_parts_of_the_configuration() -> None:
     sent = as_json(inventory(SNAPSHOT))
     configured_devices: list[dict[str, Any]] = [{"threads": 4, "cpus": [1, 3]}, {"threads": None, "cpus": None}]
     configured_models: list[dict[str, Any]] = [
-        {"path": "/models/planner.gguf", "arguments": ["-m", "/models/planner.gguf"], "problem": None},
-        {"path": "/models/coder.gguf", "arguments": [], "problem": "no such file"},
+        {
+            "memory_bytes": {"gpu:0": 6_000},
+            "path": "/models/planner.gguf",
+            "arguments": ["-m", "/models/planner.gguf"],
+            "problem": None,
+        },
+        {"memory_bytes": {}, "path": "/models/coder.gguf", "arguments": [], "problem": "no such file"},
     ]
     states = rounded(device_states(sent["sent_at"]), sent)
     devices = [
