@@ -1,8 +1,8 @@
 """The node's own paths: its inventory and queues, and what operators can do.
 
 A path that changes something, or shows more than a client needs (events, logs), requires the admin token. Web pages
-other than the node's own may not use it: their requests are refused there, whatever their token. The inventory is for everybody, but what
-servers printed is in it for operators only.
+other than the node's own may not use it: their requests are refused there, whatever their token. The inventory is for
+everybody, but what servers printed is in it for operators only.
 """
 
 import hmac

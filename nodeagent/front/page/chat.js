@@ -73,6 +73,7 @@ export function chatView({ store, operator }) {
     log.ariaBusy = "true"; // a reader hears the answer when it is complete
     send.disabled = true;
     stop.hidden = false;
+    prompt.focus();
     try {
       await receive(answer, answering.signal);
     } finally {
@@ -82,6 +83,7 @@ export function chatView({ store, operator }) {
       answering = null;
       log.ariaBusy = null;
       send.disabled = false;
+      if (document.activeElement === stop) prompt.focus();
       stop.hidden = true;
       store.refresh();
     }
@@ -138,7 +140,7 @@ function message(role, name, content) {
   const thoughts = el("pre");
   const thinking = el("details", { hidden: true }, el("summary", {}, "Reasoning"), thoughts);
   const note = el("p", { class: "quiet small" });
-  const node = el("article", { class: `message ${role}` }, el("h3", {}, name), thinking, text, note);
+  const node = el("article", { class: `message ${role}` }, el("h2", {}, name), thinking, text, note);
   return {
     node,
     text: () => text.textContent,

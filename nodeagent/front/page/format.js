@@ -24,7 +24,7 @@ export function count(value) {
 
 export function seconds(value) {
   if (value === null || value === undefined) return NONE;
-  if (value < 0.0995) return `${Math.round(value * 1000)} ms`;
+  if (value < 0.9995) return `${Math.round(value * 1000)} ms`;
   if (value < 9.95) return `${value.toFixed(1)} s`;
   if (value < 100) return `${Math.round(value)} s`;
   const minutes = Math.round(value / 60);

@@ -68,7 +68,11 @@ export function fit(model, devices) {
 function ordersCell({ store, operator, busy }) {
   let shown;
   const devices = el("select", { "aria-label": "Device to load on" });
-  const button = (name, act) => el("button", { type: "button", onclick: () => act(shown, devices.value || null) }, name);
+  // One that can't be used now keeps the focus, which a disabled button would lose.
+  const button = (name, act) => el("button", {
+    type: "button",
+    onclick: ({ currentTarget }) => currentTarget.ariaDisabled || act(shown, devices.value || null),
+  }, name);
   const load = button("Load", (model, device) => send(model, "load", device ? { device_id: device } : {}, ({ device_id: on }) =>
     `${model.model_id} is ready on ${on}.`));
   const unload = button("Unload", (model) => stop(model, "unload", ({ unloaded_from: from }) =>
@@ -96,7 +100,7 @@ function ordersCell({ store, operator, busy }) {
   function show(one, name, order, isUseless) {
     const isUnderWay = order === name.toLowerCase();
     setText(one, isUnderWay ? `${name}ing…` : name);
-    one.disabled = order !== undefined || isUseless;
+    one.ariaDisabled = order !== undefined || isUseless ? "true" : null;
     one.ariaBusy = isUnderWay ? "true" : null;
   }
 
