@@ -5,7 +5,6 @@ other than the node's own may not use it: their requests are refused there, what
 everybody, but what servers printed is in it for operators only.
 """
 
-import hmac
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,10 +14,8 @@ from quart import Blueprint, Response, request
 
 from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden, Unauthorized
 from nodeagent.events import NodeEvent, Ring
-from nodeagent.front.origins import is_own_page
+from nodeagent.front import looks
 from nodeagent.front.seam import Node, find_card
-from nodeagent.llama_server.relay import Upstream
-from nodeagent.scheduling.lane import Lane
 
 # So that a client, and the proxies in between, see that the stream is alive.
 _PING_S = 15.0
@@ -32,16 +29,13 @@ def blueprint(node: Node) -> Blueprint:
 
     @admin.before_request
     async def authenticate() -> None:
-        _authenticate(node.admin_token)
+        _authenticate(node)
 
     @routes.get("/v1/node/inventory")
-    async def inventory() -> Response:
-        content = node.inventory_json(for_operators=_is_operator(node.admin_token))
-        return Response(content, content_type="application/json")
-
     @routes.get("/v1/node/queue")
-    async def queue() -> dict[str, Any]:
-        return {"lanes": [_lane_json(lane) for lane in node.scheduler.lanes.values()]}
+    async def look() -> Response:
+        content = looks.look(node, request.path, dict(request.scope["headers"]))
+        return Response(content, content_type="application/json")
 
     @admin.get("/v1/node/events")
     async def events() -> Response:
@@ -111,25 +105,12 @@ def blueprint(node: Node) -> Blueprint:
     return routes
 
 
-def _authenticate(token: str) -> None:
-    if _is_foreign_page():
+def _authenticate(node: Node) -> None:
+    headers = dict(request.scope["headers"])
+    if looks.is_foreign_page(headers):
         raise OriginForbidden(request.headers["Origin"])
-    if request.method != "OPTIONS" and not _is_operator(token):
+    if request.method != "OPTIONS" and not looks.is_operator(node, headers):
         raise Unauthorized
-
-
-def _is_operator(token: str) -> bool:
-    """Whether the request has the admin token and comes from no web page but the node's own."""
-    given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-    return not _is_foreign_page() and hmac.compare_digest(given, f"Bearer {token}".encode())
-
-
-def _is_foreign_page() -> bool:
-    headers = request.headers
-    origin = headers.get("Origin")
-    return origin is not None and not is_own_page(
-        origin, host=headers.get("Host"), fetch_site=headers.get("Sec-Fetch-Site")
-    )
 
 
 async def _load(node: Node, model_id: str, device_id: str | None) -> str:
@@ -227,29 +208,6 @@ class _LineStream:
         self._seen = page.last
         missed = [f"[{page.missed} lines missed]"] if page.missed else []
         return "".join(f"{line}\n" for line in (*missed, *page.items)).encode()
-
-
-def _lane_json(lane: Lane[Upstream]) -> dict[str, Any]:
-    view = lane.view()
-    return {
-        "device_id": lane.device_id,
-        "in_flight": view.in_flight,
-        "waiting": view.waiting,
-        "limit": view.limit,
-        "estimated_wait_s": round(view.estimated_wait_s, 3),
-        "tickets": [
-            {
-                "request_id": ticket.request_id,
-                "model_id": ticket.model_id,
-                "state": ticket.state,
-                "priority": ticket.priority.name.lower(),
-                "age_s": round(ticket.age_s, 3),
-                "position": ticket.position,
-                "starts_in_s": None if ticket.starts_in_s is None else round(ticket.starts_in_s, 3),
-            }
-            for ticket in lane.queue()
-        ],
-    }
 
 
 def _state_json(node: Node) -> dict[str, Any]:

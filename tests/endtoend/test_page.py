@@ -352,7 +352,7 @@ def test_a_chat_shows_the_answer_and_what_it_took(tab: Tab) -> None:
     expect(tab.button("Stop")).to_be_hidden()
     with tab.page.expect_request("**/v1/chat/completions") as sent:
         tab.ask("and more", "tiny", 5)
-    said = sent.value.post_data_json["messages"]
+    said = json.loads(sent.value.post_data or "")["messages"]
     assert [message["role"] for message in said] == ["user", "assistant", "user"]
 
 

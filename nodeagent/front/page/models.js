@@ -1,6 +1,6 @@
 // The models: what each is for, whether it fits, where it is loaded, and the orders that change that.
 
-import { modelPath } from "./api.js";
+import { get, modelPath } from "./api.js";
 import { el, pill, setText, table, textPart } from "./dom.js";
 import { bytes, count, percent, seconds } from "./format.js";
 
@@ -114,7 +114,8 @@ function ordersCell({ store, operator, busy }) {
 
   // Stopping waits for the model's requests; where there are some, the operator says whether to.
   async function stop(model, order, done) {
-    const running = [...store.lanes.values()].flatMap((lane) => lane.tickets)
+    const { lanes } = await get("/v1/node/queue");
+    const running = lanes.flatMap((lane) => lane.tickets)
       .filter((ticket) => ticket.model_id === model.model_id && ticket.state !== "waiting").length;
     let answer = "wait";
     if (running) {
