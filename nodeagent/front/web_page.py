@@ -88,7 +88,7 @@ def _response(name: str) -> Response:
     file = _files().get(name)
     if file is None:
         raise NotFound
-    unchanged = request.if_none_match.contains(file.etag)
+    unchanged = request.if_none_match.contains_weak(file.etag)  # a proxy that compresses makes it weak
     response = Response(b"" if unchanged else file.content, status=304 if unchanged else 200, headers=_HEADERS)
     response.set_etag(file.etag)
     if unchanged:

@@ -1,7 +1,7 @@
 // The last requests, with where their time went.
 
 import { Failure, get } from "./api.js";
-import { el, pill, setText, table, textPart } from "./dom.js";
+import { el, pill, setText, table, textPart, twoTexts } from "./dom.js";
 import { clock, count, milliseconds, rate } from "./format.js";
 import { signInPrompt } from "./operator.js";
 
@@ -12,19 +12,17 @@ export function activityView({ operator }) {
   const prompt = signInPrompt(operator, "Activity");
   const empty = el("p", { class: "empty" });
   const requests = table("The last requests", [
-    { name: "Time", cell: () => textPart((it) => clock(it.time)) },
+    { name: "Time", cell: () => twoTexts((it) => clock(it.time), client, { class: "client" }) },
     { name: "Status", cell: statusCell },
-    { name: "Path", cell: () => textPart((it) => it.path, { class: "id" }) },
-    { name: "Model", cell: () => textPart((it) => it.model_id ?? "–") },
+    { name: "Model", class: "name", cell: () => twoTexts((it) => it.model_id ?? "–", (it) => it.path) },
     { name: "Device", cell: () => textPart((it) => it.device_id ?? "–") },
     { name: "Queue", class: "number", cell: () => textPart((it) => milliseconds(it.queue_ms)) },
     { name: "Load", class: "number", cell: () => textPart((it) => milliseconds(it.load_ms)) },
     { name: "First token", class: "number", cell: () => textPart((it) => milliseconds(it.first_token_ms)) },
     { name: "Duration", class: "number", cell: () => textPart((it) => milliseconds(it.duration_ms)) },
-    { name: "Prompt", class: "number", cell: () => textPart(prompted) },
+    { name: "Prompt", class: "number", cell: () => twoTexts((it) => count(it.prompt_tokens), cached) },
     { name: "Answer", class: "number", cell: () => textPart((it) => count(it.completion_tokens)) },
     { name: "Tokens/s", class: "number", cell: () => textPart((it) => rate(it.tokens_per_s)) },
-    { name: "Client", cell: () => textPart((it) => [it.key_name, it.user_agent].filter(Boolean).join(" · ") || "–", { class: "client" }) },
   ], (it) => `${it.id} ${it.request_id}`);
   const node = el("section", { "aria-label": "Activity" }, el("div", { class: "card" }, prompt, empty, requests.node));
   let timer = null;
@@ -79,6 +77,5 @@ function statusCell() {
   };
 }
 
-function prompted(it) {
-  return it.cached_tokens ? `${count(it.prompt_tokens)} (${count(it.cached_tokens)} cached)` : count(it.prompt_tokens);
-}
+const client = (it) => [it.key_name, it.user_agent].filter(Boolean).join(" · ");
+const cached = (it) => (it.cached_tokens ? `${count(it.cached_tokens)} cached` : "");

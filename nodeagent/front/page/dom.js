@@ -93,3 +93,16 @@ export function textPart(read, attributes = {}) {
   const node = el("span", attributes);
   return { node, update: (item) => setText(node, read(item)) };
 }
+
+// A cell with a text, and in smaller letters below it what belongs to that.
+export function twoTexts(read, readBelow, attributes = {}) {
+  const first = textPart(read);
+  const second = textPart(readBelow, { class: "quiet small block" });
+  return {
+    node: el("span", attributes, first.node, second.node),
+    update(item) {
+      first.update(item);
+      second.update(item);
+    },
+  };
+}

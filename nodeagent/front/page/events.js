@@ -82,7 +82,9 @@ export function eventsView({ feed, operator }) {
 
 function eventLine(event) {
   const kind = pill();
-  kind.update(event.kind);
+  // An end that was asked for is nothing to look into.
+  const isOrdinary = event.kind === "exited" && event.reason_code === "stopped";
+  kind.update(isOrdinary ? "stopped" : event.kind, event.kind);
   const where = [event.model_id, event.device_id].filter(Boolean).join(" on ");
   const generation = event.generation ? `generation ${event.generation}` : null;
   const lines = event.last_lines.length

@@ -1,18 +1,18 @@
 // The models: what each is for, whether it fits, where it is loaded, and the orders that change that.
 
 import { get, modelPath } from "./api.js";
-import { el, pill, setText, table, textPart } from "./dom.js";
+import { el, pill, setText, table, textPart, twoTexts } from "./dom.js";
 import { bytes, count, percent, seconds } from "./format.js";
 
 export function modelsView({ store, operator }) {
   const busy = new Map(); // model id -> the order under way
   const models = table("Models", [
-    { name: "Model", cell: nameCell },
+    { name: "Model", class: "name", cell: () => twoTexts((model) => model.model_id, otherNames) },
     { name: "Task", cell: () => textPart((model) => store.taskOf(model.model_id) ?? "–") },
     { name: "State", cell: stateCell },
     { name: "Loaded on", cell: () => textPart((model) => model.loaded_on.join(", ") || "–") },
     { name: "File", class: "number", cell: () => textPart((model) => bytes(model.size_bytes)) },
-    { name: "Fit", cell: () => textPart((model) => fit(model, store.inventory.devices), { class: "fit" }) },
+    { name: "Fit", class: "fit", cell: () => textPart((model) => fit(model, store.inventory.devices)) },
     { name: "Context", class: "number", cell: () => textPart((model) => count(model.ctx_size)) },
     { name: "Slots", class: "number", cell: () => textPart((model) => model.parallel) },
     { name: "Load time", class: "number", cell: () => textPart((model) => seconds(model.load_time_s)) },
@@ -22,18 +22,7 @@ export function modelsView({ store, operator }) {
   return { node, update: () => models.update(store.inventory?.models ?? []) };
 }
 
-function nameCell() {
-  const id = el("strong");
-  const others = el("span", { class: "quiet small block" });
-  return {
-    node: el("span", {}, id, others),
-    update(model) {
-      setText(id, model.model_id);
-      const facts = [...model.aliases.map((alias) => `also ${alias}`), ...model.roles];
-      setText(others, facts.join(" · "));
-    },
-  };
-}
+const otherNames = (model) => [...model.aliases.map((alias) => `also ${alias}`), ...model.roles].join(" · ");
 
 function stateCell() {
   const state = pill();

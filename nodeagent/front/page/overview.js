@@ -27,7 +27,7 @@ function deviceCard(store) {
   const servers = el("ul", { class: "servers" });
   const idle = el("p", { class: "empty" }, "No model is loaded.");
   const queueHead = el("p", { class: "quiet" });
-  const queue = queueTable(store);
+  const queue = queueTable();
   const node = el("article", { class: "card device" },
     el("div", { class: "title" }, id, name),
     el("div", { class: "figures" }, memory.node, use.node), more,
@@ -108,12 +108,15 @@ function serverLine(store) {
 function queueTable() {
   const state = () => {
     const part = pill();
-    return { node: part.node, update: (ticket) => (isRunning(ticket) ? part.update("ready", "in flight") : part.update("waiting")) };
+    const place = ({ position }) => (position ? `place ${position}` : "waiting");
+    return {
+      node: part.node,
+      update: (ticket) => (isRunning(ticket) ? part.update("ready", "in flight") : part.update("waiting", place(ticket))),
+    };
   };
   return table("Queue", [
-    { name: "Place", class: "number", cell: () => textPart((ticket) => ticket.position ?? "–") },
     { name: "State", cell: state },
-    { name: "Model", cell: () => textPart((ticket) => ticket.model_id) },
+    { name: "Model", class: "name", cell: () => textPart((ticket) => ticket.model_id) },
     { name: "Priority", cell: () => textPart((ticket) => ticket.priority) },
     { name: "Since", class: "number", cell: () => textPart((ticket) => seconds(ticket.age_s)) },
     { name: "Starts in", class: "number", cell: () => textPart((ticket) => seconds(ticket.starts_in_s)) },
