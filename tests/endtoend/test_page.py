@@ -326,7 +326,7 @@ def test_activity_is_shown_with_where_the_time_went(tab: Tab) -> None:
         RECORD,
         RECORD | {"id": 6, "status": 429, "error": "queue_full", "tokens_per_s": None, "model_id": MARKUP},
     ]
-    tab.page.route("**/v1/node/activity?*", lambda route: route.fulfill(json={"activity": records}))
+    with_activity(tab, records)
     tab.sign_in()
     rows = tab.show("activity").get_by_role("row")
     expect(rows.nth(1)).to_contain_text(
@@ -336,6 +336,24 @@ def test_activity_is_shown_with_where_the_time_went(tab: Tab) -> None:
     )
     expect(rows.nth(2)).to_contain_text("429 queue full")
     expect(rows.nth(2)).to_contain_text(MARKUP)
+
+
+def test_a_request_that_ends_is_seen_in_activity(tab: Tab) -> None:
+    followed = f"id: 8\nevent: request\ndata: {json.dumps(RECORD | {'id': 8, 'model_id': 'new'})}\n\n"
+    with_activity(tab, [RECORD], followed)
+    tab.sign_in()
+    with tab.page.expect_request(re.compile("activity.follow=true&since=7$")):
+        rows = tab.show("activity").get_by_role("row")
+    expect(rows.nth(1)).to_contain_text("new")
+    expect(rows.nth(2)).to_contain_text("tiny")
+
+
+def with_activity(tab: Tab, records: list[dict[str, Any]], followed: str = ": nothing new\n\n") -> None:
+    """Have the node answer so."""
+    tab.page.route("**/v1/node/activity?limit=*", lambda route: route.fulfill(json={"activity": records}))
+    tab.page.route(
+        "**/v1/node/activity?follow=*", lambda route: route.fulfill(content_type="text/event-stream", body=followed)
+    )
 
 
 def test_a_node_without_activity_says_so(tab: Tab) -> None:
@@ -449,7 +467,7 @@ def test_the_browser_itself_runs_no_other_script(tab: Tab) -> None:
 def test_on_a_phone_nothing_has_to_be_scrolled_sideways(tab: Tab, agent: AgentProcess) -> None:
     with busy(agent, 2):
         tab.page.set_viewport_size({"width": PHONE_WIDTH, "height": 740})
-        tab.page.route("**/v1/node/activity?*", lambda route: route.fulfill(json={"activity": [RECORD]}))
+        with_activity(tab, [RECORD])
         tab.sign_in()
         expect(tab.show("overview").get_by_role("table", name="Queue")).to_be_visible()
         for view in VIEWS:
@@ -460,7 +478,7 @@ def test_on_a_phone_nothing_has_to_be_scrolled_sideways(tab: Tab, agent: AgentPr
 
 
 def test_axe_finds_no_fault_of_accessibility(tab: Tab) -> None:
-    tab.page.route("**/v1/node/activity?*", lambda route: route.fulfill(json={"activity": [RECORD]}))
+    with_activity(tab, [RECORD])
     tab.button("Sign in").click()
     faults = {"sign in": faults_of(tab.page)}
     tab.page.keyboard.press("Escape")

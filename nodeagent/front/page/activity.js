@@ -1,12 +1,13 @@
 // The last requests, with where their time went.
 
-import { Failure, get } from "./api.js";
+import { Failure, get, serverEvents, stream } from "./api.js";
 import { el, pill, setText, table, textPart, twoTexts } from "./dom.js";
 import { clock, count, milliseconds, rate } from "./format.js";
 import { signInPrompt } from "./operator.js";
 
+const PATH = "/v1/node/activity";
 const SHOWN = 50;
-const POLL_MS = 4_000;
+const RETRY_MS = 5_000;
 
 export function activityView({ operator }) {
   const prompt = signInPrompt(operator, "Activity");
@@ -25,38 +26,48 @@ export function activityView({ operator }) {
     { name: "Tokens/s", class: "number", cell: () => textPart((it) => rate(it.tokens_per_s)) },
   ], (it) => `${it.id} ${it.request_id}`);
   const node = el("section", { "aria-label": "Activity" }, el("div", { class: "card" }, prompt, empty, requests.node));
-  let timer = null;
+  let following = null;
+  let records = [];
   return { node, update, show: update, hide: stop };
 
   function update() {
     prompt.hidden = operator.mayOperate;
-    if (!operator.mayOperate) {
+    if (operator.mayOperate) {
+      if (!following && node.isConnected && !document.hidden) follow();
+    } else {
       stop();
-      requests.update([]);
       empty.hidden = requests.node.hidden = true;
-    } else if (timer === null) {
-      ask();
     }
   }
 
   function stop() {
-    clearTimeout(timer);
-    timer = null;
+    following?.abort();
+    following = null;
   }
 
-  async function ask() {
-    const own = (timer = setTimeout(ask, POLL_MS));
-    try {
-      const { activity } = await get(`/v1/node/activity?limit=${SHOWN}`);
-      if (timer !== own) return; // left meanwhile
-      requests.update(activity);
-      show(activity.length ? "" : "There was no request yet.");
-    } catch (error) {
-      if (!(error instanceof Failure)) throw error;
-      if (error.status === 401) operator.signOut();
-      else show(error.status === 404 ? "This node keeps no activity." : error.message);
-      if (error.status === 404) clearTimeout(timer); // until the next visit
+  // The last requests, then each that ends.
+  async function follow() {
+    const { signal } = (following = new AbortController());
+    while (!signal.aborted) {
+      try {
+        take((await get(`${PATH}?limit=${SHOWN}`)).activity, []);
+        const response = await stream(`${PATH}?follow=true&since=${records[0]?.id ?? 0}`, { signal });
+        for await (const { data } of serverEvents(response)) if (data && !signal.aborted) take([JSON.parse(data)], records);
+      } catch (error) {
+        if (signal.aborted) return;
+        if (!(error instanceof Failure) && !(error instanceof TypeError)) throw error; // a stream that breaks off is one
+        if (error.status === 401) return operator.signOut();
+        show(error.status === 404 ? "This node keeps no activity." : error.message);
+        if (error.status === 404) return; // until the next visit
+      }
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
+  }
+
+  function take(newer, older) {
+    records = [...newer, ...older].slice(0, SHOWN);
+    requests.update(records);
+    show(records.length ? "" : "There was no request yet.");
   }
 
   function show(text) {
