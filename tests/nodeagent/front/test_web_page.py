@@ -89,7 +89,7 @@ async def test_a_browser_that_has_a_file_is_not_sent_it_again(autojump_clock: Mo
 
 
 @pytest.mark.parametrize(
-    "path", ["/page/", "/page/nothing.js", "/page/../web_page.py", "/page/..%2fweb_page.py", "/page//etc/passwd"]
+    "path", ["/page/nothing.js", "/page/../web_page.py", "/page/..%2fweb_page.py", "/page//etc/passwd"]
 )
 async def test_there_is_nothing_but_the_pages_files(path: str, autojump_clock: MockClock) -> None:
     exchange, _content = await got(path, BROWSERS)
