@@ -169,6 +169,10 @@ class Node:
         return self._config.cors_origins
 
     @property
+    def has_page(self) -> bool:
+        return self._config.page
+
+    @property
     def host_names(self) -> Collection[str]:
         return {*self.identity.host_names, *self._config.allowed_hosts, self.full_host_name} - {""}
 

@@ -154,6 +154,8 @@ Streamed:
 
   {_curl(base_url, stream=True)}
 
+Or open {base_url}/ in a browser.
+
 Its configuration, to copy for a node of your own: {config}
 To stop: Ctrl-C.
 """

@@ -505,6 +505,9 @@ class NodeConfig(Keys):
     activity: ActivityConfig = Field(
         default_factory=ActivityConfig, description="Records of what each request took, without its content."
     )
+    page: bool = Field(
+        default=True, description="Serve the page at / to browsers, by which people look at the node and operate it."
+    )
     preload_ready_timeout_s: float = Field(
         default=300.0, ge=0, le=_DAY_S, description="How long /readyz waits for the models with `preload`, in seconds."
     )

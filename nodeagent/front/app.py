@@ -8,7 +8,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import guard, health, metrics, models, node, ollama_models, openai, openapi, origins
+from nodeagent.front import guard, health, metrics, models, node, ollama_models, openai, openapi, origins, web_page
 from nodeagent.front.asgi import request_id
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.error_shapes import dialect_of
@@ -44,6 +44,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
         metrics.blueprint(of, inference.tallies, KvUse(of.scheduler, inference.tallies, slots)),
         node.blueprint(of, inference),
         health.blueprint(of),
+        web_page.blueprint(of),
     ):
         app.register_blueprint(routes)
     origins.guard(app, of)

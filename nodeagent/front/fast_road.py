@@ -1,4 +1,5 @@
-"""Requests for inference, from their connection to the relay without the web framework, and health checks.
+"""Requests for inference, from their connection to the relay without the web framework, and those that only read and
+come again and again: health checks, the inventory and the queue.
 
 What the application does for them on the ordinary road (ASGI, Quart: `asgi.py`, `origins.py`, `openai.py`) is done here
 by the same functions, so both roads have the same answers; the tests of inference run on both.
@@ -6,8 +7,7 @@ by the same functions, so both roads have the same answers; the tests of inferen
 
 from contextlib import ExitStack
 
-from nodeagent.errors import Refusal
-from nodeagent.front import health, origins
+from nodeagent.front import health, looks, origins
 from nodeagent.front.answer import Answer
 from nodeagent.front.asgi import Front, answer_to, refusals_in
 from nodeagent.front.endpoints import ENDPOINTS
@@ -18,13 +18,15 @@ from nodeagent.front.hosts import refuse_foreign_host
 from nodeagent.front.inference import Inference
 from nodeagent.front.openai import read_request
 from nodeagent.front.paths import canonical
-from nodeagent.front.refusals import refusal_response
 from nodeagent.front.response import Headers
 from nodeagent.front.seam import Node
 
+_READ = frozenset({*health.PATHS, *looks.PATHS})
+_JSON = [("content-type", "application/json")]
+
 
 class FastRoad:
-    """Serves what is posted to the paths of inference, and health checks."""
+    """Serves what is posted to the paths of inference, health checks, and looks at the node."""
 
     def __init__(self, node: Node, front: Front, inference: Inference) -> None:
         self._node = node
@@ -33,27 +35,35 @@ class FastRoad:
         self._paths = {path.encode("ascii"): path for path in ENDPOINTS}
 
     def find_handler(self, method: str, path: bytes) -> Handler | None:
-        """The handler of requests for inference and of health checks, None for others; a path with escapes is one of
-        those."""
+        """The handler of the requests that are served here, None for others; a path with escapes is one of those."""
         if method == "POST" and self._path(path) in ENDPOINTS:
             return self._serve
-        return self._check_health if method in ("GET", "HEAD") and self._path(path) in health.PATHS else None
+        return self._read if method in ("GET", "HEAD") and self._path(path) in _READ else None
 
     def _path(self, path: bytes) -> str:
         """The path as the routes have it."""
         return self._paths.get(path) or canonical(path.decode("latin-1"))
 
-    async def _check_health(self, exchange: Exchange) -> None:
-        headers = dict(exchange.request.headers)
+    async def _read(self, exchange: Exchange) -> None:
+        """Answer a request that only reads: a health check, or a look at the node."""
+        request = exchange.request
+        headers = dict(request.headers)
+        path = self._path(exchange.path)
         identity, marks = self._front.identify(headers)
-        page, site = _text(headers.get(b"origin")), _text(headers.get(b"sec-fetch-site"))
-        marks += _encoded(origins.headers_for(self._node, page))
+        origin, host, site = (_text(headers.get(name)) for name in (b"origin", b"host", b"sec-fetch-site"))
+        if path in health.PATHS:
+            marks += _encoded(origins.headers_for(self._node, origin))
         try:
-            refuse_foreign_host(self._node, _text(headers.get(b"host")), origin=page, fetch_site=site)
-            query = exchange.request.target.partition(b"?")[2]
-            status, fields, content = health.check(self._node, self._path(exchange.path), query)
-        except Refusal as refusal:
-            status, fields, content = refusal_response(refusal, identity)
+            refuse_foreign_host(self._node, host, origin=origin, fetch_site=site)
+            if path in health.PATHS:
+                status, fields, content = health.check(self._node, path, request.target.partition(b"?")[2])
+            else:
+                key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
+                enter(self._node, request.method, path, key, ExitStack())  # it holds nothing
+                status, fields, content = 200, _JSON, looks.look(self._node, path, headers)
+        except Exception as failure:
+            failures = ExceptionGroup("", [failure])
+            status, fields, content = answer_to(failures, request.method, path, identity, begun=False)
         await _answer(exchange, status, fields, marks, content, close=False)
 
     async def _serve(self, exchange: Exchange) -> None:
@@ -72,10 +82,11 @@ class FastRoad:
             with ExitStack() as stack:
                 stack.callback(body.release)
                 body.admit()
-                site = headers.get(b"sec-fetch-site")
+                site = _text(headers.get(b"sec-fetch-site"))
                 if page is not None or site is not None:
-                    refuse_foreign_host(self._node, _text(headers.get(b"host")), origin=page, fetch_site=_text(site))
-                    origins.refuse_foreign(self._node, request.method, path, page)
+                    host = _text(headers.get(b"host"))
+                    refuse_foreign_host(self._node, host, origin=page, fetch_site=site)
+                    origins.refuse_foreign(self._node, request.method, path, page, host=host, fetch_site=site)
                 key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
                 enter(self._node, request.method, path, key, stack)
                 content = exchange.whole_body()

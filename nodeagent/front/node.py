@@ -1,8 +1,8 @@
 """The node's own paths: its inventory and queues, and what operators can do.
 
 A path that changes something, or shows more than a client needs (events, logs), is for operators (`guard.py`). Web
-pages may not use it: a request with an Origin is refused there, whatever its token. What servers printed is in the
-inventory for operators only.
+pages other than the node's own may not use it: their requests are refused there, whatever their token. What servers
+printed is in the inventory for operators only.
 """
 
 import json
@@ -16,12 +16,9 @@ from nodeagent.access.gate import Account
 from nodeagent.access.sums import account_json
 from nodeagent.errors import BackendUnavailable, InvalidRequest, NoSuchDevice, OriginForbidden
 from nodeagent.events import NodeEvent, Ring
-from nodeagent.front import activity_routes, upstream
-from nodeagent.front.guard import given_key
+from nodeagent.front import activity_routes, looks, upstream
 from nodeagent.front.inference import Inference
 from nodeagent.front.seam import Node, find_card
-from nodeagent.llama_server.relay import Upstream
-from nodeagent.scheduling.lane import Lane
 
 # So that a client, and the proxies in between, see that the stream is alive.
 _PING_S = 15.0
@@ -35,18 +32,14 @@ def blueprint(node: Node, inference: Inference) -> Blueprint:
 
     @admin.before_request
     async def refuse_pages() -> None:
-        origin = request.headers.get("Origin")
-        if origin is not None:
-            raise OriginForbidden(origin)
+        if looks.is_foreign_page(dict(request.scope["headers"])):
+            raise OriginForbidden(request.headers["Origin"])
 
     @routes.get("/v1/node/inventory")
-    async def inventory() -> Response:
-        content = node.inventory_json(for_operators=_is_operator(node))
-        return Response(content, content_type="application/json")
-
     @routes.get("/v1/node/queue")
-    async def queue() -> dict[str, Any]:
-        return {"lanes": [_lane_json(lane) for lane in node.scheduler.lanes.values()]}
+    async def look() -> Response:
+        content = looks.look(node, request.path, dict(request.scope["headers"]))
+        return Response(content, content_type="application/json")
 
     @routes.get("/v1/node/requests")
     async def requests() -> dict[str, Any]:
@@ -128,13 +121,6 @@ def blueprint(node: Node, inference: Inference) -> Blueprint:
     upstream.add_routes(admin, node, inference)
     routes.register_blueprint(admin)
     return routes
-
-
-def _is_operator(node: Node) -> bool:
-    """Whether the request is an operator's and comes from no web page."""
-    headers = dict(request.scope["headers"])
-    key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
-    return b"origin" not in headers and node.gate.is_operator(key)
 
 
 async def _load(node: Node, model_id: str, device_id: str | None) -> str:
@@ -232,29 +218,6 @@ class _LineStream:
         self._seen = page.last
         missed = [f"[{page.missed} lines missed]"] if page.missed else []
         return "".join(f"{line}\n" for line in (*missed, *page.items)).encode()
-
-
-def _lane_json(lane: Lane[Upstream]) -> dict[str, Any]:
-    view = lane.view()
-    return {
-        "device_id": lane.device_id,
-        "in_flight": view.in_flight,
-        "waiting": view.waiting,
-        "limit": view.limit,
-        "estimated_wait_s": round(view.estimated_wait_s, 3),
-        "tickets": [
-            {
-                "request_id": ticket.request_id,
-                "model_id": ticket.model_id,
-                "state": ticket.state,
-                "priority": ticket.priority.name.lower(),
-                "age_s": round(ticket.age_s, 3),
-                "position": ticket.position,
-                "starts_in_s": None if ticket.starts_in_s is None else round(ticket.starts_in_s, 3),
-            }
-            for ticket in lane.queue()
-        ],
-    }
 
 
 def _account_json(account: Account) -> dict[str, Any]:

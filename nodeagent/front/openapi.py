@@ -103,6 +103,8 @@ NOTES: Final[Mapping[str, Note]] = {
     "GET /metrics": Note(
         summary="The node in figures, for Prometheus", answers=("text/plain", "application/openmetrics-text")
     ),
+    "GET /": Note(summary="The page, for browsers", answers=("text/html",)),
+    "GET /page/{name}": Note(summary="A file of the page", answers=("text/html", "text/css", "text/javascript")),
     "GET /openapi.json": Note(summary="This document"),
     "GET /v1/node/inventory": Note(summary="Devices, servers, models and the node's status"),
     "GET /v1/node/queue": Note(summary="The queue of each device"),

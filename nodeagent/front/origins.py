@@ -1,11 +1,14 @@
-"""Which web pages may use the API: those in `cors_origins`, and no others.
+"""Which web pages may use the API: the node's own, those in `cors_origins`, and no others.
 
 A browser sends a page's POST with a plain content type to any address without asking first, so without this any page
 that a user of this network opens could make the node work. Browsers put the page's origin on such requests, and pages
 can't change it (https://fetch.spec.whatwg.org/#origin-header). Programs other than browsers send no Origin.
 
 Reading is safe without a check: a page sees no response that lacks `Access-Control-Allow-Origin`. Operators' paths
-refuse every Origin by themselves (`node.py`), and no header here lets a page in there.
+refuse the Origin of every other page by themselves (`node.py`), and no header here lets one in there.
+
+The node's own page (`web_page.py`) may use everything. What protects operators' paths from other pages is the token:
+it goes in a header, which no page can have a browser send by itself, as it sends cookies.
 """
 
 from typing import TYPE_CHECKING
@@ -23,9 +26,22 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _PREFLIGHT_MAX_AGE_S = 600
 
 
-def refuse_foreign(node: Node, method: str, path: str, origin: str | None) -> None:
-    """Raise OriginForbidden for a request of a page that is not listed."""
-    if origin is None or method in _SAFE_METHODS:
+def is_own_page(origin: str, *, host: str | None, fetch_site: str | None) -> bool:
+    """Whether a request with this Origin comes from the node's own page; its Host has been checked (`hosts.py`).
+
+    Newer browsers say so themselves in Sec-Fetch-Site, which no page can set; they say nothing over plain HTTP, but to
+    loopback. Behind a proxy the page's scheme may be https, which the node does not see.
+    """
+    if fetch_site is not None:
+        return fetch_site == "same-origin"
+    return host is not None and origin in (f"http://{host}", f"https://{host}")
+
+
+def refuse_foreign(
+    node: Node, method: str, path: str, origin: str | None, *, host: str | None, fetch_site: str | None
+) -> None:
+    """Raise OriginForbidden for a request of a page that is neither the node's own nor listed."""
+    if origin is None or method in _SAFE_METHODS or is_own_page(origin, host=host, fetch_site=fetch_site):
         return
     if path.startswith(_OPERATORS) or origin not in node.cors_origins:
         raise OriginForbidden(origin)
@@ -50,9 +66,9 @@ def guard(app: "QuartTrio", node: Node) -> None:
     @app.before_request
     async def refuse_others() -> None:
         headers = request.headers
-        origin = headers.get("Origin")
-        refuse_foreign_host(node, headers.get("Host"), origin=origin, fetch_site=headers.get("Sec-Fetch-Site"))
-        refuse_foreign(node, request.method, request.path, origin)
+        origin, host, site = headers.get("Origin"), headers.get("Host"), headers.get("Sec-Fetch-Site")
+        refuse_foreign_host(node, host, origin=origin, fetch_site=site)
+        refuse_foreign(node, request.method, request.path, origin, host=host, fetch_site=site)
 
     @app.after_request
     async def let_in(response: "Response") -> "Response":

@@ -342,9 +342,9 @@ REFUSALS: dict[type[Refusal], Row] = {
         code="origin_forbidden",
         message=lambda it: (
             f"Web pages may not use this path: the request has the Origin {echo(it.origin)} "
-            "(cors_origins lists the pages that may use the API; none may use an operator's path)."
+            "(cors_origins lists the pages that may use the API; only the node's own may use an operator's path)."
         ),
-        when="a web page whose origin is not in `cors_origins`, or any web page on an operator's path",
+        when="a web page whose origin is not in `cors_origins`, or on an operator's path any but the node's own",
         client="add the page's origin to `cors_origins`, or use another program",
     ),
     HostForbidden: Row(

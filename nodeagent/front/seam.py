@@ -95,6 +95,10 @@ class Node(Protocol):
         """The names by which browsers may reach the node, in lower case, besides those of loopback."""
 
     @property
+    def has_page(self) -> bool:
+        """Whether browsers get the page at `/`."""
+
+    @property
     def scheduler(self) -> Scheduler[Upstream]: ...
 
     def cards(self) -> list[ModelCard]:

@@ -103,6 +103,7 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         "cors_origins": (),
         "allowed_hosts": (),
         "activity": {"max_records": 1000, "path": None},
+        "page": True,
         "preload_ready_timeout_s": 300.0,
         "drain_grace_s": 5.0,
         "shutdown_timeout_s": 30.0,

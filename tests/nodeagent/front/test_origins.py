@@ -25,8 +25,14 @@ class BareNode:
     gate = open_gate()
     default_model_id = None
 
+    host_names = ("box",)
+
     def __init__(self, *origins: str) -> None:
         self.cors_origins = origins
+        self.drained = 0
+
+    def drain(self) -> None:
+        self.drained += 1
 
     def cards(self) -> list[ModelCard]:
         return []
@@ -88,8 +94,70 @@ async def test_a_page_can_not_read_what_others_may(autojump_clock: MockClock) ->
     assert "Origin" in exchange.headers["vary"]
 
 
-async def test_no_page_may_use_an_operators_path_not_even_a_listed_one(autojump_clock: MockClock) -> None:
+async def test_no_other_page_may_use_an_operators_path_not_even_a_listed_one(autojump_clock: MockClock) -> None:
     for method in ("POST", "OPTIONS"):
         exchange = await exchanged(BareNode(LISTED), LISTED, "/v1/node/drain", method, authorization="Bearer token")
         assert exchange.error() == (403, "origin_forbidden")
         assert "access-control-allow-origin" not in exchange.headers
+
+
+OWN = {"host": "127.0.0.1:8081", "origin": "http://127.0.0.1:8081"}
+FOREIGN = [
+    {"host": "127.0.0.1:8081", "origin": "http://127.0.0.1:3000"},
+    {"host": "127.0.0.1:8081", "origin": "http://127.0.0.1:8081", "sec-fetch-site": "cross-site"},
+    {"host": "127.0.0.1:8081", "origin": "http://127.0.0.1:8081", "sec-fetch-site": "same-site"},
+    {"host": "127.0.0.1:8081", "origin": "null"},
+    {"host": "box", "origin": "http://box.evil.example"},
+    {"host": "box:80", "origin": "ftp://box:80"},
+    {"origin": "http://127.0.0.1:8081"},
+    {"origin": ""},
+]
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        OWN,
+        OWN | {"sec-fetch-site": "same-origin"},
+        {"host": "box", "origin": "https://box"},  # behind a proxy that speaks TLS
+        {"host": "box", "origin": "https://box:8443", "sec-fetch-site": "same-origin"},  # that also drops the port
+    ],
+)
+async def test_the_nodes_own_page_may_use_everything_with_the_token(
+    marks: dict[str, str], autojump_clock: MockClock
+) -> None:
+    node = BareNode()
+    token = {"authorization": "Bearer token"}
+    exchange = await sent(node, "/v1/node/drain", marks | token)
+    assert (exchange.sent[0]["status"], node.drained) == (200, 1)
+    assert (await sent(node, "/v1/node/drain", marks)).error() == (401, "invalid_admin_token")
+    assert (await sent(node, "/v1/node/drain", marks | {"authorization": "Bearer x"})).error()[0] == 401
+    assert (await sent(node, "/v1/chat/completions", marks)).error() == (404, "model_not_found")
+    assert "access-control-allow-origin" not in exchange.headers
+    assert node.drained == 1
+
+
+@pytest.mark.parametrize("marks", FOREIGN)
+async def test_another_page_may_not_although_it_has_the_token(marks: dict[str, str], autojump_clock: MockClock) -> None:
+    node = BareNode()
+    for path in ("/v1/node/drain", "/v1/chat/completions"):
+        exchange = await sent(node, path, marks | {"authorization": "Bearer token"})
+        assert exchange.error() == (403, "origin_forbidden")
+    assert node.drained == 0
+
+
+async def test_a_page_under_a_name_that_is_not_the_nodes_is_not_its_own(autojump_clock: MockClock) -> None:
+    """DNS rebinding: to the browser, the page and the node are one origin."""
+    node = BareNode()
+    marks = {"host": "evil.example", "origin": "http://evil.example", "authorization": "Bearer token"}
+    for site in ({}, {"sec-fetch-site": "same-origin"}):
+        assert (await sent(node, "/v1/node/drain", marks | site)).error() == (403, "host_forbidden")
+    assert node.drained == 0
+
+
+async def sent(node: BareNode, path: str, headers: dict[str, str]) -> Exchange:
+    lines = [(name.encode(), value.encode()) for name, value in headers.items()]
+    exchange = Exchange((b"content-length", b"%d" % len(BODY)), *lines, path=path)
+    exchange.body(BODY, more=False)
+    await exchange.through(create_app(cast(Node, node)))
+    return exchange

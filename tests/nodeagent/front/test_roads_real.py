@@ -73,6 +73,11 @@ class OneModel:
     def state(self) -> NodeState:
         return NodeState(self.status, (), can_serve=True)
 
+    def inventory_json(self, *, for_operators: bool = False) -> bytes:
+        if self.status is NodeStatus.STOPPING:
+            raise RuntimeError("a bug")
+        return json.dumps({"for_operators": for_operators}).encode()
+
 
 class Road:
     """The front with that node, whose inference takes one of the two roads."""
@@ -188,6 +193,8 @@ CHUNKED = (
         (post(b"{"), Act(), 400),
         (post({"model": "a"}), Act(), 400),
         (post(CHAT | {"model": "b"}, Origin=PAGE), Act(), 404),
+        (post(Origin="http://n"), Act(), 200),
+        (post(Origin="http://n", Sec_Fetch_Site="cross-site"), Act(), 403),
         (post(CHAT, x_priority="urgent"), Act(), 400),
         (post(CHAT | {"x": "y" * MAX_BYTES}), Act(), 413),
         (post(Content_Encoding="gzip"), Act(), 415),
@@ -315,6 +322,59 @@ async def test_both_roads_give_the_same_health(
             answers.append((line, comparable(headers), body.replace(headers["x-request-id"].encode(), b"ID")))
     assert answers[:2] == answers[2:]
     assert answers[1][0].startswith(b"HTTP/1.1 403"), "a foreign page under a foreign name"
+    nursery.cancel_scope.cancel()
+
+
+TOKEN = "Authorization: Bearer token\r\n"
+
+
+@pytest.mark.parametrize("target", ["/v1/node/inventory", "/v1/node/queue", "/v1//node/inventory/?a=b"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("headers", "status", "for_operators"),
+    [
+        ("", 200, False),
+        (TOKEN, 200, True),
+        ("Authorization: Bearer toke\r\n", 200, False),
+        ("Authorization: Bearer \xe4\r\n", 200, False),
+        (f"{TOKEN}Origin: http://n\r\n", 200, True),
+        (f"{TOKEN}Origin: http://n\r\nSec-Fetch-Site: same-origin\r\n", 200, True),
+        (f"{TOKEN}Origin: {PAGE}\r\n", 200, False),
+        (f"{TOKEN}Origin: http://n\r\nSec-Fetch-Site: cross-site\r\n", 200, False),
+    ],
+)
+async def test_both_roads_give_the_same_looks_and_details_to_operators_alone(
+    target: str, method: str, headers: str, status: int, for_operators: bool, nursery: trio.Nursery
+) -> None:
+    answers = []
+    for road in ROADS:
+        this = await start(nursery, road)
+        with trio.fail_after(5):
+            line, fields, body = await this.ask(
+                f"{method} {target} HTTP/1.1\r\nHost: n\r\n{headers}Connection: close\r\n\r\n".encode("latin-1")
+            )
+        assert line.startswith(b"HTTP/1.1 %d" % status)
+        assert "access-control-allow-origin" not in fields
+        answers.append((line, comparable(fields), json.loads(body or b"{}")))
+    assert answers[0] == answers[1]
+    if method == "GET" and "inventory" in target:
+        assert answers[0][2] == {"for_operators": for_operators}
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_look_that_fails_is_a_500_and_logged(
+    road: str, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    this = await start(nursery, road)
+    this.node.status = NodeStatus.STOPPING
+    with trio.fail_after(5):
+        line, _headers, body = await this.ask(
+            b"GET /v1/node/inventory HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n"
+        )
+    assert line.startswith(b"HTTP/1.1 500")
+    assert json.loads(body)["error"]["code"] == "internal_error"
+    assert "RuntimeError: a bug" in caplog.text
     nursery.cancel_scope.cancel()
 
 
