@@ -599,6 +599,7 @@ def test_where_api_keys_are_needed_one_for_inference_opens_the_chat_alone(tab: T
     tab.page.get_by_label("Token").fill("sk-chat")
     tab.page.keyboard.press("Enter")
     expect(tab.page.locator("#alarm")).to_be_hidden()
+    expect(tab.page.locator("#facts")).to_contain_text("with it there is the chat")
     with tab.page.expect_request("**/v1/chat/completions") as sent:
         answer = tab.ask("hello", "tiny", 3)
     assert sent.value.headers["authorization"] == "Bearer sk-chat"

@@ -53,7 +53,8 @@ function updateHeader() {
   alarm.hidden = problem === null;
   setText(alarm, problem === null ? "" : inventory ? `${problem} What you see may be old.` : problem);
   setText(byId("sign-in"), operator.signedIn ? "Sign out" : "Sign in");
-  if (!inventory) return;
+  byId("status").hidden = !inventory && store.isForChatAlone;
+  if (!inventory) return setText(byId("facts"), store.isForChatAlone ? "This key is for inference: with it there is the chat." : "");
   document.title = `${inventory.node_name} · RoleMesh node`;
   setText(byId("node-name"), inventory.node_name);
   const status = byId("status");

@@ -12,6 +12,7 @@ export class Store extends EventTarget {
   inventory = null; // of /v1/node/inventory
   lanes = new Map(); // of /v1/node/queue, by device; empty while no device is busy
   models = []; // of /v1/models
+  isForChatAlone = false; // whether the key that was given is for inference, and no more
   isOpen = true; // whether the node serves everybody, or wants an API key
   history = new Map(); // by device: [{at, memory, utilization}], oldest first
   problem = null; // why the last request failed
@@ -73,7 +74,8 @@ export class Store extends EventTarget {
 
   async #read() {
     const inventory = await this.#inventory();
-    if (!inventory) return this.#readModels("");
+    this.isForChatAlone = inventory === null;
+    if (this.isForChatAlone) return this.#readModels("");
     const busy = inventory.devices.some(({ lane }) => lane.in_flight || lane.waiting);
     const { lanes } = busy ? await get("/v1/node/queue") : { lanes: [] };
     const models = JSON.stringify(inventory.models.map((model) => [model.model_id, model.size_bytes, inventory.incarnation]));
