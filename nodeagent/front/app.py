@@ -13,10 +13,10 @@ from nodeagent.front.asgi import request_id
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.error_shapes import dialect_of
 from nodeagent.front.inference import Inference
-from nodeagent.front.kv_use import KvUse
 from nodeagent.front.paths import canonical
 from nodeagent.front.refusals import echo, error_response, refusal_response
 from nodeagent.front.seam import Node
+from nodeagent.front.server_figures import ServerFigures
 from nodeagent.front.window import Window
 
 _WHERE = (
@@ -37,11 +37,12 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     inference = inference or Inference(of.scheduler)
     slots = Window("/slots")  # one for all: each look costs the server something
+    figures = ServerFigures(of.scheduler, inference.tallies, slots, Window("/metrics"))
     for routes in (
         openai.blueprint(of, inference),
         models.blueprint(of, slots),
         ollama_models.blueprint(of),
-        metrics.blueprint(of, inference.tallies, KvUse(of.scheduler, inference.tallies, slots)),
+        metrics.blueprint(of, inference.tallies, figures),
         node.blueprint(of, inference),
         health.blueprint(of),
         web_page.blueprint(of),

@@ -21,8 +21,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from quart import Blueprint, Response, request
 
-from nodeagent.front.kv_use import KvUse
 from nodeagent.front.seam import Node
+from nodeagent.front.server_figures import COUNTERS, ServerFigures
 from nodeagent.front.tallies import Tallies
 from nodeagent.histogram import Histogram
 from nodeagent.scheduling.seam import ServerState
@@ -39,15 +39,15 @@ _READINGS: Final = {
 }
 
 
-def blueprint(node: Node, tallies: Tallies, kv_use: KvUse) -> Blueprint:
+def blueprint(node: Node, tallies: Tallies, figures: ServerFigures) -> Blueprint:
     """The route `/metrics`."""
     routes = Blueprint("metrics", __name__)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_NodeCollector(node, tallies, kv_use))
+    registry.register(_NodeCollector(node, tallies, figures))
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        await kv_use.refresh()
+        await figures.refresh()
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return Response(encode(registry), content_type=content_type)
 
@@ -57,10 +57,10 @@ def blueprint(node: Node, tallies: Tallies, kv_use: KvUse) -> Blueprint:
 class _NodeCollector(Collector):
     """Reads the node when it is asked."""
 
-    def __init__(self, node: Node, tallies: Tallies, kv_use: KvUse) -> None:
+    def __init__(self, node: Node, tallies: Tallies, figures: ServerFigures) -> None:
         self._node = node
         self._tallies = tallies
-        self._kv_use = kv_use
+        self._figures = figures
 
     def collect(self) -> Iterable[Metric]:
         """Every metric as it is now."""
@@ -75,11 +75,12 @@ class _NodeCollector(Collector):
         _add_histogram(lag, [], self._node.loop_lag_s)
         yield lag
         yield from self._of_caches()
+        yield from self._of_counters()
         yield from self._of_requests()
 
     def _of_caches(self) -> Iterator[Metric]:
         text = "Share of the KV cache that requests in progress fill"
-        on_node, of_servers = self._kv_use.ratios()
+        on_node, of_servers = self._figures.cache_use()
         whole = GaugeMetricFamily(f"{_PREFIX}_kv_cache_usage_ratio", f"{text}, of all servers together.")
         whole.add_metric([], on_node)
         yield whole
@@ -89,6 +90,17 @@ class _NodeCollector(Collector):
         for labels, ratio in of_servers.items():
             each.add_metric(labels, ratio)
         yield each
+
+    def _of_counters(self) -> Iterator[Metric]:
+        for name, theirs in COUNTERS.items():
+            family = CounterMetricFamily(
+                f"{_PREFIX}_backend_{name}",
+                f"What llama-server counts as {theirs}, summed up over the restarts of a model's server.",
+                labels=["device", "model"],
+            )
+            for labels, sums in self._figures.counters.items():
+                family.add_metric(labels, sums[name])
+            yield family
 
     def _of_requests(self) -> Iterator[Metric]:
         tallies = self._tallies
