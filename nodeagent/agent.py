@@ -36,7 +36,15 @@ import trio
 
 from nodeagent import descriptors, host_names, reload, state_dir
 from nodeagent.access.gate import Gate
-from nodeagent.config import ApiKeyConfig, NodeConfig, find_llama_server, guarding_keys, read_token, tls_context
+from nodeagent.config import (
+    ApiKeyConfig,
+    NodeConfig,
+    find_llama_server,
+    guarding_keys,
+    read_token,
+    require_extras,
+    tls_context,
+)
 from nodeagent.devices.backend import Backend, Build
 from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
@@ -76,6 +84,7 @@ from supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from nodeagent.dispatcher.client import DispatcherClient
+    from nodeagent.front.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +93,7 @@ logger = logging.getLogger(__name__)
 _LAST_RESORT_S = 15.0
 # After the drain, responses in progress are cut off; this is for the last bytes of those that have just ended.
 _LAST_BYTES_S = 1.0
+_LAST_SPANS_S = 2.0
 
 
 async def run(config: NodeConfig, *, on_ready: Callable[[str], None] = lambda _base_url: None) -> None:
@@ -101,6 +111,7 @@ async def _run(config: NodeConfig, signals: Signals, manager: ServiceManager, on
     reload.log_warnings(config)
     descriptors.raise_limit()
     binary = find_llama_server(config)
+    require_extras(config)
     _warn_of_supervisord()
     with state_dir.locked(config.state_dir):
         keys, tls = guarding_keys(config), tls_context(config)
@@ -185,6 +196,7 @@ class Agent:
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
         self._activity = Activity(config.activity.max_records)
+        self._tracing = _tracing(config, identity)
         self.node.while_reloading = manager.reloading
         lanes = [device.lane for device in managed.values()]
         self._self_watch = SelfWatch(manager, lanes, lambda: in_a_line(self.node.snapshot()))
@@ -200,6 +212,7 @@ class Agent:
         finally:
             signals.on_kill = lambda: None
             self._caches.clear()
+            await self._send_last_spans()
             logger.info("node %s has stopped", self.node.node_id)
 
     async def _run_parts(
@@ -256,6 +269,12 @@ class Agent:
         await trio.to_thread.run_sync(file.open)
         await nursery.start(file.run, name="activity file")
 
+    async def _send_last_spans(self) -> None:
+        if self._tracing is not None:
+            with trio.move_on_after(_LAST_SPANS_S) as scope:
+                scope.shield = True
+                await trio.to_thread.run_sync(self._tracing.close, abandon_on_cancel=True)
+
     async def _learn_host_name(self) -> None:
         self.node.full_host_name = await host_names.full_name()
 
@@ -270,6 +289,8 @@ class Agent:
     async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
         node = self.node
         inference = Inference(node.scheduler, self._activity)
+        if self._tracing is not None:
+            inference.tallies.on_end = self._tracing.ended
         app = LazyApp(partial(_web_application, node, inference))
         front = Front(app, max_request_bytes=node.max_request_bytes, node_id=node.node_id)
         try:
@@ -396,6 +417,14 @@ def _web_application(node: Node, inference: Inference) -> ASGIApp:
     app = create_app(node, inference)
     _spare_the_collector()
     return app
+
+
+def _tracing(config: NodeConfig, identity: NodeIdentity) -> "Tracing | None":
+    if config.otlp_endpoint is None:
+        return None
+    from nodeagent.front.tracing import Tracing  # with the extra `otel`, which other nodes don't need
+
+    return Tracing(config.otlp_endpoint, node_id=config.node_id, version=identity.version)
 
 
 def _dispatcher_client(config: NodeConfig, node: Node) -> "DispatcherClient | None":

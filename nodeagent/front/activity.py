@@ -66,8 +66,8 @@ class Activity:
         if self._records:
             self._last_id = self._records[-1].id
 
-    def add(self, **fields: Any) -> None:
-        """Keep one more record, with these fields but for `id`."""
+    def add(self, **fields: Any) -> Record:
+        """Keep one more record, with these fields but for `id`, and return it."""
         self._last_id += 1
         record = Record(id=self._last_id, **fields)
         self._records.append(record)
@@ -75,6 +75,7 @@ class Activity:
             self.sink(record)
         self._more.set()
         self._more = trio.Event()
+        return record
 
     def newest(self, wanted: Callable[[Record], bool], *, limit: int, since: int = 0) -> list[Record]:
         """The newest records with a number above `since` that are wanted, the newest first, at most `limit`."""

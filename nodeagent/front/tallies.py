@@ -6,7 +6,7 @@ says there how many tokens there were (`usage.py`).
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -14,7 +14,7 @@ import trio
 
 from nodeagent.errors import InvalidApiKey, Refusal
 from nodeagent.front.accounts import account_var
-from nodeagent.front.activity import Activity, user_agent_of
+from nodeagent.front.activity import Activity, Record, user_agent_of
 from nodeagent.front.refusals import code_of
 from nodeagent.front.usage import HEAD_BYTES, TAIL_BYTES, Usage, usage_of
 from nodeagent.histogram import Histogram
@@ -35,11 +35,15 @@ CLIENT_LEFT: Final = "client_left"
 SERVER_LOST: Final = "server_lost"
 
 
+OnEnd = Callable[[Record, Iterable[tuple[bytes, bytes]]], None]
+
+
 class Tallies:
     """The sums since the start, by model id; those of `requests` by model id, status and reason ("" if complete).
 
     Only requests that were admitted, or refused for want of a place, count: until then they may name any model.
-    `whole_in_flight` are the requests in flight whose answers are not streamed, by model.
+    `whole_in_flight` are the requests in flight whose answers are not streamed, by model. `on_end` gets the record of
+    each request that has ended, with its headers; it may not wait.
     """
 
     def __init__(self, activity: Activity | None = None) -> None:
@@ -53,6 +57,7 @@ class Tallies:
         self.generated_tokens: Counter[str] = Counter()
         self.whole_in_flight: Counter[str] = Counter()
         self.activity = Activity() if activity is None else activity
+        self.on_end: OnEnd = lambda _record, _headers: None
 
     def refused_early(
         self, path: str, request_id: str, headers: Iterable[tuple[bytes, bytes]], refusal: Refusal
@@ -65,7 +70,7 @@ class Tallies:
             return
         status, code = code_of(refusal)
         account = account_var.get()
-        self.activity.add(
+        record = self.activity.add(
             request_id=request_id,
             began_at=time.time(),
             path=path,
@@ -75,6 +80,7 @@ class Tallies:
             error=code,
             user_agent=user_agent_of(headers),
         )
+        self.on_end(record, headers)
 
 
 class RequestTally:
@@ -158,7 +164,7 @@ class RequestTally:
     def _record(self, duration_s: float, usage: Usage) -> None:
         request = self._request
         has_usage = bool(usage.prompt or usage.cached or usage.generated)
-        self._tallies.activity.add(
+        record = self._tallies.activity.add(
             request_id=request.request_id,
             began_at=self._began_on,
             path=request.client_path or request.path,
@@ -178,6 +184,7 @@ class RequestTally:
             streamed=request.streamed,
             user_agent=user_agent_of(request.headers),
         )
+        self._tallies.on_end(record, request.headers)
 
     def _tokens_per_s(self, duration_s: float, usage: Usage) -> float | None:
         """How fast its tokens came: by what the server says, else by when they came."""

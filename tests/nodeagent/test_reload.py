@@ -53,6 +53,7 @@ CHANGES: dict[str, Any] = {
     "memory_reserve_bytes": 1000,
     "max_request_bytes": 1000,
     "activity": {"max_records": 5},
+    "otlp_endpoint": "http://127.0.0.1:4318",
     "backend": "cpu",
     "devices": [{"device_id": "cpu:0"}],
 }

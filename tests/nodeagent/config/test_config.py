@@ -14,11 +14,13 @@ from nodeagent.config import (
     NodeConfig,
     check_config,
     find_llama_server,
+    host_checks,
     host_problems,
     load_config,
     missing_models,
     parse_config,
     read_token,
+    require_extras,
 )
 from nodeagent.config.server_flags import flags_argv
 from nodeagent.errors import ConfigError
@@ -102,6 +104,7 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
         "allow_remote_media": False,
         "cors_origins": (),
         "allowed_hosts": (),
+        "otlp_endpoint": None,
         "activity": {"max_records": 1000, "path": None},
         "page": True,
         "preload_ready_timeout_s": 300.0,
@@ -750,3 +753,16 @@ def test_a_pinned_model_is_not_unloaded_when_idle() -> None:
 def test_only_one_model_can_be_the_default() -> None:
     text = "models: [{model_id: a, path: a, default: true}, {model_id: b, path: b, default: true}]"
     assert "models[1].default: is true for models[0] already" in the_complaint(text)
+
+
+def test_traces_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse(f"otlp_endpoint: http://127.0.0.1:4318\n{MINIMAL}")
+    require_extras(config)
+    monkeypatch.setattr(host_checks, "_EXPORTER", "opentelemetry.exporter.no_such.module")
+    with pytest.raises(ConfigError) as caught:
+        require_extras(config)
+    [problem] = caught.value.problems
+    assert problem.where == "otlp_endpoint"
+    assert "rolemesh-node-agent[otel]" in str(problem)
+    assert problem in host_problems(config)
+    require_extras(parse(MINIMAL))
