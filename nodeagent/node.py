@@ -6,14 +6,14 @@
 import logging
 import math
 import ssl
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from operator import is_not
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -48,13 +48,22 @@ from nodeagent.scheduling.lane import Lane
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.scheduling.seam import ServerState
 from nodeagent.status import MODEL_ENDPOINTS, ModelStatus, NodeSnapshot, NodeState, NodeStatus, Phase, node_state
-from supervisor.lifecycle import Event, Exited
+from supervisor.lifecycle import Event, Exited, Ready, Started
 
 logger = logging.getLogger(__name__)
+
+# Upper bounds of the buckets of `backend_load_s`: from a small model in the page cache to a large one on a slow disk.
+LOADS_S: Final = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 
 
 class Dispatcher(Protocol):
     """What the node needs of the dispatcher's client (`dispatcher.client.DispatcherClient`)."""
+
+    @property
+    def registered(self) -> bool: ...
+
+    @property
+    def accepted_at(self) -> float | None: ...
 
     def heartbeat_soon(self) -> None: ...
 
@@ -82,7 +91,8 @@ class Node:
 
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
-    which a drained node still accepts requests) in `drain`, `backend_exits` in `on_child_event`; `_cards` in `cards`;
+    which a drained node still accepts requests) in `drain`, `backend_exits`, `backend_load_s` (from a spawn to
+    readiness) and `_started_at` in `on_child_event`; `_cards` in `cards`;
     `tls` in `reload`; `dispatcher`, `while_reloading` (entered for the time of a reload) and `full_host_name` (with
     its domain; "" until it has been looked up) once, by `agent`.
     """
@@ -110,6 +120,8 @@ class Node:
         self._cards: list[ModelCard] = []
         self._cards_of: list[object] = []
         self.backend_exits: Counter[tuple[str, str, str]] = Counter()
+        self.backend_load_s = defaultdict[tuple[str, str], Histogram](partial(Histogram, LOADS_S))
+        self._started_at: dict[str, float] = {}
         self.loop_lag_s = Histogram(loop_lag.BOUNDS_S)
         self.full_host_name = ""
         self._config = config
@@ -281,6 +293,13 @@ class Node:
         """Every API key by its SHA-256. Blocks on the disk; raises ConfigError."""
         return read_api_keys(self._config)
 
+    @property
+    def dispatcher_state(self) -> tuple[bool, float | None] | None:
+        if self.dispatcher is None:
+            return None
+        accepted_at = self.dispatcher.accepted_at
+        return self.dispatcher.registered, None if accepted_at is None else trio.current_time() - accepted_at
+
     def register(self) -> bool:
         if self.dispatcher is None:
             return False
@@ -370,6 +389,12 @@ class Node:
         if isinstance(event, Exited):
             server = ServerId.parse(event.child_id)
             self.backend_exits[server.device_id, server.model_id, event.exit.cause.value] += 1
+        elif isinstance(event, Started):
+            self._started_at[event.child_id] = event.at
+        elif isinstance(event, Ready):
+            server = ServerId.parse(event.child_id)
+            took_s = event.at - self._started_at[event.child_id]
+            self.backend_load_s[server.device_id, server.model_id].observe(took_s)
         self._preloading -= self._models_in(ServerState.READY)  # one that is unloaded later was ready all the same
         self._publish_state()
 

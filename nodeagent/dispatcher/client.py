@@ -50,7 +50,8 @@ class DispatcherClient:
     """One node's registration and heartbeats.
 
     `registered` is True while the dispatcher knows this node, as far as its responses say. `problem` is what is wrong
-    with the dispatcher now, None if nothing is. Only `run` changes them, and `register_again`.
+    with the dispatcher now, None if nothing is. `accepted_at` is when it last accepted a call, None if it never did.
+    Only `run` changes them, and `register_again`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class DispatcherClient:
     ) -> None:
         self.registered = False
         self.problem: str | None = None
+        self.accepted_at: float | None = None
         self._base_url = base_url.rstrip("/")
         self._node = node
         self._interval_s = heartbeat_interval_s
@@ -151,6 +153,7 @@ class DispatcherClient:
                 if self.problem is not None or not self.registered:
                     logger.info("dispatcher %s: %s", self._base_url, "back" if self.registered else "registered")
                 self.registered, self.problem, self._failures = True, None, 0
+                self.accepted_at = trio.current_time()
                 self._interval_s = interval_s or self._interval_s
             case Unknown(reason):
                 self._report(reason, logging.WARNING)

@@ -69,6 +69,15 @@ class _NodeCollector(Collector):
         yield from _of_lanes(inventory["devices"])
         yield from _of_readings(inventory["devices"])
         yield from _of_servers(inventory["devices"], self._node.backend_exits)
+        loads = HistogramMetricFamily(
+            f"{_PREFIX}_backend_load_seconds",
+            "From the spawn of a server to its readiness.",
+            labels=["device", "model"],
+        )
+        for labels, histogram in self._node.backend_load_s.items():
+            _add_histogram(loads, [*labels], histogram)
+        yield loads
+        yield from _of_dispatcher(self._node.dispatcher_state)
         lag = HistogramMetricFamily(
             f"{_PREFIX}_event_loop_lag_seconds", "How late the agent's event loop was, five times a second."
         )
@@ -144,6 +153,18 @@ def _of_node(inventory: Mapping[str, Any]) -> Iterator[Metric]:
     build = InfoMetricFamily(f"{_PREFIX}_build", "The agent's version.")
     build.add_metric([], {"version": inventory["agent_version"]})
     yield build
+
+
+def _of_dispatcher(state: tuple[bool, float | None] | None) -> Iterator[Metric]:
+    up = GaugeMetricFamily(f"{_PREFIX}_dispatcher_up", "Whether the dispatcher knows this node, if there is one.")
+    age = GaugeMetricFamily(f"{_PREFIX}_heartbeat_age_seconds", "Since the dispatcher last accepted a call.")
+    if state is not None:
+        registered, age_s = state
+        up.add_metric([], float(registered))
+        if age_s is not None:
+            age.add_metric([], age_s)
+    yield up
+    yield age
 
 
 def _of_lanes(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:

@@ -119,6 +119,15 @@ class Node(Protocol):
         """How many servers have ended, by device, model and cause."""
 
     @property
+    def backend_load_s(self) -> Mapping[tuple[str, str], Histogram]:
+        """How long servers took from their spawn to being ready, in seconds, by device and model."""
+
+    @property
+    def dispatcher_state(self) -> tuple[bool, float | None] | None:
+        """Whether the dispatcher knows this node, and how many seconds ago it last accepted a call; None if there is
+        no dispatcher."""
+
+    @property
     def loop_lag_s(self) -> Histogram:
         """How late the event loop was, in seconds."""
 

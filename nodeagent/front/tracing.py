@@ -30,12 +30,16 @@ _OPERATIONS: Final = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "chat",
     "/v1/responses": "chat",
+    "/api/chat": "chat",
     "/v1/completions": "text_completion",
     "/completion": "text_completion",
     "/infill": "text_completion",
+    "/api/generate": "text_completion",
     "/v1/embeddings": "embeddings",
     "/embedding": "embeddings",
     "/embeddings": "embeddings",
+    "/api/embed": "embeddings",
+    "/api/embeddings": "embeddings",
 }
 _PASSED_ON: Final = (b"traceparent", b"tracestate")
 _NS: Final = 1_000_000_000

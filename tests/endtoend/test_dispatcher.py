@@ -1,5 +1,6 @@
 """The agent and the example dispatcher, two processes."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def node_at(port: int) -> dict[str, Any]:
     return node
 
 
+def metrics(base_url: str) -> dict[str, float]:
+    """What the agent tells of its dispatcher."""
+    text = httpx.get(f"{base_url}/metrics", timeout=5, trust_env=False).text
+    found = re.findall(r"^nodeagent_(dispatcher_up|heartbeat_age_seconds) (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port: int = sock.getsockname()[1]
@@ -67,12 +75,16 @@ def test_a_dispatcher_sees_the_node_and_serving_does_not_depend_on_it(
             return httpx.post(url, json=body, timeout=30, trust_env=False).status_code
 
         assert chat() == 200  # no dispatcher yet
+        assert metrics(agent.base_url) == {"dispatcher_up": 0.0}
         with dispatcher(port):
             wait_until(lambda: node_at(port).get("status") == "ready")
             assert node_at(port)["devices"] == ["cpu:0"]
             wait_until(lambda: node_at(port)["models"] == {"tiny": ["cpu:0"]})
             agent.wait_child().kill()
             assert chat() == 200
+            told = metrics(agent.base_url)
+            assert told["dispatcher_up"] == 1
+            assert 0 <= told["heartbeat_age_seconds"] < 3
         assert chat() == 200  # the dispatcher was killed
         with dispatcher(port):
             wait_until(lambda: node_at(port).get("status") == "ready")

@@ -175,6 +175,7 @@ def test_what_happened_is_counted(seen: Prometheus) -> None:
     assert sum_of("backend_exits_total", model="a", reason="killed_by_signal") == 1
     assert sum_of("backend_exits_total", model="a", reason="stopped") >= 2
     assert sum_of("status", status="draining") == 1
+    assert sum_of("backend_load_seconds_count", model="a") >= 3
     # By the servers' own count, but for what those that have ended did after they were last asked.
     assert 9 <= sum_of("backend_generation_tokens_total") <= 27
     assert sum_of("backend_generation_seconds_total") > 0

@@ -62,6 +62,8 @@ class FakeDispatcherClient:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.registered = False
+        self.accepted_at: float | None = None
 
     def heartbeat_soon(self) -> None:
         self.calls.append("heartbeat_soon")
