@@ -178,7 +178,8 @@ def test_what_happened_is_counted(seen: Prometheus) -> None:
     assert sum_of("backend_load_seconds_count", model="a") >= 3
     # By the servers' own count, but for what those that have ended did after they were last asked.
     assert 9 <= sum_of("backend_generation_tokens_total") <= 27
-    assert sum_of("backend_generation_seconds_total") > 0
+    # A server counts whole milliseconds, and a tiny model may take less.
+    assert 0 <= sum_of("backend_generation_seconds_total") < 60
 
 
 def expressions() -> list[str]:
