@@ -207,10 +207,12 @@ class Agent:
         """Run until a signal asks for the end, then drain, stop the children, and return."""
         try:
             async with trio.open_nursery() as watching:
-                await self._run_parts(listeners, signals, on_ready, watching)
+                try:
+                    await self._run_parts(listeners, signals, on_ready, watching)
+                finally:
+                    signals.on_kill = lambda: None  # before `watching` is closed, in which it would start a task
                 watching.cancel_scope.cancel()
         finally:
-            signals.on_kill = lambda: None
             self._caches.clear()
             await self._send_last_spans()
             logger.info("node %s has stopped", self.node.node_id)
@@ -228,7 +230,7 @@ class Agent:
         for device in node.devices.values():
             device.recall_loads()
         async with trio.open_nursery() as nursery:
-            signals.on_kill = partial(nursery.start_soon, self._supervisor.kill_all, name="kill all servers")
+            signals.on_kill = partial(watching.start_soon, self._supervisor.kill_all, name="kill all servers")
             await nursery.start(self._supervisor.run, name="supervisor")
             await nursery.start(node.run, name="node")
             signals.on_reload = node.reload_soon
