@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -22,10 +22,11 @@ from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
 from nodeagent.scheduling.lease import Lease, Ticket, TicketState
 from nodeagent.scheduling.loads import Loading, Loads
-from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Priority, Wait, step
+from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Priority, QueuedRequest, Wait, step
 from nodeagent.scheduling.request_queue import RequestQueue
 from nodeagent.scheduling.room import Room, ServerUse, staying
 from nodeagent.scheduling.seam import LaneView, Servers, ServerState, ServerView, TicketView
+from nodeagent.scheduling.span import Span
 from nodeagent.scheduling.swap_aware import SwapAware
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,13 @@ class Lane(Generic[E]):
     """The queue and the decisions of one device.
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
-    task, always synchronously; `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is
-    called whenever the lane has nothing to do, and returns when to call it again.
+    task, always synchronously; `_preload_held` in `hold_preload`; `_sharing` in `share_places`. `rules` may be replaced
+    at any time. `on_idle` is called whenever the lane has nothing to do, and returns when to call it again.
+
+    With a `span` the lane serves models that span its members, and only while these are held for them (`span.py`).
     """
 
-    def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
+    def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules, span: Span[E] | None = None) -> None:
         self.device_id = device_id
         self.rules = rules
         self.times = LaneTimes()
@@ -69,6 +72,8 @@ class Lane(Generic[E]):
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
         self._in_flight: list[Ticket[E]] = []
         self._preload_held = False
+        self._span = span
+        self._sharing: list[Lane[E]] = [self]
         self._loads = Loads(
             device_id,
             servers,
@@ -76,10 +81,12 @@ class Lane(Generic[E]):
             on_end=self._load_ended,
             on_refusal=self._refuse_model,
             look_again=self.nudge,
+            take_devices=self._take_devices if span is not None else None,
+            make_room=span.make_room if span is not None else None,
         )
 
     def __repr__(self) -> str:
-        in_flight = len(self._in_flight)
+        in_flight = sum(ticket.holder is None for ticket in self._in_flight)
         loading = f", loading {self.loading}" if self.loading else ""
         return (
             f"<Lane {self.device_id}: {in_flight} in flight, {self._admitted - in_flight} waiting, "
@@ -94,6 +101,16 @@ class Lane(Generic[E]):
         return self._admitted
 
     @property
+    def places_taken(self) -> int:
+        """The same, with those of the lanes that this one shares its places with."""
+        return sum(lane.admitted for lane in self._sharing)
+
+    def share_places(self, home: "Lane[E]") -> None:
+        """Count requests here among those of the `home` lane, which has the same limit. Call it before either runs."""
+        home._sharing.append(self)
+        self._sharing = home._sharing
+
+    @property
     def limit(self) -> int:
         return self.rules.max_pending
 
@@ -101,11 +118,12 @@ class Lane(Generic[E]):
         self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL, *, slots: int = 1
     ) -> Ticket[E]:
         """Take a place; raise QueueFull if every place is taken. `slots` is how many slots of the server are needed."""
-        if self._admitted >= self.rules.max_pending:
+        if self.places_taken >= self.rules.max_pending:
             raise QueueFull(model_id, self.rules.max_pending, self.place_free_in_s())
         ticket = self._ticket(request_id, model_id, priority, slots)
         self._queue.post(ticket)
         self._admitted += 1
+        self._take_free_devices(model_id)
         if not self._granted_at_once(ticket):
             self.nudge()
         return ticket
@@ -118,6 +136,18 @@ class Lane(Generic[E]):
         ticket = self._ticket(f"load {model_id}", model_id, counted=False)
         self._queue.insert(ticket)
         self.nudge()
+        return ticket
+
+    def request_hold(self, holder: "Lane[E]", model_id: str) -> Ticket[E]:
+        """Queue for this device on behalf of a lane whose model spans it; granted at once if nobody waits here.
+
+        While the hold is granted, the model counts as in use. The caller closes it.
+        """
+        ticket = self._ticket(f"hold for {model_id}", model_id, slots=0, counted=False, holder=holder)
+        ticket.admitted_at = holder.demand(model_id).admitted_at
+        self._queue.insert(ticket)
+        if not self._held_at_once(ticket):
+            self.nudge()
         return ticket
 
     def close(self, ticket: Ticket[E]) -> None:
@@ -135,6 +165,8 @@ class Lane(Generic[E]):
             self._loads.waiter_left(ticket.model_id, self.wanted)
         ticket.state = TicketState.CLOSED
         ticket.lease = None
+        if self._span is not None:
+            self._give_unused_back(self._span)
         # While other requests run on the model and none is queued, there is nothing to decide.
         if self.wanted or not self._in_use(ticket.model_id):
             self.nudge()
@@ -149,7 +181,7 @@ class Lane(Generic[E]):
 
     def hand_over(self, ticket: Ticket[E], to: "Lane[E]") -> None:
         """Move a queued request to another lane; it keeps its age. Raises QueueFull if that lane has no place."""
-        if to.admitted >= to.limit:
+        if to.places_taken >= to.limit:
             raise QueueFull(ticket.model_id, to.limit, to.place_free_in_s())
         self._queue.remove(ticket)
         self._admitted -= ticket.counted
@@ -182,6 +214,9 @@ class Lane(Generic[E]):
     def nudge(self) -> None:
         """Make the lane look again; called after any change that it can't see itself (a server's state, say)."""
         self._queue.nudge()
+        for ticket in self._in_flight:
+            if ticket.holder is not None:
+                ticket.holder._queue.nudge()
 
     # What others see of the lane.
 
@@ -201,9 +236,9 @@ class Lane(Generic[E]):
         return not (self._admitted or self._queue.waiting or self._in_flight or self._loads.current)
 
     def view(self) -> LaneView:
-        """The load of the lane now."""
-        in_flight = len(self._in_flight)
-        waiting = self._admitted - in_flight
+        """The load of the lane now, with that of the lanes that share its places."""
+        in_flight = sum(ticket.holder is None for lane in self._sharing for ticket in lane._in_flight)
+        waiting = self.places_taken - in_flight
         self._queue.collect()
         in_order = [ticket.model_id for ticket in self._queue.waiting]
         return LaneView(in_flight, waiting, self.rules.max_pending, self.times.drained_s(self.backlog(), in_order))
@@ -244,19 +279,92 @@ class Lane(Generic[E]):
         if not self._queue.waiting:
             return []
         lane = self._snapshot(trio.current_time(), self._servers.views())
-        starts = forecast(self.rules.policy, lane, self._running(), load_left_s=self._loads.left_s())
-        return sorted(
-            zip(self._queue.waiting, starts, strict=True), key=lambda it: math.inf if it[1] is None else it[1]
-        )
+        load_left_s = self.times.load_s(lane.loading) if lane.is_held and lane.loading else self._loads.left_s()
+        starts = forecast(self.rules.policy, lane, self._running(), load_left_s=load_left_s)
+        return sorted(zip(self._queue.waiting, starts, strict=True), key=_start_order)
 
     def queue(self) -> list[TicketView]:
-        """Every request of the lane: those in flight, then the queued ones as they are expected to start."""
+        """Every request of the lane: those in flight, then the queued ones as they are expected to start.
+
+        Those for models that span this device and others are in the queue of the first one.
+        """
         now = trio.current_time()
-        waiting = enumerate(self.expected_starts(), start=1)
+        in_flight = [ticket for lane in self._sharing for ticket in lane._in_flight if ticket.holder is None]
+        starts = [it for lane in self._sharing for it in lane.expected_starts() if it[0].holder is None]
+        waiting = enumerate(sorted(starts, key=_start_order), start=1)
         return [
-            *(ticket.view(now) for ticket in self._in_flight),
+            *(ticket.view(now) for ticket in in_flight),
             *(ticket.view(now, place, starts_in_s) for place, (ticket, starts_in_s) in waiting),
         ]
+
+    # What a lane asks of the members that its models span, and they of it.
+
+    def demand(self, model_id: str) -> QueuedRequest:
+        """What waits here for the model, as one request: as old as the oldest and as urgent as the most urgent."""
+        self._queue.collect()
+        waiting = [ticket.as_queued() for ticket in self._queue.waiting if ticket.model_id == model_id]
+        if not waiting:
+            return QueuedRequest(model_id=model_id, admitted_at=trio.current_time(), priority=Priority.BATCH, slots=0)
+        return QueuedRequest(
+            model_id=model_id,
+            admitted_at=min(it.admitted_at for it in waiting),
+            priority=min(it.priority for it in waiting),
+            passed_since=min((it.passed_since for it in waiting if it.passed_since is not None), default=None),
+            slots=0,
+        )
+
+    def would_serve(self, request: QueuedRequest) -> bool:
+        """Whether the policy, with this request in the queue as well, would grant it now."""
+        self._queue.collect()
+        if not self._queue.waiting:
+            return True
+        lane, place = self._with_request(request)
+        while True:
+            match self.rules.policy.decide(lane):
+                case Grant(index) if index != place:  # it may run beside the other
+                    lane = replace(lane, waiting=(*lane.waiting[:index], *lane.waiting[index + 1 :]))
+                    place -= index < place
+                case decision:
+                    return isinstance(decision, Grant)
+
+    def was_passed_by(self, ticket: Ticket[E]) -> None:
+        """A request for a model that spans this device was granted, ahead of those that are older."""
+        self._queue.collect()
+        for passed in self._queue.waiting:
+            if passed.passed_since is None and passed.admitted_at < ticket.admitted_at:
+                passed.passed_since = trio.current_time()
+
+    def was_passed(self, model_id: str, since: float) -> None:
+        """A member has granted younger requests ahead of those that wait here for the model."""
+        for ticket in self._queue.waiting:
+            if ticket.model_id == model_id and ticket.passed_since is None:
+                ticket.passed_since = since
+
+    def rather_serves(self, request: QueuedRequest) -> bool:
+        """Whether the policy, with this request in the queue as well, waits for the turn of another model."""
+        decision = self.rules.policy.decide(self._with_request(request)[0])
+        return isinstance(decision, Wait) and decision.then not in (None, request.model_id)
+
+    def _with_request(self, request: QueuedRequest) -> tuple[LaneSnapshot, int]:
+        """The lane as if this request were queued too, and its place in the queue."""
+        lane = self._snapshot(trio.current_time(), self._servers.views())
+        place = sum(it.admitted_at <= request.admitted_at for it in lane.waiting)
+        return replace(lane, waiting=(*lane.waiting[:place], request, *lane.waiting[place:])), place
+
+    def has_others_than(self, hold: Ticket[E]) -> bool:
+        """Whether anything but that hold is queued here."""
+        self._queue.collect()
+        return any(ticket is not hold for ticket in self._queue.waiting)
+
+    @property
+    def device_ids(self) -> list[str]:
+        """The devices that the lane's models use: its own, or the members that they span."""
+        return [self.device_id] if self._span is None else self._span.device_ids
+
+    @property
+    def used_by(self) -> list[str]:
+        """The models for which this device is held now."""
+        return [ticket.model_id for ticket in self._in_flight if ticket.holder is not None]
 
     # The lane's own task.
 
@@ -275,6 +383,8 @@ class Lane(Generic[E]):
         """
         self._queue.collect()
         now, views = trio.current_time(), self._servers.views()
+        if self._span is not None:
+            self._give_devices_back(self._span, views)
         self._grant_load_requests(now, views)
         wake_at = min(
             self._refuse_overdue(now, views), self._loads.end_abandoned(nursery, self.rules.abandoned_load_grace_s)
@@ -283,6 +393,15 @@ class Lane(Generic[E]):
             match self.rules.policy.decide(self._snapshot(now, views)):
                 case Grant(index, reason):
                     self._grant(index, reason, now, views)
+                case Load(model_id, _, beside) if (hold := self._hold_for(model_id)) is not None:
+                    if self.loading is None:
+                        self._grant_hold(hold, beside, now)
+                        continue
+                    if model_id in (hold.holder.wanted if hold.holder is not None else ()):
+                        self._loads.cancel()
+                    return wake_at
+                case Load(model_id) if self._take_free_devices(model_id):
+                    continue
                 case Load(model_id, reason, beside):
                     begun = self._loads.begin(nursery, model_id, reason, beside)
                     if begun:
@@ -314,7 +433,7 @@ class Lane(Generic[E]):
 
     def _grant_load_requests(self, now: float, views: Sequence[ServerView[E]]) -> None:
         """Operators who asked for a load need the model to be ready, and no slot."""
-        requests = [ticket for ticket in self._queue.waiting if not ticket.counted]
+        requests = [ticket for ticket in self._queue.waiting if not ticket.counted and ticket.holder is None]
         uses = self._server_uses(now, views) if requests else {}
         for ticket in requests:
             use = uses.get(ticket.model_id)
@@ -342,6 +461,7 @@ class Lane(Generic[E]):
         slots: int = 1,
         *,
         counted: bool = True,
+        holder: "Lane[E] | None" = None,
     ) -> Ticket[E]:
         return Ticket(
             lane=self,
@@ -352,21 +472,28 @@ class Lane(Generic[E]):
             priority=priority,
             slots=slots,
             counted=counted,
+            holder=holder,
         )
 
     def _request_queued(self, ticket: Ticket[E]) -> None:
         self._loads.waiter_added(ticket.model_id)
+        if self._span is not None:
+            self._span.demand_changed()
 
     def _snapshot(self, now: float, views: Sequence[ServerView[E]]) -> LaneSnapshot:
         """The lane as its policy sees it."""
+        uses, load = self._server_uses(now, views), self._loads.current
+        hold = next((it for it in self._in_flight if it.holder is not None and not uses[it.model_id].ready), None)
+        held = hold is not None and load is None
         return LaneSnapshot(
             now=now,
             waiting=[ticket.as_queued() for ticket in self._queue.waiting],
-            servers=self._server_uses(now, views),
-            loading=self.loading,
+            servers=uses,
+            loading=hold.model_id if hold is not None and held else self.loading,
             times=self.times,
-            staying=self._loads.current.beside if self._loads.current else frozenset(),
+            staying=load.beside if load is not None else hold.beside if hold is not None else frozenset(),
             room=self._room(),
+            is_held=held,
         )
 
     def _room(self) -> Room:
@@ -378,13 +505,19 @@ class Lane(Generic[E]):
         )
 
     def _server_uses(self, now: float, views: Sequence[ServerView[E]]) -> dict[str, ServerUse]:
-        return {
+        """The servers by model. A model that spans this device and is about to be loaded is in use already."""
+        held = {
+            ticket.model_id: ServerUse(ready=False, slots=1, in_flight=0, beside_slots=1)
+            for ticket in self._in_flight
+            if ticket.holder is not None
+        }
+        return held | {
             view.model_id: ServerUse(
-                ready=view.state is ServerState.READY,
+                ready=view.state is ServerState.READY and self._may_serve(view.model_id),
                 slots=view.slots,
                 in_flight=sum(min(it.slots, view.slots) for it in self._in_flight if it.model_id == view.model_id),
                 beside_slots=sum(not it.slots for it in self._in_flight if it.model_id == view.model_id),
-                held=self._loads.is_held(view.model_id),
+                held=self._loads.is_held(view.model_id) or self._is_closed(view.model_id),
                 since=view.since,
                 used_at=self._loads.used_at(view.model_id),
                 resident=view.is_active,
@@ -393,6 +526,84 @@ class Lane(Generic[E]):
             )
             for view in views
         }
+
+    # Models that span devices.
+
+    async def _take_devices(self, model_id: str) -> None:
+        """Return once the members are held for the model, whose file is looked at meanwhile."""
+        assert self._span is not None
+        if not any(view.model_id == model_id and view.is_active for view in self._servers.views()):
+            await self._servers.prepare(model_id)
+        if not (self._in_use(model_id) and self._span.is_held_for(model_id)):
+            await self._span.take(self, model_id)
+
+    def _take_free_devices(self, model_id: str) -> bool:
+        """If the model is ready and its devices are free, hold them, without a wait; return whether that was done."""
+        span = self._span
+        if span is None or span.model_id is not None or self.loading is not None or self._loads.is_held(model_id):
+            return False
+        ready = any(view.model_id == model_id and view.state is ServerState.READY for view in self._servers.views())
+        return ready and span.take_at_once(self, model_id)
+
+    def _give_devices_back(self, span: Span[E], views: Sequence[ServerView[E]]) -> None:
+        """Release the members if the model has no use for them now, or others there go first."""
+        model_id, load = span.model_id, self._loads.current
+        if load is not None:
+            backs_off = any(it.model_id == load.model_id and it.state is ServerState.BACKING_OFF for it in views)
+            if (load.model_id not in self.wanted and span.others_wait()) or (backs_off and span.gives_way(self)):
+                logger.info("%s: load of %s cancelled: other requests wait there", self.device_id, load.model_id)
+                self._loads.cancel()
+        elif model_id is not None and not self._in_use(model_id):
+            is_ready = any(it.model_id == model_id and it.state is ServerState.READY for it in views)
+            if not is_ready or model_id not in self.wanted or not self._may_serve(model_id):
+                span.release()
+
+    def _give_unused_back(self, span: Span[E]) -> None:
+        """Release the members at once if no request is left for the model that they are held for."""
+        model_id = span.model_id
+        if model_id is not None and self.loading is None and model_id not in self.wanted and not self._in_use(model_id):
+            span.release()
+
+    def _may_serve(self, model_id: str) -> bool:
+        """Whether the devices that the model spans are held for it, and their policies give it the turn."""
+        span = self._span
+        return span is None or (span.is_held_for(model_id) and span.may_serve(self, model_id))
+
+    def _is_closed(self, model_id: str) -> bool:
+        """Whether a model that spans devices is in use, but has to let others go first."""
+        span = self._span
+        return span is not None and self._in_use(model_id) and not self._may_serve(model_id)
+
+    def _hold_for(self, model_id: str) -> Ticket[E] | None:
+        """The hold that is queued here for a model that spans this device."""
+        return next((it for it in self._queue.waiting if it.holder is not None and it.model_id == model_id), None)
+
+    def _held_at_once(self, ticket: Ticket[E]) -> bool:
+        """Grant the hold that was just queued if nobody else waits and nothing is in its way."""
+        self._queue.collect()
+        if len(self._queue.waiting) > 1 or self.loading is not None:
+            return False
+        now = trio.current_time()
+        match self.rules.policy.decide(self._snapshot(now, self._servers.views())):
+            case Grant(index, _):
+                self._grant(index, "nobody else waits", now, self._servers.views())
+            case Load(_, _, beside):
+                self._grant_hold(ticket, beside, now)
+            case Wait():
+                return False
+        return True
+
+    def _grant_hold(self, ticket: Ticket[E], beside: frozenset[str], now: float) -> None:
+        """Hold the device; `beside` stays when the model is loaded."""
+        passed = self._queue.waiting[: self._queue.waiting.index(ticket)]
+        for other in passed:
+            other.passed_since = other.passed_since if other.passed_since is not None else now
+        self._queue.remove(ticket)
+        ticket.state, ticket.granted_at, ticket.beside = TicketState.GRANTED, now, beside
+        self._in_flight.append(ticket)
+        if ticket.holder is not None and ticket.passed_since is not None:
+            ticket.holder.was_passed(ticket.model_id, ticket.passed_since)
+        ticket.decided()
 
     def _running(self) -> list[Running]:
         now = trio.current_time()
@@ -403,6 +614,13 @@ class Lane(Generic[E]):
 
     def _grant(self, index: int, reason: str, now: float, views: Sequence[ServerView[E]]) -> None:
         ticket = self._queue.waiting[index]
+        if ticket.holder is not None:
+            # It runs already, beside all that are resident.
+            beside = frozenset(view.model_id for view in views if view.is_active) - {ticket.model_id}
+            self._grant_hold(ticket, beside, now)
+            return
+        if self._span is not None:
+            self._span.passes(ticket)
         self._queue.remove(ticket)
         logger.debug("%s: granting %s ahead of %d others: %s", self.device_id, ticket.request_id, index, reason)
         for passed in self._queue.waiting[:index] if ticket.counted and ticket.slots else ():
@@ -463,7 +681,7 @@ class Lane(Generic[E]):
             times=self.times,
         )
         next_at = math.inf
-        for ticket in list(self._queue.waiting):
+        for ticket in [ticket for ticket in self._queue.waiting if ticket.holder is None]:
             overdue_at = deadlines.overdue_at(ticket)
             if overdue_at > now:
                 next_at = min(next_at, overdue_at)
@@ -473,3 +691,9 @@ class Lane(Generic[E]):
                 logger.warning("%s (raise llama_server_startup_timeout_s to wait longer)", refusal)
             self._refuse(ticket, refusal)
         return next_at
+
+
+def _start_order(ticket_and_start: tuple[object, float | None]) -> float:
+    """By when a request is expected to start; unknown comes last."""
+    starts_in_s = ticket_and_start[1]
+    return math.inf if starts_in_s is None else starts_in_s

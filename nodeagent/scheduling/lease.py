@@ -11,7 +11,7 @@ Only the lane moves a ticket along; the request's own task reads it and, in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -59,7 +59,10 @@ class Ticket(Generic[E]):
     `number` rises with each ticket of the lane that made it. `counted` says whether it takes up one of the lane's
     places and `slots` slots of a server; a ticket that only asks for a load does not. Written by the lane alone:
     `lane`, `state`, `lease`, `refusal`, `granted_at`, `passed_since` (when a later request was first granted ahead of
-    it), `load_s`.
+    it), `load_s`, `beside`.
+
+    A hold of a device for a model that spans it (`span.py`) is a ticket too, with the spanning lane as its `holder`.
+    The servers of `beside` stay when the model is loaded.
     """
 
     lane: Lane[E]
@@ -76,6 +79,8 @@ class Ticket(Generic[E]):
     passed_since: float | None = None
     load_s: float = 0.0
     counted: bool = True
+    holder: Lane[E] | None = None
+    beside: frozenset[str] = frozenset()
     _decided: trio.Event = field(default_factory=trio.Event)
     _as_queued: QueuedRequest | None = None
 
@@ -94,6 +99,10 @@ class Ticket(Generic[E]):
         assert self.lease is not None, f"ticket {self.request_id} was closed while a task waited for it"
         return self.lease
 
+    async def held(self) -> None:
+        """Wait until the lane grants this hold."""
+        await self._decided.wait()
+
     def decided(self) -> None:
         """Wake the request's task; called by the lane after it set the outcome."""
         self._decided.set()
@@ -111,7 +120,12 @@ class Ticket(Generic[E]):
         self.lane.close(self)
 
     def as_queued(self) -> QueuedRequest:
-        """The request as a policy sees it; made again only when it has changed."""
+        """The request as a policy sees it; made again only when it has changed. A hold is as urgent as what waits for
+        it."""
+        if self.holder is not None:
+            demand = self.holder.demand(self.model_id)
+            passed = [since for since in (demand.passed_since, self.passed_since) if since is not None]
+            return replace(demand, passed_since=min(passed, default=None))
         queued = self._as_queued
         if queued is None or queued.passed_since != self.passed_since:
             queued = self._as_queued = QueuedRequest(

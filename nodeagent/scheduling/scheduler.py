@@ -39,7 +39,8 @@ _OWN_LOADS = 2.0
 
 
 class Scheduler(Generic[E]):
-    """Admits requests to lanes. `lanes` and `servers` have the same keys, the device ids, in the order of preference.
+    """Admits requests to lanes. `lanes` and `servers` have the same keys, the device ids, in the order of preference;
+    the lanes of models that span devices come last.
 
     What changes: `_closed_for` in `refuse_new` and `accept_new`.
     """
@@ -92,12 +93,18 @@ class Scheduler(Generic[E]):
         if only is not None:
             return only
         cached_on = self.conversations.device_of(conversation)
-        return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in self.lanes])
+        devices = self._allowed(model_id)
+        return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in devices])
 
     def place_load(self, model_id: str) -> str:
         """The device to load the model on, however full its lane is; raises BackendUnavailable."""
-        candidates = [self._candidate(device_id, model_id) for device_id in self.lanes]
+        candidates = [self._candidate(device_id, model_id) for device_id in self._allowed(model_id)]
         return self._choose(model_id, [replace(it, limit=it.admitted + 1) for it in candidates])
+
+    def _allowed(self, model_id: str) -> list[str]:
+        """The devices to which the configuration does not forbid the model; all of them if it forbids every one."""
+        obstacles = {device_id: servers.obstacle(model_id) for device_id, servers in self._servers.items()}
+        return [it for it, obstacle in obstacles.items() if obstacle is None or not obstacle.elsewhere] or [*obstacles]
 
     def _choose(self, model_id: str, candidates: list[Candidate]) -> str:
         match choose(candidates):
@@ -115,21 +122,23 @@ class Scheduler(Generic[E]):
     def preload(self, model_ids: list[str]) -> list[str]:
         """Load the models, each on a device of its own while there are such, then as many on each device as it may
         have; return those for which there is no place."""
-        planned = dict.fromkeys(self.lanes, 0)
+        planned = {device_id: 0 for lane in self.lanes.values() for device_id in lane.device_ids}
         left_over = []
         for model_id in model_ids:
             device_id = self._place_preload(model_id, planned)
             if device_id is None:
                 left_over.append(model_id)
                 continue
-            planned[device_id] += 1
+            for member in self.lanes[device_id].device_ids:
+                planned[member] += 1
             self.lanes[device_id].preload(model_id)
         return left_over
 
     def _place_preload(self, model_id: str, planned: Mapping[str, int]) -> str | None:
         """The best of the devices on which the fewest are planned and that can run the model, None if there is none."""
-        for count in sorted(set(planned.values())):
-            devices = [it for it in planned if planned[it] == count and count < self.lanes[it].rules.max_models]
+        counts = {it: max(planned[member] for member in self.lanes[it].device_ids) for it in self._allowed(model_id)}
+        for count in sorted(set(counts.values())):
+            devices = [it for it in counts if counts[it] == count and count < self.lanes[it].rules.max_models]
             match choose([self._candidate(device_id, model_id) for device_id in devices]):
                 case Placed(device_id):
                     return device_id
@@ -181,13 +190,14 @@ class Scheduler(Generic[E]):
         return Movable(starts_in_s, candidate.start_s + candidate.delays_s)
 
     def _only_choice(self, model_id: str) -> str | None:
-        """The node's only device if it can take the request, without the estimates: they would cost ten times as much,
-        and there is nothing to choose."""
-        if len(self.lanes) > 1:
+        """The only device for the model if it can take the request, without the estimates: they would cost ten times as
+        much, and there is nothing to choose."""
+        devices = self._allowed(model_id) if len(self.lanes) > 1 else list(self.lanes)
+        if len(devices) > 1:
             return None
-        [(device_id, lane)] = self.lanes.items()
-        able = lane.admitted < lane.limit and self._servers[device_id].obstacle(model_id) is None
-        return device_id if able else None
+        lane = self.lanes[devices[0]]
+        able = lane.places_taken < lane.limit and self._servers[devices[0]].obstacle(model_id) is None
+        return devices[0] if able else None
 
     def _candidate(self, device_id: str, model_id: str, cached_on: str | None = None) -> Candidate:
         lane, servers = self.lanes[device_id], self._servers[device_id]
@@ -200,7 +210,7 @@ class Scheduler(Generic[E]):
         return Candidate(
             device_id=device_id,
             residency=_residency(states, lane, model_id),
-            admitted=lane.admitted,
+            admitted=lane.places_taken,
             limit=lane.limit,
             start_s=lane.times.start_s(model_id, lane.backlog(views), leaving),
             delays_s=self._delays_s(lane, model_id, leaving, is_new=not ready and not coming),

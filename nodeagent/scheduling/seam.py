@@ -57,11 +57,13 @@ class ServerView(Generic[E]):
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why a device can't serve a model now. `retry_at` is when that may change, None if unknown."""
+    """Why a device can't serve a model now. `retry_at` is when that may change, None if unknown. `elsewhere`: the
+    configuration keeps the model to other devices."""
 
     reason: str
     retry_at: float | None = None
     reason_code: str | None = None
+    elsewhere: bool = False
 
 
 class Servers(Protocol[E]):
@@ -86,6 +88,9 @@ class Servers(Protocol[E]):
 
     async def stop(self, model_id: str) -> None:
         """Return once no server of that model runs; a failed one stays failed. Cancelling only stops the waiting."""
+
+    async def settled(self) -> None:
+        """Return once the memory of servers that were stopped is free again."""
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model, None if nothing is known to."""

@@ -91,6 +91,9 @@ class FakeServers:
             self.history.append(f"stop {model_id}")
             self._remove(model_id)
 
+    async def settled(self) -> None:
+        """At once."""
+
     def come_up(self, model_id: str | None = None) -> None:
         """The server that is starting is ready now; by default the one that was started last."""
         server = self._named(model_id)
