@@ -29,6 +29,7 @@ from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import model_arguments
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.server_id import ServerId
+from nodeagent.llama_server.spans import misplaced, unknown_groups
 from nodeagent.llama_server.tasks import task_of
 from nodeagent.managed_device import ManagedDevice
 from nodeagent.scheduling.lane import Lane
@@ -67,6 +68,8 @@ class NodeIdentity:
 
 class Node:
     """Implements `front.seam.Node` and `dispatcher.client.NodeSource`.
+
+    `devices` are those of the node, and after them the groups of devices that models span.
 
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
@@ -182,7 +185,9 @@ class Node:
 
     def state(self) -> NodeState:
         servers = [(device_id, device.servers.views()) for device_id, device in self.devices.items()]
-        state = node_state(self._phase, servers, len(self._config.models))
+        models = self._config.models
+        places = sum(device.servers.serves(it.model_id) for device in self.devices.values() for it in models)
+        state = node_state(self._phase, servers, len(models), places)
         if self._phase is Phase.SERVING and self._is_preloading():
             return replace(state, status=NodeStatus.STARTING)
         return state
@@ -198,7 +203,7 @@ class Node:
         for name, device in self.devices.items():
             if device_id in (None, name) and device.servers.reset_failure(model_id):
                 logger.info("%s: retrying %s, which had failed, at an operator's request", name, model_id)
-        lane = self._lane(device_id or self.scheduler.place_load(model_id))
+        lane = self._lane(self._span_with(model_id, device_id) or device_id or self.scheduler.place_load(model_id))
         ticket = lane.request_load(model_id)
         try:
             return (await ticket.granted()).device_id
@@ -241,6 +246,9 @@ class Node:
         async with self._reloading:  # one at a time, in the order of the requests
             try:
                 config = await trio.to_thread.run_sync(reload.read_again, self._config)
+                refs = [device.ref for device in self.devices.values()]
+                if problems_of_devices := misplaced(config, refs) or unknown_groups(config, refs):
+                    raise ConfigError(problems_of_devices)
             except ConfigError as error:
                 problems = [str(problem) for problem in error.problems]
                 logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
@@ -274,7 +282,7 @@ class Node:
             started_at=identity.started_at,
             heartbeat_interval_s=config.heartbeat_interval_s,
             state=self.state(),
-            devices=tuple(device.status(self._monitor) for device in self.devices.values()),
+            devices=tuple(it.status(self._monitor) for it in self.devices.values() if not it.ref.members),
             models=tuple(self._model_status(model) for model in config.models),
         )
 
@@ -331,7 +339,8 @@ class Node:
         self.events.append(events.of_child(event))
         if isinstance(event, Exited):
             server = ServerId.parse(event.child_id)
-            self.backend_exits[server.device_id, server.model_id, event.exit.cause.value] += 1
+            device_id = self.devices[server.device_id].ref.parts[0].device_id
+            self.backend_exits[device_id, server.model_id, event.exit.cause.value] += 1
         self._preloading -= self._models_in(ServerState.READY)  # one that is unloaded later was ready all the same
         self._publish_state()
 
@@ -390,6 +399,12 @@ class Node:
         if device_id not in self.devices:
             raise NoSuchDevice(device_id, list(self.devices))
         return self.devices[device_id]
+
+    def _span_with(self, model_id: str, device_id: str | None) -> str | None:
+        """The devices that the model spans, if this is one of them."""
+        spans = [device for device in self.devices.values() if device.ref.members and device.servers.serves(model_id)]
+        found = (it for it in spans if device_id in [part.device_id for part in it.ref.members])
+        return next((it.ref.device_id for it in found), None)
 
     def _lane(self, device_id: str) -> Lane[Upstream]:
         return self._device(device_id).lane

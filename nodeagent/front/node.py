@@ -40,7 +40,9 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.get("/v1/node/queue")
     async def queue() -> dict[str, Any]:
-        return {"lanes": [_lane_json(lane) for lane in node.scheduler.lanes.values()]}
+        # Requests for models that span devices are in the queue of the first of them.
+        lanes = [lane for lane in node.scheduler.lanes.values() if len(lane.device_ids) == 1]
+        return {"lanes": [_lane_json(lane) for lane in lanes]}
 
     @admin.get("/v1/node/events")
     async def events() -> Response:
@@ -229,6 +231,7 @@ def _lane_json(lane: Lane[Upstream]) -> dict[str, Any]:
         "waiting": view.waiting,
         "limit": view.limit,
         "estimated_wait_s": round(view.estimated_wait_s, 3),
+        "held_for": lane.held_for,
         "tickets": [
             {
                 "request_id": ticket.request_id,

@@ -16,7 +16,7 @@ from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
 from nodeagent.errors import BackendUnavailable
 from nodeagent.gguf.header import GgufHeader
-from nodeagent.llama_server.fit import Fit, fit_of, shortage
+from nodeagent.llama_server.fit import Fit, fit_of, part_on, shortage
 from nodeagent.llama_server.last_words import LINES_READ, last_words
 from nodeagent.llama_server.page_cache import read_ahead
 from nodeagent.llama_server.reason_codes import ReasonCode
@@ -29,6 +29,7 @@ from nodeagent.llama_server.server_views import (
     view_of_child,
     view_of_unusable_model,
 )
+from nodeagent.llama_server.spans import runs_on
 from nodeagent.llama_server.stall_watch import Worker
 from nodeagent.scheduling.seam import Obstacle, ServerView
 from supervisor.errors import GivenUp, StartFailed
@@ -57,6 +58,7 @@ _NO_REQUEST_IS_TO_BLAME = frozenset(
 class DeviceServers:
     """One device's servers; implements `scheduling.seam.Servers[Upstream]`.
 
+    The device may be several that models span, joined. `spans` are the groups that this device belongs to.
     `specs` maps each model id to the child that serves it here; `api_key` is what these children were given. A child
     that will be restarted only after `patience_s` is an obstacle, and so are pinned models that leave no room among the
     `max_models` which may run at the same time.
@@ -81,6 +83,7 @@ class DeviceServers:
         patience_s: float,
         max_models: int = 1,
         measurements: Measurements | None = None,
+        spans: Sequence[DeviceRef] = (),
     ) -> None:
         self.device = device
         self._models = models
@@ -93,6 +96,7 @@ class DeviceServers:
         self._patience_s = patience_s
         self._max_models = max_models
         self._measurements = measurements
+        self._spans = spans
         self._still_starting: str | None = None
         self._started: dict[str, ChildSpec] = {}
         self._upstreams: dict[str, Upstream] = {}
@@ -121,7 +125,7 @@ class DeviceServers:
         for model_id, spec in self._started.items():
             if specs.get(model_id) != spec:
                 self.reset_failure(model_id)
-        return [model_id for model_id in self._running() if not self._runs_as(model_id, specs.get(model_id))]
+        return [it for it in self._running() if not (self.serves(it) and self._runs_as(it, specs.get(it)))]
 
     def reset_failure(self, model_id: str) -> bool:
         """Let a model that has failed be started at once, as if it never had; return whether it had failed."""
@@ -139,9 +143,14 @@ class DeviceServers:
         return [view for view in views if view is not None]
 
     def obstacle(self, model_id: str) -> Obstacle | None:
-        """What keeps this device from serving the model: it is no longer configured, does not fit, or has failed."""
-        if model_id not in self._models:
+        """What keeps this device from serving the model: it is no longer configured, is kept to other devices, does not
+        fit, or has failed."""
+        model = self._models.get(model_id)
+        if model is None:
             return Obstacle("it is no longer configured", reason_code=ReasonCode.NOT_CONFIGURED)
+        if not runs_on(model, self.device):
+            kept_to = " and ".join(model.devices) or "a single device"
+            return Obstacle(f"it is kept to {kept_to}", reason_code=ReasonCode.KEPT_ELSEWHERE, elsewhere=True)
         fit = self._fit(model_id)
         if fit is not None and fit.misfit is not None:
             return Obstacle(fit.misfit, reason_code=ReasonCode.DOES_NOT_FIT)
@@ -162,10 +171,16 @@ class DeviceServers:
         return free_bytes is None or self.bytes_of(model_id) <= free_bytes + sum(map(self.bytes_of, movable))
 
     def memory_free_bytes(self) -> int | None:
+        if self.device.members:
+            return None  # the members' lanes make room, each on its own device
         reading = self._monitor.latest(self.device.device_id)
         if reading is None or reading.memory_free_bytes is None:
             return None
         return max(0, reading.memory_free_bytes - self.device.memory_reserve_bytes)
+
+    async def settled(self) -> None:
+        for part in self.device.parts:
+            await self._monitor.settled(part.device_id)
 
     async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
         """Return when this device runs a ready server of the model, and no other but `beside`. See
@@ -177,7 +192,7 @@ class DeviceServers:
         for other in to_stop:
             await self.stop(other)
         if to_stop:
-            await self._monitor.settled(self.device.device_id)
+            await self.settled()
         if model_id in self._running():
             spec = self._started[model_id]
         self._started[model_id] = spec
@@ -313,7 +328,22 @@ class DeviceServers:
     def bytes_of(self, model_id: str) -> int:
         """What a server of the model takes of the device's memory, 0 if unknown."""
         fit = self._fit(model_id)
-        return 0 if fit is None else fit.needed_bytes
+        if fit is None:
+            return 0
+        model = self._models[model_id]
+        span = None if runs_on(model, self.device) else self._span_of(model)
+        return int(fit.needed_bytes * part_on(model, self.device, span))
+
+    def _span_of(self, model: ModelConfig) -> DeviceRef | None:
+        """The devices that the model spans, if this is one of them."""
+        own = self.device.device_id
+        found = (span for span in self._spans if tuple(it.device_id for it in span.members) == model.devices)
+        return next((span for span in found if own in model.devices), None)
+
+    def serves(self, model_id: str) -> bool:
+        """Whether the configuration lets the model run here."""
+        model = self._models.get(model_id)
+        return model is not None and runs_on(model, self.device)
 
     def _fit(self, model_id: str) -> Fit | None:
         """How the model fits here, None if nothing is known. Every request asks, so the answer is kept."""
@@ -344,7 +374,7 @@ class DeviceServers:
             return self._view_of_ready(model_id, model, child)
         if child is None or child.state is ChildState.STOPPED:
             problem = self._catalogue.problem(model_id)
-            if model is None or problem is None:
+            if model is None or problem is None or not runs_on(model, self.device):
                 return None
             return view_of_unusable_model(model, problem, trio.current_time())
         if model is None and child.state is ChildState.FAILED:

@@ -346,9 +346,11 @@ class Lane(Generic[E]):
         return isinstance(decision, Wait) and decision.then not in (None, request.model_id)
 
     def _with_request(self, request: QueuedRequest) -> tuple[LaneSnapshot, int]:
-        """The lane as if this request were queued too, and its place in the queue."""
+        """The lane as if this request were queued too, in the place that the hold for its model had, and this place."""
         lane = self._snapshot(trio.current_time(), self._servers.views())
-        place = sum(it.admitted_at <= request.admitted_at for it in lane.waiting)
+        holds = [it.number for it in self._in_flight if it.holder is not None and it.model_id == request.model_id]
+        age_order = (request.admitted_at, holds[0] if holds else math.inf)
+        place = sum(ticket.age_order <= age_order for ticket in self._queue.waiting)
         return replace(lane, waiting=(*lane.waiting[:place], request, *lane.waiting[place:])), place
 
     def has_others_than(self, hold: Ticket[E]) -> bool:
@@ -362,7 +364,7 @@ class Lane(Generic[E]):
         return [self.device_id] if self._span is None else self._span.device_ids
 
     @property
-    def used_by(self) -> list[str]:
+    def held_for(self) -> list[str]:
         """The models for which this device is held now."""
         return [ticket.model_id for ticket in self._in_flight if ticket.holder is not None]
 

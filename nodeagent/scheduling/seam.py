@@ -30,7 +30,7 @@ class ServerView(Generic[E]):
     started again. `endpoint` is set while ready. `idle_unload_s` is how long it may be without a request before it is
     unloaded; None: no limit. `pinned`: it gives way to no other model. `returns`: once the model that it gave way to
     has been unloaded for being idle, it is loaded again. `slot_ctx_size` is the context of each slot in tokens, None if
-    unknown.
+    unknown. `device_ids` are the devices that it spans, empty if it runs on one.
     """
 
     model_id: str
@@ -48,6 +48,7 @@ class ServerView(Generic[E]):
     pinned: bool = False
     returns: bool = False
     slot_ctx_size: int | None = None
+    device_ids: tuple[str, ...] = ()
 
     @property
     def is_active(self) -> bool:

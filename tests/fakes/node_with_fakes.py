@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.device_servers import DeviceServers
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.saved_caches import SavedCaches
-from nodeagent.managed_device import ManagedDevice
+from nodeagent.llama_server.spans import spans_of
+from nodeagent.managed_device import Part, manage
 from nodeagent.node import Node, NodeIdentity
 from nodeagent.scheduling.lease import Ticket
 from nodeagent.scheduling.seam import ServerState
@@ -106,7 +107,11 @@ class NodeWithFakes:
             for index, device_id in enumerate(device_ids)
         ]
         self._monitor = DeviceMonitor(cast(Backend, None), refs, settle_max_s=1)
-        devices = {ref.device_id: self._managed(ref, SavedCaches(folder / "kv")) for ref in refs}
+        spans = spans_of(self.config, refs)
+        caches = SavedCaches(folder / "kv")
+        devices = manage(
+            [self._part(ref, caches, spans) for ref in refs], [self._part(ref, caches) for ref in spans], self.config
+        )
         self.node = Node(self.config, IDENTITY, devices, catalogue=self.catalogue, monitor=self._monitor)
 
     def write_config(self, **keys: Any) -> NodeConfig:
@@ -126,7 +131,7 @@ class NodeWithFakes:
     def event_kinds(self) -> list[str]:
         return [event.kind for event in self.node.events.after(0).items]
 
-    def _managed(self, ref: DeviceRef, caches: SavedCaches) -> ManagedDevice:
+    def _part(self, ref: DeviceRef, caches: SavedCaches, spans: Sequence[DeviceRef] = ()) -> Part:
         build_specs = partial(self._specs, ref)
         servers = DeviceServers(
             ref,
@@ -138,8 +143,9 @@ class NodeWithFakes:
             monitor=self._monitor,
             hooks=caches,
             patience_s=self.config.llama_server_startup_timeout_s,
+            spans=spans,
         )
-        return ManagedDevice(ref, servers, build_specs, self.config)
+        return Part(ref, servers, build_specs)
 
     def _specs(self, ref: DeviceRef, config: NodeConfig) -> Mapping[str, ChildSpec]:
         return {

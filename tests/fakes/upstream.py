@@ -163,6 +163,9 @@ class UpstreamServers:
     def obstacle(self, model_id: str) -> Obstacle | None:
         return self.fake.obstacle(model_id)
 
+    async def settled(self) -> None:
+        await self.fake.settled()
+
     def has_room(self, model_id: str) -> bool:
         return self.fake.has_room(model_id)
 

@@ -17,15 +17,29 @@ from fakes.spanning import SpanningNode
 from nodeagent.errors import Refusal
 from nodeagent.scheduling.lane import LaneRules
 from nodeagent.scheduling.lease import Lease
-from nodeagent.scheduling.queueing import FirstCome, Policy, Priority
+from nodeagent.scheduling.queueing import Decision, FirstCome, LaneSnapshot, Policy, Priority
 from nodeagent.scheduling.swap_aware import SwapAware
 
 RULES = LaneRules(max_pending=4, queue_timeout_s=25, startup_timeout_s=5)
 # Two models of one device each, and spans of each shape: two that share both devices, chains, a ring, and all.
-SPANS = {"01": ("gpu:0", "gpu:1"), "10": ("gpu:1", "gpu:0"), "12": ("gpu:1", "gpu:2"), "02": ("gpu:0", "gpu:2")}
-SPANS |= {"012": ("gpu:0", "gpu:1", "gpu:2")}
+SPANS = {name: tuple(f"gpu:{number}" for number in name) for name in ("01", "10", "12", "02", "012")}
 MODELS = ["a", "b", *SPANS]
 TIMES = st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.0, 7.0, 20.0])
+
+
+@dataclass
+class Settling:
+    """A policy that fails the test if its lanes decide again and again while no time passes."""
+
+    inner: Policy
+    decisions: int = 0
+    now: float = 0.0
+
+    def decide(self, lane: LaneSnapshot) -> Decision:
+        self.decisions = self.decisions + 1 if lane.now == self.now else 0
+        self.now = lane.now
+        assert self.decisions < 5000, "the lanes go round in circles"
+        return self.inner.decide(lane)
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ def test_spanning_and_other_models_all_come_to_rest(
     room: tuple[int, bool],
     hesitates_s: float,
 ) -> None:
-    rules = replace(RULES, policy=CheckedPolicy(policy), max_models=room[0], concurrent_models=room[1])
+    rules = replace(RULES, policy=Settling(CheckedPolicy(policy)), max_models=room[0], concurrent_models=room[1])
     node = SpanningNode(
         rules,
         SPANS,
@@ -123,9 +137,9 @@ async def _scenario(
     async def carry_out(order: str, at: float, model_id: str) -> None:
         await trio.sleep(at)
         if order == "crash":
-            node.crash(model_id)
             for name in [name for name, lease in running.items() if lease.model_id == model_id]:
                 del running[name]
+            node.crash(model_id)
         elif order == "unload":
             for lane in node.lanes_of(model_id):
                 await lane.unload(model_id)
@@ -153,7 +167,7 @@ async def _scenario(
                 await _is_served_in_the_end(node, model_id)
         for lane in node.lanes.values():
             view = lane.view()
-            assert (view.in_flight, view.waiting, lane.queue(), lane.used_by) == (0, 0, [], [])
+            assert (view.in_flight, view.waiting, lane.queue(), lane.held_for) == (0, 0, [], [])
         nursery.cancel_scope.cancel()
 
 
