@@ -100,7 +100,7 @@ class Server(Payload):
     slot_ctx_size: int | None
     reason: str | None
     reason_code: str | None
-    device_ids: list[str]
+    device_ids: list[str] = []
 
 
 class DeviceState(Payload):
@@ -110,7 +110,7 @@ class DeviceState(Payload):
     metrics: Metrics
     lane: LaneLoad
     servers: list[Server]
-    used_by: list[str]
+    used_by: list[str] = []
 
 
 class ModelState(Payload):

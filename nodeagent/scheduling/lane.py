@@ -493,7 +493,7 @@ class Lane(Generic[E]):
             servers=uses,
             loading=hold.model_id if hold is not None and held else self.loading,
             times=self.times,
-            staying=load.beside if load is not None else hold.beside if hold is not None else frozenset(),
+            staying=load.beside if load is not None else (hold.beside if hold is not None else None) or frozenset(),
             room=self._room(),
             is_held=held,
         )
@@ -536,16 +536,21 @@ class Lane(Generic[E]):
         assert self._span is not None
         if not any(view.model_id == model_id and view.is_active for view in self._servers.views()):
             await self._servers.prepare(model_id)
-        if not (self._in_use(model_id) and self._span.is_held_for(model_id)):
-            await self._span.take(self, model_id)
+        if self._in_use(model_id) and self._span.is_held_for(model_id):
+            return
+        await self._span.take(self, model_id)
+        while not self._is_ready(model_id) and not self._span.has_plan:
+            await self._span.take(self, model_id)  # it ran when a device was taken, and has ended since
 
     def _take_free_devices(self, model_id: str) -> bool:
         """If the model is ready and its devices are free, hold them, without a wait; return whether that was done."""
         span = self._span
         if span is None or span.model_id is not None or self.loading is not None or self._loads.is_held(model_id):
             return False
-        ready = any(view.model_id == model_id and view.state is ServerState.READY for view in self._servers.views())
-        return ready and span.take_at_once(self, model_id)
+        return self._is_ready(model_id) and span.take_at_once(self, model_id)
+
+    def _is_ready(self, model_id: str) -> bool:
+        return any(view.model_id == model_id and view.state is ServerState.READY for view in self._servers.views())
 
     def _give_devices_back(self, span: Span[E], views: Sequence[ServerView[E]]) -> None:
         """Release the members if the model has no use for them now, or others there go first."""
@@ -595,8 +600,8 @@ class Lane(Generic[E]):
                 return False
         return True
 
-    def _grant_hold(self, ticket: Ticket[E], beside: frozenset[str], now: float) -> None:
-        """Hold the device; `beside` stays when the model is loaded."""
+    def _grant_hold(self, ticket: Ticket[E], beside: frozenset[str] | None, now: float) -> None:
+        """Hold the device; `beside` stays when the model is loaded, None if it runs."""
         passed = self._queue.waiting[: self._queue.waiting.index(ticket)]
         for other in passed:
             other.passed_since = other.passed_since if other.passed_since is not None else now
@@ -617,9 +622,7 @@ class Lane(Generic[E]):
     def _grant(self, index: int, reason: str, now: float, views: Sequence[ServerView[E]]) -> None:
         ticket = self._queue.waiting[index]
         if ticket.holder is not None:
-            # It runs already, beside all that are resident.
-            beside = frozenset(view.model_id for view in views if view.is_active) - {ticket.model_id}
-            self._grant_hold(ticket, beside, now)
+            self._grant_hold(ticket, None, now)  # it runs already
             return
         if self._span is not None:
             self._span.passes(ticket)

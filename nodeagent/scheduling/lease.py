@@ -62,7 +62,7 @@ class Ticket(Generic[E]):
     it), `load_s`, `beside`.
 
     A hold of a device for a model that spans it (`span.py`) is a ticket too, with the spanning lane as its `holder`.
-    The servers of `beside` stay when the model is loaded.
+    The servers of `beside` stay when the model is loaded; None if it ran already when the hold was granted.
     """
 
     lane: Lane[E]
@@ -80,7 +80,7 @@ class Ticket(Generic[E]):
     load_s: float = 0.0
     counted: bool = True
     holder: Lane[E] | None = None
-    beside: frozenset[str] = frozenset()
+    beside: frozenset[str] | None = None
     _decided: trio.Event = field(default_factory=trio.Event)
     _as_queued: QueuedRequest | None = None
 

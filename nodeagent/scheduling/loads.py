@@ -208,7 +208,7 @@ class Loads(Generic[E]):
                     await self._take_devices(loading.model_id)
                     loading.began_at = trio.current_time()  # until then it waited for a turn
                 was_ready = self._is_ready(loading.model_id)
-                if self._make_room is not None:
+                if self._make_room is not None and not was_ready:
                     await self._make_room(loading.model_id)
                 await self._servers.ensure(loading.model_id, loading.beside)
                 if not was_ready:

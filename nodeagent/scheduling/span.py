@@ -126,10 +126,15 @@ class Span(Generic[E]):
             if not self.is_held_for(model_id):
                 self.release()
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether each member has said which models stay there when the model is loaded."""
+        return all(hold.beside is not None for hold in self._holds)
+
     async def make_room(self, model_id: str) -> None:
         """Stop what gives way to the model on the members, which are held for it."""
         for servers, hold in zip(self._servers, list(self._holds), strict=True):
-            await servers.make_room(model_id, hold.beside)
+            await servers.make_room(model_id, hold.beside or ())
 
     def release(self) -> None:
         """Give back every hold, or stop asking for it."""
