@@ -413,7 +413,7 @@ class Lane(Generic[E]):
                         return wake_at
                 case Wait(reason, until, then):
                     logger.debug("%s: %s", self.device_id, reason)
-                    if then is not None:
+                    if then is not None and self._hold_for(then) is None:
                         self._loads.prepare(nursery, then)
                     return min(wake_at, until, self._use_spare_time(nursery, views))
 
@@ -665,7 +665,7 @@ class Lane(Generic[E]):
 
     def _refuse_model(self, model_id: str, refusal: Refusal) -> None:
         self._queue.collect()
-        for ticket in [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]:
+        for ticket in [it for it in self._queue.waiting if it.model_id == model_id and it.holder is None]:
             self._refuse(ticket, refusal)
 
     def _refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:

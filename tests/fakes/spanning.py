@@ -6,6 +6,7 @@ from functools import partial
 import trio
 
 from fakes.servers import FakeServers
+from nodeagent.errors import BackendUnavailable
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.scheduling.seam import Obstacle
@@ -16,6 +17,11 @@ class _Placed(FakeServers):
     """Servers that can run the models of `spans`, or only others."""
 
     here: Callable[[str], bool]
+
+    async def prepare(self, model_id: str) -> None:
+        if not self.here(model_id):
+            raise BackendUnavailable(model_id, "elsewhere")
+        await super().prepare(model_id)
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         return super().obstacle(model_id) if self.here(model_id) else Obstacle("elsewhere", elsewhere=True)
