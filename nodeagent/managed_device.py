@@ -105,6 +105,9 @@ class Part:
 
 def manage(devices: Sequence[Part], spans: Sequence[Part], config: NodeConfig) -> dict[str, ManagedDevice]:
     """Every device with its lane, in this order, then every group of devices that models span with its own."""
+    for part in (*devices, *spans):
+        groups = [[it.servers for it in (*devices, *spans) if _share(it.ref, one)] for one in part.ref.parts]
+        part.servers.share_with(groups)
     managed: dict[str, ManagedDevice] = {}
     seen: dict[str, SharedServers[Upstream]] = {}
     for part in devices:
@@ -121,6 +124,11 @@ def manage(devices: Sequence[Part], spans: Sequence[Part], config: NodeConfig) -
         group.belong_to(members, home=managed[part.ref.members[0].device_id])
         managed[part.ref.device_id] = group
     return managed
+
+
+def _share(ref: DeviceRef, device: DeviceRef) -> bool:
+    """Whether servers of the one use the other."""
+    return device.device_id in [part.device_id for part in ref.parts]
 
 
 def _member_ids(ref: DeviceRef) -> list[str]:

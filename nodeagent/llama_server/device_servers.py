@@ -97,6 +97,7 @@ class DeviceServers:
         self._max_models = max_models
         self._measurements = measurements
         self._spans = spans
+        self._sharing: Sequence[Sequence[DeviceServers]] = ((self,),)
         self._still_starting: str | None = None
         self._started: dict[str, ChildSpec] = {}
         self._upstreams: dict[str, Upstream] = {}
@@ -105,6 +106,10 @@ class DeviceServers:
 
     def __repr__(self) -> str:
         return f"<DeviceServers {self.device.device_id}: running {self._running()}>"
+
+    def share_with(self, groups: "Sequence[Sequence[DeviceServers]]") -> None:
+        """Models that span devices share them: for each device that is used here, these are all servers on it."""
+        self._sharing = groups
 
     # What a reload of the configuration and operators do.
 
@@ -304,6 +309,10 @@ class DeviceServers:
         its time-outs) may differ: that changes with its next start."""
         return spec is not None and _process(self._started[model_id]) == _process(spec)
 
+    def pinned(self) -> list[str]:
+        """The models that run here and stay."""
+        return [model_id for model_id in self._running() if self._is_pinned(model_id)]
+
     def _is_pinned(self, model_id: str) -> bool:
         model = self._models.get(model_id)
         return model is not None and model.pinned
@@ -312,14 +321,20 @@ class DeviceServers:
         """Why the pinned models that run here leave no room for this one."""
         if not any(model.pinned for model in self._models.values()):
             return None
-        running = self._running()
-        pinned = [other for other in running if other != model_id and self._is_pinned(other)]
-        if model_id in running or not pinned:
+        if model_id in self._running():
             return None
+        for group in self._sharing:
+            pinned = [it for servers in group for it in servers.pinned() if it != model_id]
+            if pinned and (reason := self._left_by(pinned, model_id)) is not None:
+                return reason
+        return None
+
+    def _left_by(self, pinned: Sequence[str], model_id: str) -> str | None:
+        """Why these models, which stay, leave no room for this one."""
         names = ", ".join(pinned)
         if len(pinned) >= self._max_models:
             return f"all places for models are taken by pinned ones ({names})"
-        total = self.device.memory_total_bytes
+        total = self.device.memory_total_bytes if not self.device.members else None
         reserve = self.device.memory_reserve_bytes
         if total is not None and sum(map(self.bytes_of, [*pinned, model_id])) > total - reserve:
             return f"the pinned models ({names}) leave too little memory"
