@@ -31,7 +31,7 @@ from nodeagent.llama_server.server_views import (
 )
 from nodeagent.llama_server.spans import runs_on
 from nodeagent.llama_server.stall_watch import Worker
-from nodeagent.scheduling.seam import Obstacle, ServerView
+from nodeagent.scheduling.seam import MakeRoom, Obstacle, ServerView
 from supervisor.errors import GivenUp, StartFailed
 from supervisor.lifecycle import Cause, Event, Exited, Ready, Stopping
 from supervisor.snapshot import ChildSnapshot, ChildState
@@ -187,11 +187,13 @@ class DeviceServers:
         for part in self.device.parts:
             await self._monitor.settled(part.device_id)
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         """Return when this device runs a ready server of the model, and no other but `beside`. See
         `scheduling.seam.Servers`."""
         model = await self._usable(model_id)
         spec = self._specs[model_id]
+        if make_room is not None:
+            await make_room()
         stay = {it for it in self._running() if it in beside or (it == model_id and self._runs_as(it, spec))}
         to_stop = [other for other in self._running() if other not in stay]
         for other in to_stop:

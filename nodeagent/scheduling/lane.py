@@ -534,11 +534,12 @@ class Lane(Generic[E]):
     async def _take_devices(self, model_id: str) -> None:
         """Return once the members are held for the model, whose file is looked at meanwhile."""
         assert self._span is not None
-        if not any(view.model_id == model_id and view.is_active for view in self._servers.views()):
-            await self._servers.prepare(model_id)
         if self._in_use(model_id) and self._span.is_held_for(model_id):
             return
-        await self._span.take(self, model_id)
+        if not self._span.take_at_once(self, model_id):
+            if not any(view.model_id == model_id and view.is_active for view in self._servers.views()):
+                await self._servers.prepare(model_id)
+            await self._span.take(self, model_id)
         while not self._is_ready(model_id) and not self._span.has_plan:
             await self._span.take(self, model_id)  # it ran when a device was taken, and has ended since
 

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
@@ -208,9 +209,8 @@ class Loads(Generic[E]):
                     await self._take_devices(loading.model_id)
                     loading.began_at = trio.current_time()  # until then it waited for a turn
                 was_ready = self._is_ready(loading.model_id)
-                if self._make_room is not None and not was_ready:
-                    await self._make_room(loading.model_id)
-                await self._servers.ensure(loading.model_id, loading.beside)
+                make_room = partial(self._make_room, loading.model_id) if self._make_room and not was_ready else None
+                await self._servers.ensure(loading.model_id, loading.beside, make_room)
                 if not was_ready:
                     self._times.loaded(loading.model_id, trio.current_time() - loading.began_at)
         except Refusal as why:

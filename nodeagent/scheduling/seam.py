@@ -1,6 +1,6 @@
 """The seam of scheduling: what it asks of a device's servers, and how a lane looks from outside."""
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
@@ -67,15 +67,19 @@ class Obstacle:
     elsewhere: bool = False
 
 
+MakeRoom = Callable[[], Awaitable[None]]
+"""Stops servers that are in the way of a load, and returns once their memory is free."""
+
+
 class Servers(Protocol[E]):
     """The servers of one device: the seam between scheduling and what runs them."""
 
     def views(self) -> list[ServerView[E]]:
         """Every server that runs, is about to, or has failed."""
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         """Return once the device runs a ready server of that model; servers of models that are not in `beside` are
-        stopped first.
+        stopped first, and `make_room` is called for what else is in the way, unless the model is known to be unusable.
 
         Raises BackendUnavailable as soon as a start failed. Cancelling only stops the waiting; the next `ensure` of
         another model stops the start.

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from nodeagent.scheduling.lease import Ticket, TicketState
-from nodeagent.scheduling.seam import Obstacle, Servers, ServerView
+from nodeagent.scheduling.seam import MakeRoom, Obstacle, Servers, ServerView
 
 if TYPE_CHECKING:
     from nodeagent.scheduling.lane import Lane
@@ -38,15 +38,21 @@ class SharedServers(Generic[E]):
         others = [view for servers in self._spanning for view in servers.views() if view.is_active]
         return [*self._own.views(), *(replace(view, idle_unload_s=None) for view in others)]
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
-        if any(self._leaving(servers, model_id, beside) for servers in self._spanning):
-            await self.make_room(model_id, beside)
-        await self._own.ensure(model_id, beside)
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
+        async def stop_spanning() -> None:
+            if make_room is not None:
+                await make_room()
+            await self._stop_others(self._spanning, model_id, beside)
+
+        await self._own.ensure(model_id, beside, stop_spanning)
 
     async def make_room(self, model_id: str, beside: Collection[str]) -> None:
         """Stop the servers of all models but this one and those of `beside`; return once their memory is free."""
+        await self._stop_others((self._own, *self._spanning), model_id, beside)
+
+    async def _stop_others(self, of: Sequence[Servers[E]], model_id: str, beside: Collection[str]) -> None:
         stopped = False
-        for servers in (self._own, *self._spanning):
+        for servers in of:
             for other in self._leaving(servers, model_id, beside):
                 await servers.stop(other)
                 stopped = True

@@ -14,7 +14,7 @@ from fakes.child_process import FakeSpawner, Fate, FateProbe
 from nodeagent.config import ModelConfig, NodeConfig, load_config
 from nodeagent.devices.backend import Backend
 from nodeagent.devices.monitor import DeviceMonitor
-from nodeagent.devices.values import DeviceRef
+from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.device_servers import DeviceServers
 from nodeagent.llama_server.relay import Upstream
@@ -103,10 +103,15 @@ class NodeWithFakes:
         self._liveness = liveness
         self._probe = PortProbe()
         refs = [
-            DeviceRef(device_id=device_id, backend="cpu", index=index, name=f"CPU {index}")
+            DeviceRef(
+                device_id=device_id,
+                backend="cpu" if device_id.startswith("cpu") else "vulkan",
+                index=index,
+                name=f"CPU {index}",
+            )
             for index, device_id in enumerate(device_ids)
         ]
-        self._monitor = DeviceMonitor(cast(Backend, None), refs, settle_max_s=1)
+        self._monitor = DeviceMonitor(cast(Backend, None), refs, settle_max_s=1, read=_nothing)
         spans = spans_of(self.config, refs)
         caches = SavedCaches(folder / "kv")
         devices = manage(
@@ -170,6 +175,10 @@ class NodeWithFakes:
 
     def _on_line(self, child_id: str, generation: int, line: str) -> None:
         self.node.on_child_line(child_id, generation, line)
+
+
+async def _nothing(_device: DeviceRef, now: float) -> DeviceMetrics:
+    return DeviceMetrics(measured_at=now)
 
 
 IDENTITY = NodeIdentity(

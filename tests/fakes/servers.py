@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import trio
 
 from nodeagent.errors import BackendUnavailable
-from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
+from nodeagent.scheduling.seam import MakeRoom, Obstacle, ServerState, ServerView
 
 
 @dataclass
@@ -62,8 +62,10 @@ class FakeServers:
         """The server that was started last."""
         return next(reversed(self.servers.values()), None)
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         await trio.sleep(self.hesitates_s)
+        if make_room is not None:
+            await make_room()
         for other in [other for other in self.servers if other != model_id and other not in beside]:
             self.history.append(f"stop {other}")
             self._remove(other)

@@ -370,7 +370,7 @@ async def test_a_fault_of_our_own_in_a_load_is_told_and_does_not_end_the_lane(
 ) -> None:
     real_ensure = servers.ensure
 
-    async def faulty(model_id: str, beside: Collection[str] = ()) -> None:
+    async def faulty(model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         raise ZeroDivisionError(model_id)
 
     servers.ensure = faulty  # type: ignore[method-assign]
