@@ -13,6 +13,7 @@ from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, Qu
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.lease import Ticket, TicketState
 from nodeagent.scheduling.queueing import FirstCome, Priority
+from nodeagent.scheduling.seam import MakeRoom
 
 RULES = LaneRules(max_pending=3, queue_timeout_s=100, startup_timeout_s=30)
 
