@@ -12,6 +12,7 @@ from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.queueing import FirstCome
 from nodeagent.scheduling.span import SharedServers, Span
+from nodeagent.scheduling.spanning_lane import SpanningLane
 from nodeagent.scheduling.swap_aware import SwapAware
 from nodeagent.status import DeviceStatus
 from supervisor.lifecycle import Event
@@ -47,7 +48,12 @@ class ManagedDevice:
         self.servers = servers
         self.spanning: list[ManagedDevice] = []
         self._members: Sequence[ManagedDevice] = ()
-        self.lane: Lane[Upstream] = Lane(ref.device_id, seen or servers, lane_rules(config, ref), span)
+        rules = lane_rules(config, ref)
+        self.lane: Lane[Upstream]
+        if span is None:
+            self.lane = Lane(ref.device_id, seen or servers, rules)
+        else:
+            self.lane = SpanningLane(ref.device_id, servers, rules, span)
         self.lines: Ring[str] = Ring(_LINES_KEPT)
         self._build_specs = build_specs
 

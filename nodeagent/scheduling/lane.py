@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
 
@@ -26,8 +26,10 @@ from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Pri
 from nodeagent.scheduling.request_queue import RequestQueue
 from nodeagent.scheduling.room import Room, ServerUse, staying
 from nodeagent.scheduling.seam import LaneView, Servers, ServerState, ServerView, TicketView
-from nodeagent.scheduling.span import Span
 from nodeagent.scheduling.swap_aware import SwapAware
+
+if TYPE_CHECKING:
+    from nodeagent.scheduling.spanning_lane import SpanningLane
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +60,10 @@ class Lane(Generic[E]):
     task, always synchronously; `_preload_held` in `hold_preload`; `_sharing` in `share_places`. `rules` may be replaced
     at any time. `on_idle` is called whenever the lane has nothing to do, and returns when to call it again.
 
-    With a `span` the lane serves models that span its members, and only while these are held for them (`span.py`).
+    A device may be held for a model that spans it (`span.py`). `SpanningLane` is the lane of such models.
     """
 
-    def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules, span: Span[E] | None = None) -> None:
+    def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
         self.device_id = device_id
         self.rules = rules
         self.times = LaneTimes()
@@ -72,7 +74,6 @@ class Lane(Generic[E]):
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
         self._in_flight: list[Ticket[E]] = []
         self._preload_held = False
-        self._span = span
         self._sharing: list[Lane[E]] = [self]
         self._loads = Loads(
             device_id,
@@ -81,8 +82,6 @@ class Lane(Generic[E]):
             on_end=self._load_ended,
             on_refusal=self._refuse_model,
             look_again=self.nudge,
-            take_devices=self._take_devices if span is not None else None,
-            make_room=span.make_room if span is not None else None,
         )
 
     def __repr__(self) -> str:
@@ -138,7 +137,7 @@ class Lane(Generic[E]):
         self.nudge()
         return ticket
 
-    def request_hold(self, holder: "Lane[E]", model_id: str) -> Ticket[E]:
+    def request_hold(self, holder: "SpanningLane[E]", model_id: str) -> Ticket[E]:
         """Queue for this device on behalf of a lane whose model spans it; granted at once if nobody waits here.
 
         While the hold is granted, the model counts as in use. The caller closes it.
@@ -165,8 +164,7 @@ class Lane(Generic[E]):
             self._loads.waiter_left(ticket.model_id, self.wanted)
         ticket.state = TicketState.CLOSED
         ticket.lease = None
-        if self._span is not None:
-            self._give_unused_back(self._span)
+        self._after_close()
         # While other requests run on the model and none is queued, there is nothing to decide.
         if self.wanted or not self._in_use(ticket.model_id):
             self.nudge()
@@ -297,21 +295,7 @@ class Lane(Generic[E]):
             *(ticket.view(now, place, starts_in_s) for place, (ticket, starts_in_s) in waiting),
         ]
 
-    # What a lane asks of the members that its models span, and they of it.
-
-    def demand(self, model_id: str) -> QueuedRequest:
-        """What waits here for the model, as one request: as old as the oldest and as urgent as the most urgent."""
-        self._queue.collect()
-        waiting = [ticket.as_queued() for ticket in self._queue.waiting if ticket.model_id == model_id]
-        if not waiting:
-            return QueuedRequest(model_id=model_id, admitted_at=trio.current_time(), priority=Priority.BATCH, slots=0)
-        return QueuedRequest(
-            model_id=model_id,
-            admitted_at=min(it.admitted_at for it in waiting),
-            priority=min(it.priority for it in waiting),
-            passed_since=min((it.passed_since for it in waiting if it.passed_since is not None), default=None),
-            slots=0,
-        )
+    # What the lane of models that span this device asks.
 
     def would_serve(self, request: QueuedRequest) -> bool:
         """Whether the policy, with this request in the queue as well, would grant it now."""
@@ -334,12 +318,6 @@ class Lane(Generic[E]):
             if passed.passed_since is None and passed.admitted_at < ticket.admitted_at:
                 passed.passed_since = trio.current_time()
 
-    def was_passed(self, model_id: str, since: float) -> None:
-        """A member has granted younger requests ahead of those that wait here for the model."""
-        for ticket in self._queue.waiting:
-            if ticket.model_id == model_id and ticket.passed_since is None:
-                ticket.passed_since = since
-
     def rather_serves(self, request: QueuedRequest) -> bool:
         """Whether the policy, with this request in the queue as well, waits for the turn of another model."""
         decision = self.rules.policy.decide(self._with_request(request)[0])
@@ -360,8 +338,8 @@ class Lane(Generic[E]):
 
     @property
     def device_ids(self) -> list[str]:
-        """The devices that the lane's models use: its own, or the members that they span."""
-        return [self.device_id] if self._span is None else self._span.device_ids
+        """The devices that the lane's models use."""
+        return [self.device_id]
 
     @property
     def held_for(self) -> list[str]:
@@ -385,8 +363,7 @@ class Lane(Generic[E]):
         """
         self._queue.collect()
         now, views = trio.current_time(), self._servers.views()
-        if self._span is not None:
-            self._give_devices_back(self._span, views)
+        self._before_turn(views)
         self._grant_load_requests(now, views)
         wake_at = min(
             self._refuse_overdue(now, views), self._loads.end_abandoned(nursery, self.rules.abandoned_load_grace_s)
@@ -463,7 +440,7 @@ class Lane(Generic[E]):
         slots: int = 1,
         *,
         counted: bool = True,
-        holder: "Lane[E] | None" = None,
+        holder: "SpanningLane[E] | None" = None,
     ) -> Ticket[E]:
         return Ticket(
             lane=self,
@@ -479,8 +456,6 @@ class Lane(Generic[E]):
 
     def _request_queued(self, ticket: Ticket[E]) -> None:
         self._loads.waiter_added(ticket.model_id)
-        if self._span is not None:
-            self._span.demand_changed()
 
     def _snapshot(self, now: float, views: Sequence[ServerView[E]]) -> LaneSnapshot:
         """The lane as its policy sees it."""
@@ -529,58 +504,30 @@ class Lane(Generic[E]):
             for view in views
         }
 
-    # Models that span devices.
+    # What `SpanningLane` does before and after.
 
-    async def _take_devices(self, model_id: str) -> None:
-        """Return once the members are held for the model, whose file is looked at meanwhile."""
-        assert self._span is not None
-        if self._in_use(model_id) and self._span.is_held_for(model_id):
-            return
-        if not self._span.take_at_once(self, model_id):
-            if not any(view.model_id == model_id and view.is_active for view in self._servers.views()):
-                await self._servers.prepare(model_id)
-            await self._span.take(self, model_id)
-        while not self._is_ready(model_id) and not self._span.has_plan:
-            await self._span.take(self, model_id)  # it ran when a device was taken, and has ended since
+    def _before_turn(self, views: Sequence[ServerView[E]]) -> None:
+        """The lane's task is about to decide."""
+
+    def _before_grant(self, ticket: Ticket[E]) -> None:
+        """The request is about to be granted."""
+
+    def _after_close(self) -> None:
+        """A request has left, or has returned its lease."""
 
     def _take_free_devices(self, model_id: str) -> bool:
-        """If the model is ready and its devices are free, hold them, without a wait; return whether that was done."""
-        span = self._span
-        if span is None or span.model_id is not None or self.loading is not None or self._loads.is_held(model_id):
-            return False
-        return self._is_ready(model_id) and span.take_at_once(self, model_id)
-
-    def _is_ready(self, model_id: str) -> bool:
-        return any(view.model_id == model_id and view.state is ServerState.READY for view in self._servers.views())
-
-    def _give_devices_back(self, span: Span[E], views: Sequence[ServerView[E]]) -> None:
-        """Release the members if the model has no use for them now, or others there go first."""
-        model_id, load = span.model_id, self._loads.current
-        if load is not None:
-            backs_off = any(it.model_id == load.model_id and it.state is ServerState.BACKING_OFF for it in views)
-            if (load.model_id not in self.wanted and span.others_wait()) or (backs_off and span.gives_way(self)):
-                logger.info("%s: load of %s cancelled: other requests wait there", self.device_id, load.model_id)
-                self._loads.cancel()
-        elif model_id is not None and not self._in_use(model_id):
-            is_ready = any(it.model_id == model_id and it.state is ServerState.READY for it in views)
-            if not is_ready or model_id not in self.wanted or not self._may_serve(model_id):
-                span.release()
-
-    def _give_unused_back(self, span: Span[E]) -> None:
-        """Release the members at once if no request is left for the model that they are held for."""
-        model_id = span.model_id
-        if model_id is not None and self.loading is None and model_id not in self.wanted and not self._in_use(model_id):
-            span.release()
+        """Hold what the model needs besides this lane, if that takes no wait; return whether anything was taken."""
+        return False
 
     def _may_serve(self, model_id: str) -> bool:
-        """Whether the devices that the model spans are held for it, and their policies give it the turn."""
-        span = self._span
-        return span is None or (span.is_held_for(model_id) and span.may_serve(self, model_id))
+        """Whether the model has all that it needs to serve a queued request now."""
+        return True
 
     def _is_closed(self, model_id: str) -> bool:
-        """Whether a model that spans devices is in use, but has to let others go first."""
-        span = self._span
-        return span is not None and self._in_use(model_id) and not self._may_serve(model_id)
+        """Whether the model is in use, but has to let others go first."""
+        return False
+
+    # Models that span this device.
 
     def _hold_for(self, model_id: str) -> Ticket[E] | None:
         """The hold that is queued here for a model that spans this device."""
@@ -625,8 +572,7 @@ class Lane(Generic[E]):
         if ticket.holder is not None:
             self._grant_hold(ticket, None, now)  # it runs already
             return
-        if self._span is not None:
-            self._span.passes(ticket)
+        self._before_grant(ticket)
         self._queue.remove(ticket)
         logger.debug("%s: granting %s ahead of %d others: %s", self.device_id, ticket.request_id, index, reason)
         for passed in self._queue.waiting[:index] if ticket.counted and ticket.slots else ():

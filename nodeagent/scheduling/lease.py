@@ -23,6 +23,7 @@ from nodeagent.scheduling.seam import TicketView
 
 if TYPE_CHECKING:
     from nodeagent.scheduling.lane import Lane
+    from nodeagent.scheduling.spanning_lane import SpanningLane
 
 E = TypeVar("E")
 """What the front needs to reach a server. Scheduling passes it through unread."""
@@ -79,7 +80,7 @@ class Ticket(Generic[E]):
     passed_since: float | None = None
     load_s: float = 0.0
     counted: bool = True
-    holder: Lane[E] | None = None
+    holder: SpanningLane[E] | None = None
     beside: frozenset[str] | None = None
     _decided: trio.Event = field(default_factory=trio.Event)
     _as_queued: QueuedRequest | None = None

@@ -53,8 +53,6 @@ class Loads(Generic[E]):
         on_end: Callable[[Loading], None],
         on_refusal: Callable[[str, Refusal], None],
         look_again: Callable[[], None],
-        take_devices: Callable[[str], Awaitable[None]] | None = None,
-        make_room: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self.current: Loading | None = None
         self.preloads: list[str] = []
@@ -65,8 +63,8 @@ class Loads(Generic[E]):
         self._on_end = on_end
         self._on_refusal = on_refusal
         self._look_again = look_again
-        self._take_devices = take_devices
-        self._make_room = make_room
+        self.take_devices: Callable[[str], Awaitable[None]] | None = None
+        self.make_room: Callable[[str], Awaitable[None]] | None = None
         self._prepared: str | None = None
         self._held: Counter[str] = Counter()
         self._displaced: list[str] = []
@@ -205,11 +203,11 @@ class Loads(Generic[E]):
         refusal: Refusal | None = None
         try:
             with loading.scope:
-                if self._take_devices is not None:
-                    await self._take_devices(loading.model_id)
+                if self.take_devices is not None:
+                    await self.take_devices(loading.model_id)
                     loading.began_at = trio.current_time()  # until then it waited for a turn
                 was_ready = self._is_ready(loading.model_id)
-                make_room = partial(self._make_room, loading.model_id) if self._make_room and not was_ready else None
+                make_room = partial(self.make_room, loading.model_id) if self.make_room and not was_ready else None
                 await self._servers.ensure(loading.model_id, loading.beside, make_room)
                 if not was_ready:
                     self._times.loaded(loading.model_id, trio.current_time() - loading.began_at)

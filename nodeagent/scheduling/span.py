@@ -19,6 +19,7 @@ from nodeagent.scheduling.seam import MakeRoom, Obstacle, Servers, ServerView
 
 if TYPE_CHECKING:
     from nodeagent.scheduling.lane import Lane
+    from nodeagent.scheduling.spanning_lane import SpanningLane
 
 E = TypeVar("E")
 
@@ -108,7 +109,7 @@ class Span(Generic[E]):
         """Whether every member is held for this model."""
         return self.model_id == model_id and len(self._holds) == len(self._members) and self._all_granted()
 
-    def take_at_once(self, lane: "Lane[E]", model_id: str) -> bool:
+    def take_at_once(self, lane: "SpanningLane[E]", model_id: str) -> bool:
         """Hold every member now, if all are free; else hold none. Return whether they are held."""
         self.release()
         self.model_id = model_id
@@ -119,7 +120,7 @@ class Span(Generic[E]):
                 return False
         return True
 
-    async def take(self, lane: "Lane[E]", model_id: str) -> None:
+    async def take(self, lane: "SpanningLane[E]", model_id: str) -> None:
         """Return once every member is held for the model. Cancelling gives back what is held."""
         self.release()
         self.model_id = model_id
@@ -148,12 +149,12 @@ class Span(Generic[E]):
         for hold in holds:
             hold.close()
 
-    def may_serve(self, lane: "Lane[E]", model_id: str) -> bool:
+    def may_serve(self, lane: "SpanningLane[E]", model_id: str) -> bool:
         """Whether the policy of each member would serve the model's queued requests now, rather than another one."""
         demand = lane.demand(model_id)
         return all(member.would_serve(demand) for member in self._members)
 
-    def gives_way(self, lane: "Lane[E]") -> bool:
+    def gives_way(self, lane: "SpanningLane[E]") -> bool:
         """Whether a member that is held would rather serve another model, now that this one can't start yet."""
         demand = lane.demand(self.model_id) if self.model_id is not None else None
         return demand is not None and any(

@@ -11,6 +11,7 @@ from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.scheduling.seam import Obstacle
 from nodeagent.scheduling.span import SharedServers, Span
+from nodeagent.scheduling.spanning_lane import SpanningLane
 
 
 class _Placed(FakeServers):
@@ -56,7 +57,7 @@ class SpanningNode:
         for name, devices in self._groups.items():
             members = [device_id for device_id in ids if device_id in devices]
             span = Span([self.devices[it] for it in members], [shared[it] for it in members])
-            self.lanes[name] = Lane(name, self.servers[name], rules, span)
+            self.lanes[name] = SpanningLane(name, self.servers[name], rules, span)
             self.lanes[name].share_places(self.devices[devices[0]])
         self.scheduler: Scheduler[str] = Scheduler(self.lanes, self.servers)
 
