@@ -164,7 +164,6 @@ class Lane(Generic[E]):
             self._loads.waiter_left(ticket.model_id, self.wanted)
         ticket.state = TicketState.CLOSED
         ticket.lease = None
-        self._after_close()
         # While other requests run on the model and none is queued, there is nothing to decide.
         if self.wanted or not self._in_use(ticket.model_id):
             self.nudge()
@@ -511,9 +510,6 @@ class Lane(Generic[E]):
 
     def _before_grant(self, ticket: Ticket[E]) -> None:
         """The request is about to be granted."""
-
-    def _after_close(self) -> None:
-        """A request has left, or has returned its lease."""
 
     def _take_free_devices(self, model_id: str) -> bool:
         """Hold what the model needs besides this lane, if that takes no wait; return whether anything was taken."""

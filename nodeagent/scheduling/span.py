@@ -165,6 +165,13 @@ class Span(Generic[E]):
         """Whether a member that is held or asked for has other requests in its queue."""
         return any(hold.lane.has_others_than(hold) for hold in self._holds)
 
+    def taken_in_s(self) -> float | None:
+        """When the member that is asked for is expected to be held, 0 if none is; None if unknown."""
+        for hold in self._holds:
+            if hold.state is TicketState.WAITING:
+                return dict(hold.lane.expected_starts()).get(hold)
+        return 0.0
+
     def passes(self, ticket: Ticket[E]) -> None:
         """A request is granted: it passes the older ones that are queued on the members."""
         for member in self._members:

@@ -34,6 +34,14 @@ class SpanningLane(Lane[E]):
         """The members, in the node's order."""
         return self._span.device_ids
 
+    def expected_starts(self) -> list[tuple[Ticket[E], float | None]]:
+        """As for any lane, once the device that is asked for has been taken."""
+        starts = super().expected_starts()
+        taken_in_s = self._span.taken_in_s() if starts else 0.0
+        if taken_in_s is None:
+            return [(ticket, None) for ticket, _starts_in_s in starts]
+        return [(ticket, None if it is None else it + taken_in_s) for ticket, it in starts]
+
     # What the members ask.
 
     def demand(self, model_id: str) -> QueuedRequest:
@@ -93,13 +101,6 @@ class SpanningLane(Lane[E]):
             is_ready = any(it.model_id == model_id and it.state is ServerState.READY for it in views)
             if not is_ready or model_id not in self.wanted or not self._may_serve(model_id):
                 span.release()
-
-    def _after_close(self) -> None:
-        """Release the members at once if no request is left for the model that they are held for."""
-        span = self._span
-        model_id = span.model_id
-        if model_id is not None and self.loading is None and model_id not in self.wanted and not self._in_use(model_id):
-            span.release()
 
     def _may_serve(self, model_id: str) -> bool:
         """Whether the devices that the model spans are held for it, and their policies give it the turn."""

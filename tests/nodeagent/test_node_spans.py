@@ -63,6 +63,7 @@ async def test_a_spanning_server_is_shown_under_its_first_device_and_as_the_user
     assert _lane_json(node.devices["gpu:0"].lane)["tickets"] == []
     queued.close()
     ticket.close()
+    await wait_all_tasks_blocked()
     assert [_lane_json(node.devices[it].lane)["held_for"] for it in GPUS] == [[], [], []]
     assert node.log_of(BOTH) is node.log_of("gpu:1")
 
@@ -98,8 +99,12 @@ async def test_models_of_one_device_take_turns_with_the_spanning_one(
         if node.devices["gpu:0"].lane.held_for:
             break
         await trio.lowlevel.checkpoint()
+    await wait_all_tasks_blocked()
     assert node.devices["gpu:0"].lane.held_for == ["wide"], "the first device is taken, and waits for the second"
     assert loaded(node) == ["gpu:0/a", "gpu:1/b"]
+    [(_, starts_in_s)] = node.devices[BOTH].lane.expected_starts()
+    assert starts_in_s is not None
+    assert starts_in_s > 3, "the request in flight on the second device, then the load"
     b.close()
     await wide.granted()
     assert loaded(node) == [f"{BOTH}/wide"]
@@ -128,6 +133,7 @@ async def test_a_crash_or_an_unload_of_the_spanning_server_frees_every_device(
     assert loaded(node) == [f"{BOTH}/wide"]
     assert await node.unload("wide", force=False) == [BOTH]
     assert loaded(node) == []
+    await wait_all_tasks_blocked()
     assert [node.devices[it].lane.held_for for it in GPUS] == [[], [], []]
 
 

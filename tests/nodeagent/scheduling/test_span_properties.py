@@ -9,7 +9,7 @@ from functools import partial
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.checked_policy import CheckedPolicy
 from fakes.servers import FakeServers
@@ -165,6 +165,7 @@ async def _scenario(
             node.mend()
             for model_id in MODELS:
                 await _is_served_in_the_end(node, model_id)
+        await wait_all_tasks_blocked()
         for lane in node.lanes.values():
             view = lane.view()
             assert (view.in_flight, view.waiting, lane.queue(), lane.held_for) == (0, 0, [], [])
