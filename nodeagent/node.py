@@ -171,7 +171,7 @@ class Node:
         views = [view for device in self.devices.values() for view in device.servers.views()]
         own = [view for view in views if view.model_id == model_id]
         states = {view.state for view in own}
-        is_loading = model_id in {device.lane.loading for device in self.devices.values()}
+        is_loading = model_id in {device.lane.loads_now for device in self.devices.values()}
         header = self._catalogue.header(model_id)
         return ModelDetails(
             state="loaded" if ServerState.READY in states else "loading" if is_loading else "unloaded",

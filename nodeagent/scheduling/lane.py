@@ -223,6 +223,11 @@ class Lane(Generic[E]):
         return self._loads.current.model_id if self._loads.current else None
 
     @property
+    def loads_now(self) -> str | None:
+        """The same, once the load itself has begun: what waits for devices that it spans has not."""
+        return self.loading
+
+    @property
     def wanted(self) -> Set[str]:
         """The models of the queued requests. It changes with the queue."""
         return self._queue.models.keys()

@@ -34,6 +34,10 @@ class SpanningLane(Lane[E]):
         """The members, in the node's order."""
         return self._span.device_ids
 
+    @property
+    def loads_now(self) -> str | None:
+        return self.loading if self.loading is not None and self._span.is_held_for(self.loading) else None
+
     def expected_starts(self) -> list[tuple[Ticket[E], float | None]]:
         """As for any lane, once the device that is asked for has been taken."""
         starts = super().expected_starts()

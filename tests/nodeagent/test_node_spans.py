@@ -105,6 +105,8 @@ async def test_models_of_one_device_take_turns_with_the_spanning_one(
     [(_, starts_in_s)] = node.devices[BOTH].lane.expected_starts()
     assert starts_in_s is not None
     assert starts_in_s > 3, "the request in flight on the second device, then the load"
+    assert node.devices[BOTH].lane.loads_now is None
+    assert node.details("wide").state == "unloaded"
     b.close()
     await wide.granted()
     assert loaded(node) == [f"{BOTH}/wide"]
