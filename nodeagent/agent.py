@@ -9,7 +9,7 @@ lock the state folder, bind the address, find the devices
 ├── load meter      measures what loads took
 ├── activity file   writes what requests took, where a file is configured
 ├── API keys        reads them again when they change, keeps their sums
-├── lanes           one task per device
+├── lanes           one task per device, and one per group of devices that models span
 ├── stall watch     reports busy servers that make no progress to the supervisor
 ├── front           hypercorn and the Quart-Trio app; HAProxy's agent check
 └── dispatcher      registration and heartbeats
@@ -23,7 +23,7 @@ import logging
 import secrets
 import ssl
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,6 +50,7 @@ from nodeagent.devices.limits import own_cpus
 from nodeagent.devices.monitor import DeviceMonitor
 from nodeagent.devices.selection import devices_of, select
 from nodeagent.devices.values import DeviceRef
+from nodeagent.errors import ConfigError
 from nodeagent.front import agent_check
 from nodeagent.front.activity import Activity
 from nodeagent.front.asgi import Front
@@ -69,8 +70,9 @@ from nodeagent.llama_server.load_meter import LoadMeter
 from nodeagent.llama_server.measured_loads import MeasuredLoads
 from nodeagent.llama_server.probe import LlamaServerProbe
 from nodeagent.llama_server.saved_caches import SavedCaches
+from nodeagent.llama_server.spans import misplaced, spans_of
 from nodeagent.loop_lag import LoopLag
-from nodeagent.managed_device import BuildSpecs, ManagedDevice, lane_rules
+from nodeagent.managed_device import BuildSpecs, Part, lane_rules, manage
 from nodeagent.node import Node, NodeIdentity
 from nodeagent.self_watch import SelfWatch
 from nodeagent.service_manager import ServiceManager
@@ -126,6 +128,8 @@ async def _run(config: NodeConfig, signals: Signals, manager: ServiceManager, on
             if cpus.usable < cpus.host:
                 logger.info("servers may use %s", cpus)
             devices = with_reserve(devices, config)
+            if problems := misplaced(config, devices):
+                raise ConfigError(problems)
             agent = Agent(config, backend, devices, binary, port, keys, tls, manager)
             state_dir.write_address(config.state_dir, agent.node.identity.local_url)
             state_dir.write_certificate(config.state_dir, config.tls_cert)
@@ -175,6 +179,7 @@ class Agent:
             may_restart=self._may_restart,
             last_words=last_error,
         )
+        spans = spans_of(config, devices)
         self._monitor = DeviceMonitor(backend, devices, settle_max_s=config.memory_settle_timeout_s)
         self._dialects = Dialects()
         self._catalogue = Catalogue(look_at_programs=self._dialects.look)
@@ -182,12 +187,16 @@ class Agent:
         self._meter = LoadMeter(
             self._caches,
             MeasuredLoads(state_dir.loads_file(config.state_dir)),
-            devices,
+            [*devices, *spans],
             catalogue=self._catalogue,
             monitor=self._monitor,
             child_of=self._supervisor.child,
         )
-        managed = {device.device_id: self._managed(device, backend, binary) for device in devices}
+        managed = manage(
+            [self._part(device, backend, binary, spans) for device in devices],
+            [self._part(span, backend, binary) for span in spans],
+            config,
+        )
         identity = _identity(config, port)
         self._gate = Gate(state_dir.admin_token(config.state_dir), config.state_dir, keys)
         self.node = Node(
@@ -321,7 +330,7 @@ class Agent:
     def _may_restart(self, child_id: str) -> bool:
         return self.node.may_restart(child_id)
 
-    def _managed(self, ref: DeviceRef, backend: Backend, binary: Path) -> ManagedDevice:
+    def _part(self, ref: DeviceRef, backend: Backend, binary: Path, spans: Sequence[DeviceRef] = ()) -> Part:
         config = self._config
         # One key per device and start of the agent: nobody else on the host can use the children.
         api_key = secrets.token_urlsafe(32)
@@ -337,9 +346,10 @@ class Agent:
             hooks=self._meter,
             measurements=self._meter,
             patience_s=config.llama_server_startup_timeout_s,
-            max_models=lane_rules(config, ref.device_id).max_models,
+            max_models=lane_rules(config, ref).max_models,
+            spans=spans,
         )
-        return ManagedDevice(ref, servers, build_specs, config)
+        return Part(ref, servers, build_specs)
 
 
 def _spare_the_collector() -> None:

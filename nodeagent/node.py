@@ -42,6 +42,7 @@ from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.command_line import model_arguments
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.server_id import ServerId
+from nodeagent.llama_server.spans import misplaced, unknown_groups
 from nodeagent.llama_server.tasks import task_of
 from nodeagent.managed_device import ManagedDevice
 from nodeagent.scheduling.lane import Lane
@@ -88,6 +89,8 @@ class NodeIdentity:
 
 class Node:
     """Implements `front.seam.Node` and `dispatcher.client.NodeSource`.
+
+    `devices` are those of the node, and after them the groups of devices that models span.
 
     What changes: `_phase` in `enter`, `_config` in `reload`, `_last_state` in `_publish_state`, `_preloading` (the
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
@@ -206,7 +209,7 @@ class Node:
         views = [view for device in self.devices.values() for view in device.servers.views()]
         own = [view for view in views if view.model_id == model_id]
         states = {view.state for view in own}
-        is_loading = model_id in {device.lane.loading for device in self.devices.values()}
+        is_loading = model_id in {device.lane.loads_now for device in self.devices.values()}
         header = self._catalogue.header(model_id)
         return ModelDetails(
             state="loaded" if ServerState.READY in states else "loading" if is_loading else "unloaded",
@@ -223,7 +226,9 @@ class Node:
 
     def state(self) -> NodeState:
         servers = [(device_id, device.servers.views()) for device_id, device in self.devices.items()]
-        state = node_state(self._phase, servers, len(self._config.models))
+        models = self._config.models
+        places = sum(device.servers.serves(it.model_id) for device in self.devices.values() for it in models)
+        state = node_state(self._phase, servers, len(models), places)
         if self._phase is Phase.SERVING and self._is_preloading():
             return replace(state, status=NodeStatus.STARTING)
         return state
@@ -236,10 +241,11 @@ class Node:
 
     async def load(self, model_id: str, device_id: str | None) -> str:
         self._refuse_if_ending("load a model")
+        asked = self._span_with(model_id, device_id) or device_id
         for name, device in self.devices.items():
-            if device_id in (None, name) and device.servers.reset_failure(model_id):
+            if asked in (None, name) and device.servers.reset_failure(model_id):
                 logger.info("%s: retrying %s, which had failed, at an operator's request", name, model_id)
-        first = device_id or self.scheduler.place_load(model_id)
+        first = asked or self.scheduler.place_load(model_id)
         try:
             return await self._load_on(first, model_id)
         except OutOfDeviceMemory:
@@ -320,7 +326,10 @@ class Node:
         models = [self._model_status(model) for model in config.models]
         if with_fits:
             fits = [device.fits([model.model_id for model in models]) for device in self.devices.values()]
-            models = [replace(model, fits=tuple(its[model.model_id] for its in fits)) for model in models]
+            models = [
+                replace(model, fits=tuple(its[model.model_id] for its in fits if model.model_id in its))
+                for model in models
+            ]
         return NodeSnapshot(
             now=trio.current_time(),
             node_id=config.node_id,
@@ -331,7 +340,7 @@ class Node:
             started_at=identity.started_at,
             heartbeat_interval_s=config.heartbeat_interval_s,
             state=self.state(),
-            devices=tuple(device.status(self._monitor) for device in self.devices.values()),
+            devices=tuple(it.status(self._monitor) for it in self.devices.values() if not it.ref.members),
             models=tuple(models),
         )
 
@@ -384,17 +393,17 @@ class Node:
 
     def on_child_event(self, event: Event) -> None:
         """Handle one transition of a server: its device first, then the event log, the dispatcher last."""
-        self.devices[ServerId.parse(event.child_id).device_id].handle(event)
+        server = ServerId.parse(event.child_id)
+        self.devices[server.device_id].handle(event)
         self.events.append(events.of_child(event))
+        device_id = self.devices[server.device_id].ref.parts[0].device_id  # of several, the first
         if isinstance(event, Exited):
-            server = ServerId.parse(event.child_id)
-            self.backend_exits[server.device_id, server.model_id, event.exit.cause.value] += 1
+            self.backend_exits[device_id, server.model_id, event.exit.cause.value] += 1
         elif isinstance(event, Started):
             self._started_at[event.child_id] = event.at
         elif isinstance(event, Ready):
-            server = ServerId.parse(event.child_id)
             took_s = event.at - self._started_at[event.child_id]
-            self.backend_load_s[server.device_id, server.model_id].observe(took_s)
+            self.backend_load_s[device_id, server.model_id].observe(took_s)
         self._preloading -= self._models_in(ServerState.READY)  # one that is unloaded later was ready all the same
         self._publish_state()
 
@@ -409,6 +418,9 @@ class Node:
     async def _reload(self) -> Reloaded:
         try:
             again = await trio.to_thread.run_sync(reload.read_again, self._config)
+            refs = [device.ref for device in self.devices.values()]
+            if problems_of_devices := misplaced(again.config, refs) or unknown_groups(again.config, refs):
+                raise ConfigError(problems_of_devices)
         except ConfigError as error:
             problems = [str(problem) for problem in error.problems]
             logger.error("configuration not reloaded, the old one stays in effect: %s", "; ".join(problems))
@@ -472,6 +484,12 @@ class Node:
         if device_id not in self.devices:
             raise NoSuchDevice(device_id, list(self.devices))
         return self.devices[device_id]
+
+    def _span_with(self, model_id: str, device_id: str | None) -> str | None:
+        """The devices that the model spans, if this is one of them."""
+        spans = [device for device in self.devices.values() if device.ref.members and device.servers.serves(model_id)]
+        found = (it for it in spans if device_id in [part.device_id for part in it.ref.members])
+        return next((it.ref.device_id for it in found), None)
 
     def _lane(self, device_id: str) -> Lane[Upstream]:
         return self._device(device_id).lane

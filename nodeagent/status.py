@@ -69,12 +69,14 @@ class NodeState:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus:
-    """One device with its last reading (None before the first), its lane and its servers."""
+    """One device with its last reading (None before the first), its lane and its servers. `used_by` are the models
+    whose server is that of another device and spans this one too."""
 
     ref: DeviceRef
     metrics: DeviceMetrics | None
     lane: LaneView
     servers: tuple[ServerView[Any], ...]
+    used_by: tuple[str, ...] = ()
 
 
 class FitState(StrEnum):
@@ -115,8 +117,9 @@ class DeviceFit:
 class ModelStatus:
     """One model: what its configuration and its file say, and its average load time in seconds (None: not measured).
 
-    `fits` has one entry for each device, if it was asked for. `problem` is what is wrong with its file, None if nothing
-    is known. `ctx_size` is in tokens. `arguments` are those of llama-server.
+    `fits`, if it was asked for, has an entry for each device that the model may run on, or for those that it spans
+    together. `problem` is what is wrong with its file, None if nothing is known. `ctx_size` is in tokens. `arguments`
+    are those of llama-server.
     """
 
     model_id: str
@@ -184,10 +187,13 @@ _BY_PHASE: dict[Phase, tuple[NodeStatus, tuple[NodeReason, ...]]] = {
 _TEXTS = {NodeReason.DRAINED_BY_OPERATOR: "drained by an operator", NodeReason.SHUTTING_DOWN: "shutting down"}
 
 
-def node_state(phase: Phase, devices: Sequence[tuple[str, Sequence[ServerView[Any]]]], models: int) -> NodeState:
+def node_state(
+    phase: Phase, devices: Sequence[tuple[str, Sequence[ServerView[Any]]]], models: int, places: int | None = None
+) -> NodeState:
     """The status of a node in this phase with these servers on its devices; the phase's own reason comes first.
 
-    `models` is how many are configured. A node that serves with a failed server is DEGRADED.
+    `models` is how many are configured, `places` on how many devices each may run, summed up; by default each may run
+    on all. A node that serves with a failed server is DEGRADED.
     """
     failed = [
         (device_id, server)
@@ -200,6 +206,6 @@ def node_state(phase: Phase, devices: Sequence[tuple[str, Sequence[ServerView[An
     return NodeState(
         NodeStatus.DEGRADED if status is NodeStatus.READY and failed else status,
         (*(_TEXTS[code] for code in codes), *failures),
-        can_serve=bool(devices) and models > 0 and len(failed) < models * len(devices),
+        can_serve=bool(devices) and models > 0 and len(failed) < (models * len(devices) if places is None else places),
         reason_codes=(*codes, *(NodeReason.SERVER_FAILED for _ in failed)),
     )

@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.devices.values",
         "nodeagent.gguf",
         "nodeagent.llama_server.server_id",
+        "nodeagent.llama_server.spans",
         "nodeagent.llama_server.tasks",
         "nodeagent.state_dir",
         "supervisor.probe",

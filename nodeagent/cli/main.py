@@ -46,6 +46,7 @@ from nodeagent.llama_server.binary_help import dialect_of, read_help
 from nodeagent.llama_server.catalogue import fits_nowhere
 from nodeagent.llama_server.command_line import describe
 from nodeagent.llama_server.fit import with_reserve
+from nodeagent.llama_server.spans import misplaced
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def _check_config(args: argparse.Namespace) -> int:
             backend = stack.enter_context(closing(select(config.backend, config.devices, Build(binary))))
             cpus = own_cpus()
             found = with_reserve(devices_of(backend, config.devices, cpus), config)
+            problems += misplaced(config, found)
         except ConfigError as error:
             problems += error.problems
         except StartupError as error:

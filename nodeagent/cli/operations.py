@@ -216,7 +216,10 @@ def table(inventory: dict[str, Any]) -> str:
     for device in inventory["devices"]:
         lane, free = device["lane"], device["metrics"]["memory_free_bytes"]
         load = (f"{lane['in_flight']}", f"{lane['waiting']}/{lane['limit']}", gib(free))
-        for server in device["servers"] or [None]:
+        used_by = device.get("used_by", [])
+        for model_id in used_by:
+            rows.append((device["device_id"], model_id, "spans it", "-", "-", *load, ""))
+        for server in device["servers"] or ([] if used_by else [None]):
             facts = _server_facts(server)
             rows.append((device["device_id"], *facts[:4], *load, facts[4]))
     models = [("MODEL", "LOADED ON", "SIZE", "LOADS IN", "ROLES")]
@@ -251,7 +254,8 @@ def _server_facts(server: dict[str, Any] | None) -> tuple[str, str, str, str, st
         return "-", "empty", "-", "-", ""
     ready_in = f"ready in {server['ready_in_s']:.0f} s: " if server["ready_in_s"] else ""
     context = str(server.get("slot_ctx_size") or "-")
-    reason = ready_in + (server["reason"] or "")
+    spans = f"spans {', '.join(server['device_ids'])}" if server.get("device_ids") else ""
+    reason = "; ".join(part for part in (spans, ready_in + (server["reason"] or "")) if part)
     return server["model_id"], server["state"], str(server["generation"]), context, reason
 
 

@@ -4,11 +4,11 @@ The checks see the values as they are in the file, where any may be missing or o
 are reported together with all others. Each yields pairs of a key and a message.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from nodeagent.config.problems import shown
 from nodeagent.config.server_flags import check_server_args, find_flag
-from nodeagent.config.values import check_main_gpu, is_unspecified, split_shares
+from nodeagent.config.values import check_main_gpu, check_shares, is_unspecified, split_shares
 from nodeagent.config.yaml_source import KeyPath
 
 # With more slots each would get too small a share of the context; llama-server itself sets no limit.
@@ -30,7 +30,10 @@ def check_document(document: Document) -> Iterator[Finding]:
     yield from _default_models(document)
     yield from _api_keys(document)
     yield from _tls(document)
+    declared = [device.get("device_id") for _, device in _entries(document, "devices")]
     for index, model in _entries(document, "models"):
+        for key, message in (*_devices_of_model(model, declared), *_split(model)):
+            yield ("models", index, *key), message
         if model.get("pinned") is True and model.get("idle_unload_s") is not None:
             yield ("models", index, "idle_unload_s"), "contradicts `pinned: true`; remove one of them"
         for key, message in _server_args(model):
@@ -181,14 +184,61 @@ def _server_args(model: Document) -> Iterator[Finding]:
         flag = find_flag(name)
         if flag is not None and flag.name == "slot-save-path" and model.get("keep_kv") is True:
             yield (name,), "is set by the agent because `keep_kv` is true; remove one of them"
-        try:
-            if flag is not None and flag.key == "main_gpu" and _is_value(value):
-                check_main_gpu(value)
-            if flag is not None and flag.key == "tensor_split" and _is_value(value):
-                split_shares(value if isinstance(value, str) else str(value))
-        except ValueError as error:
-            yield (name,), str(error)
+        if flag is not None and flag.key in _SPLIT and _is_value(value):
+            text = str(value) if flag.key == "tensor_split" else value
+            if (wrong := _wrong_split(flag.key, text, model)) is not None:
+                yield (name,), wrong
     yield from _parallel(model)
+
+
+_SPLIT = {"main_gpu": check_main_gpu, "tensor_split": check_shares}
+
+
+def _split(model: Document) -> Iterator[Finding]:
+    """The keys that say how a model is split across the devices that its server sees."""
+    for key in _SPLIT:
+        value = model.get(key)
+        if _is_of_its_kind(key, value) and (wrong := _wrong_split(key, value, model)) is not None:
+            yield (key,), wrong
+
+
+def _is_of_its_kind(key: str, value: object) -> bool:
+    """Whether the value has the right type: a wrong one has its own message."""
+    if key == "main_gpu":
+        return type(value) is int and value >= 0
+    try:
+        split_shares(value)
+    except ValueError:
+        return False
+    return value is not None
+
+
+def _wrong_split(key: str, value: object, model: Document) -> str | None:
+    """What is wrong with that value for as many devices as the model spans."""
+    devices = model.get("devices")
+    try:
+        _SPLIT[key](value, max(1, len(devices)) if isinstance(devices, list) else 1)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _devices_of_model(model: Document, declared: Sequence[object]) -> Iterator[Finding]:
+    """What is wrong with a model's `devices`, as far as it can be seen without looking for devices."""
+    named = model.get("devices")
+    if not isinstance(named, list) or not all(isinstance(it, str) for it in named):
+        return
+    for place, device_id in enumerate(named):
+        here = ("devices", place)
+        if device_id in named[:place]:
+            yield here, f"{device_id!r} is named twice"
+        elif declared and device_id not in declared:
+            known = ", ".join(str(it) for it in declared)
+            yield here, f"must be one of the declared `devices` ({known}), found {device_id!r}"
+        elif len(named) > 1 and device_id.startswith("cpu:"):
+            yield here, f"a model can't span {device_id!r}: the CPUs of a host are one device to a server"
+        elif len(named) > 1 and device_id.partition(":")[0] != named[0].partition(":")[0]:
+            yield here, f"a model can't span {named[0]!r} and {device_id!r}: one server runs on devices of one backend"
 
 
 def _is_value(value: object) -> bool:

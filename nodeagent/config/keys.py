@@ -29,7 +29,6 @@ from nodeagent.config.values import (
     Host,
     HostName,
     Label,
-    MainGpu,
     ModelName,
     Origin,
     Parameters,
@@ -203,12 +202,24 @@ class ModelConfig(Keys):
     gpu_layers: GpuLayers | None = Field(
         default=None, description="Number of layers to keep on the GPU (-ngl), or all, or auto (also -1)."
     )
-    main_gpu: MainGpu | None = Field(
-        default=None, description="Main GPU (-mg); only 0, since a server sees one device."
+    devices: Annotated[tuple[str, ...], AsTuple] = Field(
+        default=(),
+        description="The devices that the model may use; any one by default. With one entry, like [gpu:1], it runs "
+        "only there; with several, like [gpu:0, gpu:1], one server spans them all.",
+    )
+    split_mode: Literal["none", "layer", "row", "tensor"] | None = Field(
+        default=None, description="How the model is split across its `devices` (-sm); llama-server's default is layer."
+    )
+    main_gpu: int | None = Field(
+        default=None,
+        ge=0,
+        le=_INT_MAX,
+        description="Main GPU (-mg), as its place in `devices`, from 0; 0 for a model that does not span devices.",
     )
     tensor_split: TensorSplit | None = Field(
         default=None,
-        description="Share of the model per device (-ts); only the first may be above 0: a server sees one device.",
+        description="Share of the model per device (-ts), in the order of `devices`, like [3, 1]; a model that does "
+        "not span devices has one share.",
     )
     flash_attn: FlashAttn | None = Field(
         default=None, description="Flash attention (-fa): true, false, on, off or auto."

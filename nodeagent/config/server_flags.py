@@ -140,6 +140,7 @@ _STRUCTURED = {
     "gpu-layers": "gpu_layers",
     "main-gpu": "main_gpu",
     "tensor-split": "tensor_split",
+    "split-mode": "split_mode",
     "flash-attn": "flash_attn",
     "parallel": "parallel",
     "mmproj": "mmproj",

@@ -5,6 +5,7 @@ resolved, the validation context is the configuration file's folder.
 """
 
 import ipaddress
+import math
 import os
 import re
 from pathlib import Path
@@ -158,23 +159,35 @@ def _threads(value: object) -> int:
     raise ValueError(f"must be a whole number from 1 to {_THREADS_MAX}, or -1 for all cores, found {shown(value)}")
 
 
-def check_main_gpu(value: object) -> None:
-    """A server sees only its own device, and numbers it 0."""
-    if str(value) != "0":
+def check_main_gpu(value: object, devices: int = 1) -> None:
+    """A server numbers the devices that it sees from 0."""
+    if str(value) in map(str, range(devices)):
+        return
+    if devices == 1:
         raise ValueError(f"must be 0, found {shown(value)}: a server sees one device only")
+    raise ValueError(f"must be from 0 to {devices - 1}, a place in `devices`, found {shown(value)}")
 
 
 def split_shares(value: object) -> tuple[float, ...]:
-    """The shares per device, from a list or from text like llama-server's `1,0`; only the first may be above 0."""
+    """The shares per device, from a list or from text like llama-server's `3,1`."""
     try:
-        shares = _numbers(value)
+        return _numbers(value)
     except ValueError as error:
         raise ValueError(f"must be a list of shares like [1], found {shown(value)}") from error
-    if not shares or not 0 < shares[0] < float("inf") or any(share != 0 for share in shares[1:]):
-        raise ValueError(
-            f"must give everything to one device, like [1], found {shown(value)}: a server sees one device only"
-        )
-    return shares
+
+
+def check_shares(value: object, devices: int = 1) -> None:
+    """That the shares suit that many devices. Raises ValueError."""
+    shares = split_shares(value)
+    if devices == 1:
+        if not shares or not 0 < shares[0] < math.inf or any(share != 0 for share in shares[1:]):
+            raise ValueError(
+                f"must give everything to one device, like [1], found {shown(value)}: a server sees one device only"
+            )
+    elif len(shares) != devices:
+        raise ValueError(f"must have {devices} shares, one for each of `devices`, found {shown(value)}")
+    elif any(not 0 <= share < math.inf for share in shares) or not any(shares):
+        raise ValueError(f"must have shares from 0 on, one of them above 0, found {shown(value)}")
 
 
 def _numbers(value: object) -> tuple[float, ...]:
@@ -183,11 +196,6 @@ def _numbers(value: object) -> tuple[float, ...]:
     if not isinstance(value, list | tuple) or any(type(part) not in (int, float) for part in value):
         raise ValueError
     return tuple(float(part) for part in value)
-
-
-def _main_gpu(value: int) -> int:
-    check_main_gpu(value)
-    return value
 
 
 def _cpus(value: object) -> frozenset[int]:
@@ -272,7 +280,6 @@ GpuLayers = Annotated[
     int | Literal["all", "auto"], PlainValidator(_gpu_layers, json_schema_input_type=int | Literal["all", "auto"])
 ]
 Threads = Annotated[int, PlainValidator(_threads, json_schema_input_type=int)]
-MainGpu = Annotated[int, AfterValidator(_main_gpu)]
 TensorSplit = Annotated[tuple[float, ...], PlainValidator(split_shares, json_schema_input_type=list[float] | str)]
 Variables = Annotated[dict[str, str], AfterValidator(_variables)]
 Cpus = Annotated[frozenset[int], PlainValidator(_cpus, json_schema_input_type=list[int])]

@@ -87,7 +87,7 @@ class Backend(Protocol):
         ...
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
-        """The variables that keep a child to this device, to be added to the inherited environment."""
+        """The variables that keep a child to this device, or its members, to be added to the inherited environment."""
         ...
 
     def child_args(self, device: DeviceRef) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Final
 from nodeagent.devices.backend import DeclaredDevice, DriverError, Faults, as_declared
 from nodeagent.devices.drm import Readings
 from nodeagent.devices.nvidia_driver import Driver, Gpu, measured
-from nodeagent.devices.pinning import pin
+from nodeagent.devices.pinning import pin_all
 from nodeagent.devices.smi_driver import SmiDriver
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.errors import StartupError
@@ -101,7 +101,7 @@ class CudaBackend:
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
         """Other backends that the build may have are kept off their devices too: Vulkan would list the other GPUs."""
-        return dict(pin(self.name, "CUDA0", device.uuid or str(device.index)).env)
+        return dict(pin_all(self.name, [("CUDA0", part.uuid or str(part.index)) for part in device.parts]).env)
 
     def child_args(self, device: DeviceRef) -> list[str]:
         """None: a server uses every GPU that the mask shows. A build without CUDA would exit on `--device CUDA0`."""

@@ -14,7 +14,7 @@ from typing import Final
 from nodeagent.devices.backend import Build, DeclaredDevice, DriverError, Faults, as_declared, within
 from nodeagent.devices.cards import Card, CardSource, match, same
 from nodeagent.devices.listing import ListedDevice, identified, list_devices
-from nodeagent.devices.pinning import Pin, entries, pin
+from nodeagent.devices.pinning import Pin, entries, pin_all
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.errors import StartupError
 
@@ -31,9 +31,11 @@ _SOURCE_MAX_S: Final = 20.0
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """One device: how a child is kept to it, and the card that it is, with what measures it."""
+    """One device: its names in the binary's list and in the vendor's software (None: unknown), and the card that it is,
+    with what measures it."""
 
-    pin: Pin
+    listed_name: str
+    entry: str | None
     card: Card | None = None
     source: CardSource | None = None
 
@@ -105,16 +107,20 @@ class ListedBackend:
         return reading
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
-        return dict(self._found[device.device_id].pin.env)
+        return dict(self._pin(device).env)
 
     def child_args(self, device: DeviceRef) -> list[str]:
         """`--device`, so that a server that does not find its device fails, and does not run on the CPU unnoticed."""
-        return list(self._found[device.device_id].pin.args)
+        return list(self._pin(device).args)
 
     def close(self) -> None:
         with ExitStack() as stack:
             for source in self._sources:
                 stack.callback(source.close)
+
+    def _pin(self, device: DeviceRef) -> Pin:
+        found = [self._found[part.device_id] for part in device.parts]
+        return pin_all(self.name, [(it.listed_name, it.entry) for it in found])
 
     def _cards_of(self, source: CardSource) -> list[tuple[Card, CardSource]]:
         try:
@@ -131,7 +137,7 @@ class ListedBackend:
         if self.name == "rocm" and entry is not None and card is not None and card.uuid is not None:
             entry = card.uuid  # unlike the number, it does not change when another card is gone
         device_id = f"{self._build.id_prefix}:{place}"
-        self._found[device_id] = _Found(pin(self.name, listed.name, entry), card, source)
+        self._found[device_id] = _Found(listed.name, entry, card, source)
         return DeviceRef(
             device_id=device_id,
             backend=self.name,

@@ -64,10 +64,10 @@ class MixedBackend:
         return self._backends[device.device_id].read(device, now)
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
-        return self._backends[device.device_id].child_env(device)
+        return self._backends[device.parts[0].device_id].child_env(device)
 
     def child_args(self, device: DeviceRef) -> list[str]:
-        return self._backends[device.device_id].child_args(device)
+        return self._backends[device.parts[0].device_id].child_args(device)
 
     def close(self) -> None:
         with ExitStack() as stack:

@@ -1,8 +1,9 @@
-"""How a child is kept to one device, for each backend: variables of its environment, and `--device`. Pure.
+"""How a child is kept to its devices, for each backend: variables of its environment, and `--device`. Pure.
 
 The variables hide the other devices, so that the child does not even open them (each costs memory there). They name
 devices by the number that the vendor's own software gives them, or by UUID. If the agent was started with such a
-variable, the child's is one entry of it. Then the device that is left has the number 0.
+variable, the child's is one entry of it. Then the device that is left has the number 0; several devices that a model
+spans are numbered from 0 in their order.
 
     cuda     CUDA_VISIBLE_DEVICES        "CUDA Environment Variables", NVIDIA's programming guide
     rocm     ROCR_VISIBLE_DEVICES        then HIP_VISIBLE_DEVICES, else CUDA_VISIBLE_DEVICES, number what is left anew
@@ -29,12 +30,14 @@ HIDDEN: Final[Mapping[str, str]] = MappingProxyType(
 class Rule:
     """`masks` are applied one after the other, each to what the one before left; the first pins, by `entry`.
 
-    `fixed` are the variables that each child of this backend gets besides.
+    `fixed` are the variables that each child of this backend gets besides; `{}` in them stands for the numbers of the
+    devices that are left. With `by_number` these are in the order of the vendor's numbers, whatever the mask's order.
     """
 
     masks: tuple[str, ...] = ()
     entry: str = "{}"
     fixed: Mapping[str, str] = field(default_factory=dict)
+    by_number: bool = False
 
 
 RULES: Final[Mapping[str, Rule]] = MappingProxyType(
@@ -43,13 +46,14 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         # What ROCR leaves is numbered from 0, and both of the others are obeyed after it: 0 undoes an inherited mask.
         "rocm": Rule(
             ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
-            fixed={"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"},
+            fixed={"HIP_VISIBLE_DEVICES": "{}", "CUDA_VISIBLE_DEVICES": "{}"},
         ),
         # Without the first, free memory is reported as the total; without the second, no buffer exceeds 4 GiB.
         "sycl": Rule(
             ("ONEAPI_DEVICE_SELECTOR",),
             "level_zero:{}",
             {"ZES_ENABLE_SYSMAN": "1", "UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS": "1"},
+            by_number=True,
         ),
         "vulkan": Rule(("GGML_VK_VISIBLE_DEVICES",)),
         "metal": Rule(),
@@ -85,12 +89,22 @@ def pin(backend: str, listed_name: str, entry: str | None) -> Pin:
 
     Where `entry` is None, only `--device` does it.
     """
+    return pin_all(backend, [(listed_name, entry)])
+
+
+def pin_all(backend: str, devices: Sequence[tuple[str, str | None]]) -> Pin:
+    """Keep a child to these devices, each with its listed name and its entry, in this order."""
     rule = RULES[backend]
-    if entry is None or not rule.masks:
+    entries = [entry for _name, entry in devices if entry is not None]
+    if len(entries) < len(devices) or not rule.masks:
         inherited = {name: rule.fixed[name] for name in rule.fixed if name not in HIDDEN}
-        return Pin(inherited, ("--device", listed_name))
-    only = re.sub(r"\d+$", "0", listed_name)
-    return Pin({**HIDDEN, **rule.fixed, rule.masks[0]: rule.entry.format(entry)}, ("--device", only))
+        return Pin(inherited, ("--device", ",".join(name for name, _entry in devices)))
+    shown = sorted(entries, key=int) if rule.by_number and all(map(str.isdecimal, entries)) else entries
+    # An entry may repeat; each stands for a device of its own, and either will do.
+    numbers = range(len(devices)) if shown == entries else map(shown.index, entries)
+    names = [re.sub(r"\d+$", str(number), name) for number, (name, _entry) in zip(numbers, devices, strict=True)]
+    fixed = {name: text.format(",".join(map(str, range(len(devices))))) for name, text in rule.fixed.items()}
+    return Pin({**HIDDEN, **fixed, rule.masks[0]: rule.entry.format(",".join(shown))}, ("--device", ",".join(names)))
 
 
 def _chosen(mask: str, names: Sequence[str] | None) -> list[str] | None:

@@ -3,7 +3,7 @@
 Nothing here depends on the vendor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -31,6 +31,37 @@ class DeviceRef:
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
     memory_reserve_bytes: int = 0
     """Memory that is kept free for other programs, by the configuration."""
+    members: "tuple[DeviceRef, ...]" = ()
+    """The devices that models span, in the order of their `devices`; empty for a device of its own."""
+
+    @property
+    def parts(self) -> "tuple[DeviceRef, ...]":
+        """The members, or the device itself."""
+        return self.members or (self,)
+
+
+def joined(members: Sequence[DeviceRef]) -> DeviceRef:
+    """Several devices of one backend as the one that a model spans, `gpu:0+gpu:1`."""
+    first = members[0]
+    totals = [member.memory_total_bytes for member in members]
+    return DeviceRef(
+        device_id=span_id([member.device_id for member in members]),
+        backend=first.backend,
+        index=first.index,
+        name=" + ".join(member.name for member in members),
+        memory_total_bytes=sum(total or 0 for total in totals) if None not in totals else None,
+        threads=first.threads,
+        cpus=first.cpus,
+        llama_server_bin=first.llama_server_bin,
+        env=first.env,
+        memory_reserve_bytes=sum(member.memory_reserve_bytes for member in members),
+        members=tuple(members),
+    )
+
+
+def span_id(device_ids: Sequence[str]) -> str:
+    """The name of these devices together."""
+    return "+".join(device_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

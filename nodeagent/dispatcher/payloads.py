@@ -104,6 +104,7 @@ def _device_state(
             estimated_wait_s=round(device.lane.estimated_wait_s, 3),
         ),
         "servers": [_server(server, now, sent_at, for_operators=for_operators) for server in device.servers],
+        "used_by": list(device.used_by),
     }
 
 
@@ -134,6 +135,7 @@ def _server(server: ServerView[Any], now: float, sent_at: datetime, *, for_opera
         slot_ctx_size=server.slot_ctx_size,
         reason=reason,
         reason_code=server.reason_code,
+        device_ids=list(server.device_ids),
     )
 
 

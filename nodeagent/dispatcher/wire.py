@@ -88,7 +88,8 @@ class LaneLoad(Payload):
 
 class Server(Payload):
     """One server. `ready_in_s`: when a server that is backing off restarts, or a failed one may be started again.
-    `slot_ctx_size`: the context of each slot in tokens, as the server itself says, null if unknown."""
+    `slot_ctx_size`: the context of each slot in tokens, as the server itself says, null if unknown. `device_ids`: the
+    devices that it spans, empty if it runs on one."""
 
     model_id: str
     state: str
@@ -99,13 +100,17 @@ class Server(Payload):
     slot_ctx_size: int | None
     reason: str | None
     reason_code: str | None
+    device_ids: list[str] = []
 
 
 class DeviceState(Payload):
+    """A device with its servers. `used_by` are models whose server is that of another device and spans this one."""
+
     device_id: str
     metrics: Metrics
     lane: LaneLoad
     servers: list[Server]
+    used_by: list[str] = []
 
 
 class ModelState(Payload):
@@ -166,7 +171,8 @@ class Fit(Payload):
 
 
 class InventoryModel(RegisteredModel, ModelState):
-    """A model with its state and its configuration; `arguments` are llama-server's, `fits` has each device."""
+    """A model with its state and its configuration; `arguments` are llama-server's, `fits` has each device that it may
+    run on, or those that it spans together (`gpu:0+gpu:1`)."""
 
     path: str
     arguments: list[str]

@@ -44,7 +44,7 @@ def line(node: Node) -> str:
         return f"down #{reason or 'models are being preloaded'}"
     if not state.can_serve:
         return f"down #{reason or 'no model can be served'}"
-    lanes = [lane.view() for lane in node.scheduler.lanes.values()]
+    lanes = [lane.view() for lane in node.scheduler.device_lanes]
     limit, free = sum(lane.limit for lane in lanes), sum(lane.free for lane in lanes)
     # With 0 % HAProxy would send nothing, and have no queue for the node.
     return f"ready up {max(1, 100 * free // limit)}% maxconn:{limit}"

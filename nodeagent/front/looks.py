@@ -44,7 +44,7 @@ def _inventory(node: Node, headers: Headers) -> bytes:
 
 
 def _queue(node: Node, _headers: Headers) -> bytes:
-    return json.dumps({"lanes": [_lane_json(lane) for lane in node.scheduler.lanes.values()]}).encode()
+    return json.dumps({"lanes": [_lane_json(lane) for lane in node.scheduler.device_lanes]}).encode()
 
 
 def _lane_json(lane: Lane[Upstream]) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def _lane_json(lane: Lane[Upstream]) -> dict[str, Any]:
         "waiting": view.waiting,
         "limit": view.limit,
         "estimated_wait_s": round(view.estimated_wait_s, 3),
+        "held_for": lane.held_for,
         "tickets": [
             {
                 "request_id": ticket.request_id,

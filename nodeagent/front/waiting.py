@@ -106,7 +106,7 @@ class Progress:
         if ticket.lease is not None:
             return "processing the prompt"
         place = self._place(ticket)
-        loading = ticket.lane.loading
+        loading = ticket.lane.loads_now
         if loading is not None and loading == ticket.model_id and place == 1:
             return f"loading {loading}"
         return f"waiting: place {place} in the queue" + (f", loading {loading}" if loading is not None else "")

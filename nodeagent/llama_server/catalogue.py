@@ -17,6 +17,7 @@ from nodeagent.devices.values import DeviceRef
 from nodeagent.errors import Problem
 from nodeagent.gguf.header import Companion, GgufError, GgufHeader, read_companion, read_header
 from nodeagent.llama_server.fit import misfit
+from nodeagent.llama_server.spans import runs_on, spans_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def fits_nowhere(config: NodeConfig, devices: Sequence[DeviceRef]) -> list[Probl
     for index, model in enumerate(config.models):
         with suppress(GgufError):
             header = _read_all(model, read_header)
-            reasons = [(device.device_id, misfit(header, model, device)) for device in devices]
+            allowed = [device for device in (*devices, *spans_of(config, devices)) if runs_on(model, device)]
+            reasons = [(device.device_id, misfit(header, model, device)) for device in allowed]
             if reasons and all(reason is not None for _, reason in reasons):
                 said = "; ".join(f"{device_id}: {reason}" for device_id, reason in reasons)
                 found.append(config.problem(("models", index), f"fits on no device: {said}"))

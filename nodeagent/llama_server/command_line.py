@@ -18,6 +18,7 @@ from nodeagent.config.server_flags import flags_argv, sets_flag
 from nodeagent.devices.values import DeviceRef
 from nodeagent.gguf.header import GgufHeader
 from nodeagent.llama_server.server_id import ServerId
+from nodeagent.llama_server.spans import runs_on, spans_of
 from nodeagent.llama_server.tasks import task_args
 from nodeagent.state_dir import kv_folder
 from supervisor.probe import Probe
@@ -61,7 +62,7 @@ def _newest(_binary: str) -> Dialect:
 
 
 class Pinning(Protocol):
-    """The part of a backend that keeps a server to one device."""
+    """The part of a backend that keeps a server to its device, or to those that it spans."""
 
     def child_env(self, device: DeviceRef) -> Mapping[str, str]: ...
 
@@ -183,7 +184,8 @@ def describe(
     return "\n\n".join(
         _described(model, device, command(model, device, backend, binary, kv, dialect_of, headers.get(model.model_id)))
         for model in config.models
-        for device in devices
+        for device in (*devices, *spans_of(config, devices))
+        if runs_on(model, device)
     )
 
 
@@ -216,6 +218,7 @@ def _model_args(model: ModelConfig) -> list[str]:
             "-b": model.batch_size,
             "-ub": model.ubatch_size,
             "-ngl": model.gpu_layers,
+            "-sm": model.split_mode,
             "-mg": model.main_gpu,
             "-ts": shares,
             # Always with a value: a bare -fa takes the next argument as its value.
@@ -242,7 +245,8 @@ def _companion_args(model: ModelConfig, binary: str, dialect_of: DialectOf) -> l
 
 def _reserve_args(model: ModelConfig, device: DeviceRef, binary: str, dialect_of: DialectOf) -> list[str]:
     """Where llama-server fits a model into a GPU's memory, it leaves free what is reserved for others."""
-    reserve_mib = -(-device.memory_reserve_bytes // _MIB)
+    # One number holds for each of several devices.
+    reserve_mib = -(-max(part.memory_reserve_bytes for part in device.parts) // _MIB)
     if device.backend == "cpu" or reserve_mib <= _FIT_MARGIN_MIB or sets_flag(model.server_args, "fit-target"):
         return []
     return ["-fitt", str(reserve_mib)] if dialect_of(binary).has_fit_target else []

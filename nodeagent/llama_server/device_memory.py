@@ -6,8 +6,9 @@ from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
 from nodeagent.gguf.header import GgufHeader
 from nodeagent.llama_server.allocations import asked_bytes
-from nodeagent.llama_server.fit import Fit, fit_of, readable, shortage
+from nodeagent.llama_server.fit import Fit, fit_of, part_on, readable, shortage
 from nodeagent.llama_server.seams import DeviceReadings, Measurements, ModelFiles
+from nodeagent.llama_server.spans import runs_on
 from supervisor.snapshot import ChildSnapshot, ChildState
 from supervisor.spec import ChildSpec
 
@@ -21,7 +22,10 @@ _SLACK_BYTES = 64 * 2**20
 
 
 class DeviceMemory:
-    """`running` are the children of this device that run, or are about to, by model. An unknown size is None.
+    """`running` are the children that run, or are about to, by model, on each device that is used here: one, or all
+    that models span. `spans` are the groups that this device belongs to. An unknown size is None.
+
+    Of several devices together nothing is known to be free: the lanes of these make room, each on its own device.
 
     What changes: `_models` and `_specs` in `configure`; `_fits`, which keeps what every request asks, in `fit`.
     """
@@ -29,14 +33,16 @@ class DeviceMemory:
     def __init__(
         self,
         device: DeviceRef,
-        running: Callable[[], Mapping[str, ChildSnapshot]],
+        running: Callable[[], Sequence[Mapping[str, ChildSnapshot]]],
         *,
+        spans: Sequence[DeviceRef] = (),
         catalogue: ModelFiles,
         monitor: DeviceReadings,
         measurements: Measurements | None,
     ) -> None:
         self._device = device
-        self._running = running
+        self._running_on = running
+        self._spans = spans
         self._catalogue = catalogue
         self._monitor = monitor
         self._measurements = measurements
@@ -67,9 +73,19 @@ class DeviceMemory:
         return known[1]
 
     def bytes_of(self, model_id: str) -> int:
-        """What a server of the model takes, 0 if unknown."""
+        """What a server of the model takes here, 0 if unknown."""
         fit = self.fit(model_id)
-        return 0 if fit is None else fit.needed_bytes
+        if fit is None:
+            return 0
+        model = self._models[model_id]
+        span = None if runs_on(model, self._device) else self._span_of(model)
+        return int(fit.needed_bytes * part_on(model, self._device, span))
+
+    def _span_of(self, model: ModelConfig) -> DeviceRef | None:
+        """The devices that the model spans, if this is one of them."""
+        own = self._device.device_id
+        found = (span for span in self._spans if tuple(it.device_id for it in span.members) == model.devices)
+        return next((span for span in found if own in model.devices), None)
 
     # What is free.
 
@@ -79,6 +95,8 @@ class DeviceMemory:
         Without what our servers are about to take, or have taken since that reading: else the next load would count on
         memory that is not there any more.
         """
+        if self._device.members:
+            return None
         reading = self._monitor.latest(self._device.device_id)
         if reading is None or reading.memory_free_bytes is None:
             return None
@@ -91,6 +109,8 @@ class DeviceMemory:
 
     def usable_bytes(self) -> int | None:
         """What is free for models: without the reserve."""
+        if self._device.members:
+            return None
         free_bytes, running = self.free_bytes(), self._running()
         if free_bytes is None and running and self._device.memory_total_bytes is not None:
             # Not measured (the driver hangs, or has no such figure): at least our own servers are not free memory.
@@ -100,8 +120,10 @@ class DeviceMemory:
     def most_bytes(self, model_id: str) -> int | None:
         """What is free once all other models that may go are gone, what is reserved for others included."""
         free_bytes = self.free_bytes()
+        if free_bytes is None:
+            return None
         movable = (other for other in self._running() if other != model_id and not self._is_pinned(other))
-        return None if free_bytes is None else free_bytes + sum(map(self.bytes_of, movable))
+        return free_bytes + sum(map(self.bytes_of, movable))
 
     def most_usable_bytes(self, model_id: str) -> int | None:
         """The same without the reserve."""
@@ -110,22 +132,31 @@ class DeviceMemory:
     def has_room(self, model_id: str, least_bytes: int = 0) -> bool:
         """See `scheduling.seam.Servers`."""
         usable_bytes = self.usable_bytes()
+        if usable_bytes is None:
+            return True
         movable = (other for other in self._running() if not self._is_pinned(other))
         needed_bytes = max(least_bytes, self.bytes_of(model_id))
-        return usable_bytes is None or needed_bytes <= usable_bytes + sum(map(self.bytes_of, movable))
+        return needed_bytes <= usable_bytes + sum(map(self.bytes_of, movable))
 
     def crowded_out(self, model_id: str, max_models: int) -> str | None:
         """Why the pinned models that run here leave no room for this one."""
         if not any(model.pinned for model in self._models.values()):
             return None
-        running = self._running()
-        pinned = [other for other in running if other != model_id and self._is_pinned(other)]
-        if model_id in running or not pinned:
-            return None
+        for running in self._running_on():
+            pinned = [other for other in running if other != model_id and self._is_pinned(other)]
+            if model_id in running or not pinned:
+                continue
+            reason = self._left_by(pinned, model_id, max_models)
+            if reason is not None:
+                return reason
+        return None
+
+    def _left_by(self, pinned: Sequence[str], model_id: str, max_models: int) -> str | None:
+        """Why these models, which stay, leave no room for this one."""
         names = ", ".join(pinned)
         if len(pinned) >= max_models:
             return f"all places for models are taken by pinned ones ({names})"
-        total = self._without_reserve(self._device.memory_total_bytes)
+        total = None if self._device.members else self._without_reserve(self._device.memory_total_bytes)
         if total is not None and sum(map(self.bytes_of, [*pinned, model_id])) > total:
             return f"the pinned models ({names}) leave too little memory"
         most_bytes = self.most_usable_bytes(model_id)
@@ -171,6 +202,11 @@ class DeviceMemory:
         header, model = self._catalogue.header(model_id), self._models.get(model_id)
         figures = shortage(header, model, self._device, self.usable_bytes(), asked_bytes(lines))
         return f"{reason}; {figures}" if figures else reason
+
+    def _running(self) -> Mapping[str, ChildSnapshot]:
+        """The children on the device, if it is one."""
+        [running] = self._running_on()
+        return running
 
     def _is_pinned(self, model_id: str) -> bool:
         model = self._models.get(model_id)

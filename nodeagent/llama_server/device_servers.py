@@ -9,6 +9,7 @@ connections to the server that is ready.
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import trio
 
@@ -29,8 +30,9 @@ from nodeagent.llama_server.server_views import (
     view_of_child,
     view_of_unusable_model,
 )
+from nodeagent.llama_server.spans import runs_on
 from nodeagent.llama_server.stall_watch import Worker
-from nodeagent.scheduling.seam import Obstacle, ServerView
+from nodeagent.scheduling.seam import MakeRoom, Obstacle, ServerView
 from supervisor.errors import GivenUp, StartFailed
 from supervisor.lifecycle import Cause, Event, Exited, Ready, Stopping
 from supervisor.snapshot import ChildSnapshot, ChildState
@@ -58,6 +60,7 @@ _NO_REQUEST_IS_TO_BLAME = frozenset(
 class DeviceServers:
     """One device's servers; implements `scheduling.seam.Servers[Upstream]`.
 
+    The device may be several that models span, joined. `spans` are the groups that this device belongs to.
     `specs` maps each model id to the child that serves it here; `api_key` is what these children were given. A child
     that will be restarted only after `patience_s` is an obstacle, and so are pinned models that leave no room among the
     `max_models` which may run at the same time.
@@ -82,6 +85,7 @@ class DeviceServers:
         patience_s: float,
         max_models: int = 1,
         measurements: Measurements | None = None,
+        spans: Sequence[DeviceRef] = (),
     ) -> None:
         self.device = device
         self._models = models
@@ -94,18 +98,23 @@ class DeviceServers:
         self._patience_s = patience_s
         self._max_models = max_models
         self._measurements = measurements
+        self._sharing: Sequence[Sequence[DeviceServers]] = ((self,),)
         self._still_starting: str | None = None
         self._started: dict[str, ChildSpec] = {}
         self._noted: dict[str, int] = {}
         self._upstreams: dict[str, Upstream] = {}
         self._ready_views: dict[str, tuple[_MadeOf, ServerView[Upstream]]] = {}
         self._memory = DeviceMemory(
-            device, self._running_children, catalogue=catalogue, monitor=monitor, measurements=measurements
+            device, self._running_on, spans=spans, catalogue=catalogue, monitor=monitor, measurements=measurements
         )
         self._memory.configure(models, specs)
 
     def __repr__(self) -> str:
         return f"<DeviceServers {self.device.device_id}: running {self._running()}>"
+
+    def share_with(self, groups: "Sequence[Sequence[DeviceServers]]") -> None:
+        """Models that span devices share them: for each device that is used here, these are all servers on it."""
+        self._sharing = groups
 
     # What a reload of the configuration and operators do.
 
@@ -127,7 +136,7 @@ class DeviceServers:
         for model_id, spec in self._started.items():
             if specs.get(model_id) != spec:
                 self.reset_failure(model_id)
-        return [model_id for model_id in self._running() if not self._runs_as(model_id, specs.get(model_id))]
+        return [it for it in self._running() if not (self.serves(it) and self._runs_as(it, specs.get(it)))]
 
     def reset_failure(self, model_id: str) -> bool:
         """Let a model that has failed be started at once, as if it never had; return whether it had failed."""
@@ -146,9 +155,14 @@ class DeviceServers:
         return [view for view in views if view is not None]
 
     def obstacle(self, model_id: str) -> Obstacle | None:
-        """What keeps this device from serving the model: it is no longer configured, does not fit, or has failed."""
-        if model_id not in self._models:
+        """What keeps this device from serving the model: it is no longer configured, is kept to other devices, does not
+        fit, or has failed."""
+        model = self._models.get(model_id)
+        if model is None:
             return Obstacle("it is no longer configured", reason_code=ReasonCode.NOT_CONFIGURED)
+        if not runs_on(model, self.device):
+            kept_to = " and ".join(model.devices) or "a single device"
+            return Obstacle(f"it is kept to {kept_to}", reason_code=ReasonCode.KEPT_ELSEWHERE, elsewhere=True)
         fit = self.fit(model_id)
         if fit is not None and fit.misfit is not None:
             return Obstacle(fit.misfit, reason_code=ReasonCode.DOES_NOT_FIT)
@@ -182,18 +196,24 @@ class DeviceServers:
     def bytes_of(self, model_id: str) -> int:
         return self._memory.bytes_of(model_id)
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+    async def settled(self) -> None:
+        for part in self.device.parts:
+            await self._monitor.settled(part.device_id)
+
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         """Return when this device runs a ready server of the model, and no other but `beside`. See
         `scheduling.seam.Servers`."""
         await self._note_if_ran_out(model_id)
         await self._usable(model_id)
+        if make_room is not None:
+            await make_room()
         _model, spec = self._configured(model_id)
         stay = {it for it in self._running() if it in beside or (it == model_id and self._runs_as(it, spec))}
         to_stop = [other for other in self._running() if other not in stay]
         for other in to_stop:
             await self.stop(other)
         if to_stop:
-            await self._monitor.settled(self.device.device_id)
+            await self.settled()
         model, spec = self._configured(model_id)  # as it is now: a reload may have come in between
         if model_id in self._running():
             spec = self._started[model_id]
@@ -227,7 +247,7 @@ class DeviceServers:
         self, model_id: str, generation: int, reason: str, lines: Sequence[str]
     ) -> OutOfDeviceMemory:
         """Note how much memory there was for the server that ran out of it, once its own is free again."""
-        await self._monitor.settled(self.device.device_id)
+        await self.settled()
         least_bytes = self._memory.note_shortage(model_id, self._started[model_id], lines)
         self._noted[model_id] = generation
         child = self._child(model_id)
@@ -270,6 +290,11 @@ class DeviceServers:
     def memory_most_bytes(self, model_id: str) -> int | None:
         """The free memory once all other models that may go are gone, without the reserve; None if unknown."""
         return self._memory.most_usable_bytes(model_id)
+
+    def serves(self, model_id: str) -> bool:
+        """Whether the configuration lets the model run here."""
+        model = self._models.get(model_id)
+        return model is not None and runs_on(model, self.device)
 
     def runs(self, model_id: str) -> bool:
         """Whether the model has a process here, or is about to get one."""
@@ -354,6 +379,11 @@ class DeviceServers:
         children = {model_id: self._child(model_id) for model_id in self._started}
         return {model_id: child for model_id, child in children.items() if child is not None and child.is_active}
 
+    def _running_on(self) -> list[Mapping[str, ChildSnapshot]]:
+        """The children on each device that is used here, those of other servers included that models share it with."""
+        groups = ([servers._running_children() for servers in group] for group in self._sharing)
+        return [dict(chain.from_iterable(running.items() for running in group)) for group in groups]
+
     def _runs_as(self, model_id: str, spec: ChildSpec | None) -> bool:
         """Whether that spec would give the same process as the running one. How a child is supervised (its restarts,
         its time-outs) may differ: that changes with its next start."""
@@ -381,7 +411,7 @@ class DeviceServers:
             return self._view_of_ready(model_id, model, child)
         if child is None or child.state is ChildState.STOPPED:
             problem = self._catalogue.problem(model_id)
-            if model is None or problem is None:
+            if model is None or problem is None or not runs_on(model, self.device):
                 return None
             return view_of_unusable_model(model, problem, trio.current_time())
         if model is None and child.state is ChildState.FAILED:

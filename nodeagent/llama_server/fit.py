@@ -1,8 +1,9 @@
-"""Whether a model fits on a device, from its header and its configuration. Pure.
+"""Whether a model fits on a device, or on those that it spans, from its header and its configuration. Pure.
 
 On a CPU mapped weights do not count: all servers share them, and the system reclaims the memory if it needs it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -45,21 +46,58 @@ def fit_of(
     fit = _fit_of(header, model, device, measured_bytes)
     if least_bytes is None:
         return fit
-    total, misfit_said = device.memory_total_bytes, fit.misfit
-    if misfit_said is None and total is not None and least_bytes > total - device.memory_reserve_bytes:
-        has = _capacity(device, total)
-        misfit_said = f"needs more than {readable(least_bytes)}, as a load showed that failed, and the device has {has}"
+    usable, misfit_said = usable_bytes(model, device), fit.misfit
+    if misfit_said is None and usable is not None and least_bytes > usable:
+        has = _capacity(model, device)
+        misfit_said = f"needs more than {readable(least_bytes)}, as a load showed that failed, and {has}"
     return replace(fit, needed_bytes=max(fit.needed_bytes, least_bytes), misfit=misfit_said, least_bytes=least_bytes)
 
 
 def _fit_of(header: GgufHeader, model: ModelConfig, device: DeviceRef, measured_bytes: int | None) -> Fit:
     if measured_bytes is None:
         return Fit(bytes_on_device(header, model, device), misfit(header, model, device))
-    total = device.memory_total_bytes
-    if total is None or measured_bytes <= total - device.memory_reserve_bytes:
+    usable = usable_bytes(model, device)
+    if usable is None or measured_bytes <= usable:
         return Fit(measured_bytes, None, measured=True)
-    said = f"took {readable(measured_bytes)} when it was last loaded, and the device has {_capacity(device, total)}"
+    said = f"took {readable(measured_bytes)} when it was last loaded, and {_capacity(model, device)}"
     return Fit(measured_bytes, said, measured=True)
+
+
+def usable_bytes(model: ModelConfig, device: DeviceRef) -> int | None:
+    """How much a model may need on the device, None if unknown: what is not reserved for others. On devices that it
+    spans each has to hold its share, if `tensor_split` says so."""
+    totals = [part.memory_total_bytes for part in device.parts]
+    usable = [total - part.memory_reserve_bytes for total, part in zip(totals, device.parts, strict=True) if total]
+    if len(usable) < len(totals):
+        return None
+    shares = shares_of(model, device)
+    if shares is None:
+        return sum(usable)
+    return min(int(room / share) for room, share in zip(usable, shares, strict=True) if share > 0)
+
+
+def shares_of(model: ModelConfig, device: DeviceRef) -> tuple[float, ...] | None:
+    """The part of the model on each of the devices that it spans, None if llama-server decides."""
+    count = len(device.members)
+    if _value(model, "split-mode") == "none":
+        main = _number(model, "main-gpu") or 0
+        return tuple(float(place == main) for place in range(count)) if count else None
+    given = str(_value(model, "tensor-split") or "")
+    shares = tuple(float(share) for share in re.split("[,/]", given)) if given else ()
+    return tuple(share / sum(shares) for share in shares) if count and len(shares) == count else None
+
+
+def part_on(model: ModelConfig, device: DeviceRef, span: DeviceRef | None) -> float:
+    """Which part of a server of the model is on this device, if it spans it with others; without known shares in
+    proportion to their memory."""
+    if span is None:
+        return 1.0
+    place = [part.device_id for part in span.members].index(device.device_id)
+    shares = shares_of(model, span)
+    if shares is not None:
+        return shares[place]
+    total = span.memory_total_bytes
+    return (device.memory_total_bytes or 0) / total if total else 1 / len(span.members)
 
 
 def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | None:
@@ -68,9 +106,9 @@ def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | N
     llama-server by default offloads only as many layers to a GPU as fit, so a model is known not to fit only if all of
     its layers are requested there (`gpu_layers`). Nor is anything said of an unknown architecture.
     """
-    total = device.memory_total_bytes
+    usable = usable_bytes(model, device)
     needed = memory_on_device(header, model, device)
-    if total is None or needed is None:
+    if usable is None or needed is None:
         return None
     if device.backend != "cpu":
         layers = gpu_layers(model)
@@ -78,14 +116,22 @@ def misfit(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> str | N
             return None
         if any(sets_flag(model.server_args, flag) for flag in _MOVE_WEIGHTS):
             needed = replace(needed, weights=0)
-    if needed.total <= total - device.memory_reserve_bytes:
+    if needed.total <= usable:
         return None
-    return f"needs about {in_words(needed)}, and the device has {_capacity(device, total)}"
+    return f"needs about {in_words(needed)}, and {_capacity(model, device)}"
 
 
-def _capacity(device: DeviceRef, total: int) -> str:
+def _capacity(model: ModelConfig, device: DeviceRef) -> str:
+    """`the device has 8.0 GiB, of which 1.0 GiB are reserved for others`."""
     reserved = device.memory_reserve_bytes
-    return readable(total) + (f", of which {readable(reserved)} are reserved for others" if reserved else "")
+    beside = f", of which {readable(reserved)} are reserved for others" if reserved else ""
+    shares = shares_of(model, device)
+    if shares is not None:
+        split = " : ".join(f"{share:.0%}" for share in shares)
+        each = ", ".join(f"{part.device_id} {readable(part.memory_total_bytes or 0)}" for part in device.members)
+        return f"split {split} its devices have too little: {each}{beside}"
+    has = "the devices have together" if device.members else "the device has"
+    return f"{has} {readable(device.memory_total_bytes or 0)}{beside}"
 
 
 def bytes_on_device(header: GgufHeader, model: ModelConfig, device: DeviceRef) -> int:
@@ -215,9 +261,12 @@ def _is_mapped(model: ModelConfig, device: DeviceRef) -> bool:
 
 
 def _value(model: ModelConfig, name: str) -> FlagValue:
-    """The value of that flag, from its key or from `server_args`, where the last of several counts."""
+    """The value of that flag, from its key or from `server_args`, where the last of several counts. A list is joined
+    by commas, as llama-server takes it."""
     flag = find_flag(name)
     if flag is not None and flag.key is not None and (structured := getattr(model, flag.key)) is not None:
+        if isinstance(structured, tuple):
+            return ",".join(map(str, structured))
         return _plain(structured)
     given: FlagValue = None
     for _, value in _given(model.server_args, name):

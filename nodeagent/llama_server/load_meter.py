@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -132,7 +132,7 @@ class LoadMeter:
     # What it is told (seams.ServerHooks).
 
     def before_start(self, model: ModelConfig, spec: ChildSpec) -> bool:
-        self._begun[spec.child_id] = _Begun(trio.current_time(), self._free_bytes(spec.group))
+        self._begun[spec.child_id] = _Begun(trio.current_time(), self._free_bytes(self._devices[spec.group]))
         return self._inner.before_start(model, spec)
 
     async def after_ready(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
@@ -148,12 +148,12 @@ class LoadMeter:
 
     def after_start(self, spec: ChildSpec) -> None:
         self._begun.pop(spec.child_id, None)
-        self._changed_at[spec.group] = trio.current_time()
+        self._changed(spec)
         self._inner.after_start(spec)
 
     async def before_stop(self, model: ModelConfig, spec: ChildSpec, upstream: Upstream) -> None:
         await self._inner.before_stop(model, spec, upstream)
-        self._changed_at[spec.group] = trio.current_time()
+        self._changed(spec)
 
     # The task.
 
@@ -208,18 +208,24 @@ class LoadMeter:
                 return None
             return await trio.to_thread.run_sync(own_bytes, done.pid, abandon_on_cancel=True)
         header = self._catalogue.header(done.model.model_id)
-        free_bytes = (await self._monitor.read_now(device.device_id)).memory_free_bytes
+        free_bytes = _sum([(await self._monitor.read_now(part.device_id)).memory_free_bytes for part in device.parts])
         if header is None or free_bytes is None or done.free_bytes is None:
             return None
         least_bytes = self.least_bytes(done.model, done.spec) or 0
         took, expected = done.free_bytes - free_bytes, max(least_bytes, bytes_on_device(header, done.model, device))
         return took if expected / 2 <= took <= expected * 2 else None
 
-    def _free_bytes(self, device_id: str) -> int | None:
-        reading = self._monitor.latest(device_id)
-        if reading is None or reading.measured_at < self._changed_at.get(device_id, 0.0):
-            return None
-        return reading.memory_free_bytes
+    def _changed(self, spec: ChildSpec) -> None:
+        for part in self._devices[spec.group].parts:
+            self._changed_at[part.device_id] = trio.current_time()
+
+    def _free_bytes(self, device: DeviceRef) -> int | None:
+        """The free memory of the device, or of those that a model spans together; None if a reading is too old."""
+        readings = {part.device_id: self._monitor.latest(part.device_id) for part in device.parts}
+        return _sum(
+            None if it is None or it.measured_at < self._changed_at.get(device_id, 0.0) else it.memory_free_bytes
+            for device_id, it in readings.items()
+        )
 
     def _load_of(self, model: ModelConfig, spec: ChildSpec) -> Load | None:
         key = self._key(model, spec)
@@ -232,6 +238,11 @@ class LoadMeter:
             return None
         parts = (header.size_bytes, spec.argv, _stamp(spec.argv[0]), device.device_id, device.uuid, device.name)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _sum(sizes: Iterable[int | None]) -> int | None:
+    known = list(sizes)
+    return sum(size or 0 for size in known) if None not in known else None
 
 
 def own_bytes(pid: int) -> int | None:

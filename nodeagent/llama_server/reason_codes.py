@@ -27,5 +27,7 @@ class ReasonCode(StrEnum):
     """The model needs more memory than the device has."""
     NO_ROOM_BESIDE_PINNED = "no_room_beside_pinned"
     """The models with `pinned` that are loaded leave no place or memory for the model."""
+    KEPT_ELSEWHERE = "kept_elsewhere"
+    """The model's `devices` keep it to another device, or to several together."""
     NOT_CONFIGURED = "not_configured"
     """The configuration was reloaded, and no longer has the model."""

@@ -41,12 +41,16 @@ class _Simulation:
         self.now = lane.now
         self.waiting = list(enumerate(lane.waiting))[:_AHEAD]
         self._times = lane.times
-        self._servers = dict(lane.servers)
+        # What needs no slot keeps a server in use all the same, and counts as one here.
+        self._servers = {
+            it: replace(use, in_flight=use.in_flight + use.beside_slots, beside_slots=0)
+            for it, use in lane.servers.items()
+        }
         self._loading, self._staying, self._room = lane.loading, lane.staying, lane.room
         self._loaded_at = lane.now + load_left_s if lane.loading is not None else math.inf
         # As it was counted when it was granted: it has as many slots as there are, at most.
         self._ends = [
-            (lane.now + lane.times.left_s(it), it.model_id, min(it.slots, lane.servers[it.model_id].slots))
+            (lane.now + lane.times.left_s(it), it.model_id, min(it.slots, lane.servers[it.model_id].slots) or 1)
             for it in running
             if it.model_id in lane.servers
         ]
@@ -94,8 +98,12 @@ class _Simulation:
             self._use(end[1], -end[2])
         if self._loading is not None and self._loaded_at <= self.now:
             # With one slot: how many it will have is not known here, and one at a time is never too optimistic.
+            before = self._servers.get(self._loading)
             self._servers = {it: server for it, server in self._servers.items() if it in self._staying}
-            self._servers[self._loading] = ServerUse(ready=True, slots=1, in_flight=0, since=self.now, used_at=self.now)
+            in_flight = before.in_flight if before is not None else 0
+            self._servers[self._loading] = ServerUse(
+                ready=True, slots=1, in_flight=in_flight, since=self.now, used_at=self.now
+            )
             self._loading, self._staying, self._loaded_at = None, frozenset(), math.inf
         return True
 

@@ -10,9 +10,9 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
 
@@ -22,11 +22,14 @@ from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
 from nodeagent.scheduling.lease import Lease, Ticket, TicketState
 from nodeagent.scheduling.loads import Loading, Loads
-from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Priority, Wait, step
+from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Priority, QueuedRequest, Wait, step
 from nodeagent.scheduling.request_queue import RequestQueue
 from nodeagent.scheduling.room import Room, ServerUse, staying
 from nodeagent.scheduling.seam import LaneView, Servers, ServerState, ServerView, TicketView
 from nodeagent.scheduling.swap_aware import SwapAware
+
+if TYPE_CHECKING:
+    from nodeagent.scheduling.spanning_lane import SpanningLane
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +67,11 @@ class Lane(Generic[E]):
 
     What changes: `_admitted`, `_queue` and `_in_flight`, in `submit`, `close`, `requeue`, `hand_over` and the lane's
     task, always synchronously; `_why_loaded` and `turns`, how many the task has taken, in the lane's task;
-    `_preload_held` in `hold_preload`. `rules` may be replaced at any time. `on_idle` is called whenever the lane has
-    nothing to do, and returns when to call it again. `moves_elsewhere` is asked to hand a request over to another lane,
-    whose device has so many bytes for its model; it returns whether it did.
+    `_preload_held` in `hold_preload`; `_sharing` in `share_places`. `rules` may be replaced at any time. `on_idle` is
+    called whenever the lane has nothing to do, and returns when to call it again. `moves_elsewhere` is asked to hand a
+    request over to another lane, whose device has so many bytes for its model; it returns whether it did.
+
+    A device may be held for a model that spans it (`span.py`). `SpanningLane` is the lane of such models.
     """
 
     def __init__(self, device_id: str, servers: Servers[E], rules: LaneRules) -> None:
@@ -83,6 +88,7 @@ class Lane(Generic[E]):
         self._in_flight: list[Ticket[E]] = []
         self._preload_held = False
         self._why_loaded: dict[str, str] = {}
+        self._sharing: list[Lane[E]] = [self]
         self._loads = Loads(
             device_id,
             servers,
@@ -93,7 +99,7 @@ class Lane(Generic[E]):
         )
 
     def __repr__(self) -> str:
-        in_flight = len(self._in_flight)
+        in_flight = sum(ticket.holder is None for ticket in self._in_flight)
         loading = f", loading {self.loading}" if self.loading else ""
         return (
             f"<Lane {self.device_id}: {in_flight} in flight, {self._admitted - in_flight} waiting, "
@@ -108,6 +114,16 @@ class Lane(Generic[E]):
         return self._admitted
 
     @property
+    def places_taken(self) -> int:
+        """The same, with those of the lanes that this one shares its places with."""
+        return sum(lane.admitted for lane in self._sharing)
+
+    def share_places(self, home: "Lane[E]") -> None:
+        """Count requests here among those of the `home` lane, which has the same limit. Call it before either runs."""
+        home._sharing.append(self)
+        self._sharing = home._sharing
+
+    @property
     def limit(self) -> int:
         return self.rules.max_pending
 
@@ -115,11 +131,12 @@ class Lane(Generic[E]):
         self, request_id: str, model_id: str, priority: Priority = Priority.NORMAL, *, slots: int = 1
     ) -> Ticket[E]:
         """Take a place; raise QueueFull if every place is taken. `slots` is how many slots of the server are needed."""
-        if self._admitted >= self.rules.max_pending:
+        if self.places_taken >= self.rules.max_pending:
             raise QueueFull(model_id, self.rules.max_pending, self.place_free_in_s())
         ticket = self._ticket(request_id, model_id, priority, slots)
         self._queue.post(ticket)
         self._admitted += 1
+        self._take_free_devices(model_id)
         if not self._granted_at_once(ticket):
             self.nudge()
         return ticket
@@ -132,6 +149,18 @@ class Lane(Generic[E]):
         ticket = self._ticket(f"load {model_id}", model_id, counted=False)
         self._queue.insert(ticket)
         self.nudge()
+        return ticket
+
+    def request_hold(self, holder: "SpanningLane[E]", model_id: str) -> Ticket[E]:
+        """Queue for this device on behalf of a lane whose model spans it; granted at once if nobody waits here.
+
+        While the hold is granted, the model counts as in use. The caller closes it.
+        """
+        ticket = self._ticket(f"hold for {model_id}", model_id, slots=0, counted=False, holder=holder)
+        ticket.admitted_at = holder.demand(model_id).admitted_at
+        self._queue.insert(ticket)
+        if not self._held_at_once(ticket):
+            self.nudge()
         return ticket
 
     def close(self, ticket: Ticket[E]) -> None:
@@ -170,7 +199,7 @@ class Lane(Generic[E]):
 
     def hand_over(self, ticket: Ticket[E], to: "Lane[E]") -> None:
         """Move a queued request to another lane; it keeps its age. Raises QueueFull if that lane has no place."""
-        if to.admitted >= to.limit:
+        if to.places_taken >= to.limit:
             raise QueueFull(ticket.model_id, to.limit, to.place_free_in_s())
         self._queue.remove(ticket)
         self._admitted -= ticket.counted
@@ -203,6 +232,9 @@ class Lane(Generic[E]):
     def nudge(self) -> None:
         """Make the lane look again; called after any change that it can't see itself (a server's state, say)."""
         self._queue.nudge()
+        for ticket in self._in_flight:
+            if ticket.holder is not None:
+                ticket.holder._queue.nudge()
 
     # What others see of the lane.
 
@@ -210,6 +242,11 @@ class Lane(Generic[E]):
     def loading(self) -> str | None:
         """The model that is being loaded now."""
         return self._loads.current.model_id if self._loads.current else None
+
+    @property
+    def loads_now(self) -> str | None:
+        """The same, once the load itself has begun: what waits for devices that it spans has not."""
+        return self.loading
 
     @property
     def wanted(self) -> Set[str]:
@@ -226,9 +263,9 @@ class Lane(Generic[E]):
         return self._why_loaded.get(model_id)
 
     def view(self) -> LaneView:
-        """The load of the lane now."""
-        in_flight = len(self._in_flight)
-        waiting = self._admitted - in_flight
+        """The load of the lane now, with that of the lanes that share its places."""
+        in_flight = sum(ticket.holder is None for lane in self._sharing for ticket in lane._in_flight)
+        waiting = self.places_taken - in_flight
         self._queue.collect()
         in_order = [ticket.model_id for ticket in self._queue.waiting]
         return LaneView(in_flight, waiting, self.rules.max_pending, self.times.drained_s(self.backlog(), in_order))
@@ -269,19 +306,79 @@ class Lane(Generic[E]):
         if not self._queue.waiting:
             return []
         lane = self._snapshot(trio.current_time(), self._servers.views())
-        starts = forecast(self.rules.policy, lane, self._running(), load_left_s=self._loads.left_s())
-        return sorted(
-            zip(self._queue.waiting, starts, strict=True), key=lambda it: math.inf if it[1] is None else it[1]
-        )
+        load_left_s = self.times.load_s(lane.loading) if lane.is_held and lane.loading else self._loads.left_s()
+        starts = forecast(self.rules.policy, lane, self._running(), load_left_s=load_left_s)
+        return sorted(zip(self._queue.waiting, starts, strict=True), key=_start_order)
 
     def queue(self) -> list[TicketView]:
-        """Every request of the lane: those in flight, then the queued ones as they are expected to start."""
+        """Every request of the lane: those in flight, then the queued ones as they are expected to start.
+
+        Those for models that span this device and others are in the queue of the first one.
+        """
         now = trio.current_time()
-        waiting = enumerate(self.expected_starts(), start=1)
+        in_flight = [ticket for lane in self._sharing for ticket in lane._in_flight if ticket.holder is None]
+        starts = [it for lane in self._sharing for it in lane.expected_starts() if it[0].holder is None]
+        waiting = enumerate(sorted(starts, key=_start_order), start=1)
         return [
-            *(ticket.view(now) for ticket in self._in_flight),
+            *(ticket.view(now) for ticket in in_flight),
             *(ticket.view(now, place, starts_in_s) for place, (ticket, starts_in_s) in waiting),
         ]
+
+    # What the lane of models that span this device asks.
+
+    def would_serve(self, request: QueuedRequest) -> bool:
+        """Whether the policy, with this request in the queue as well, would grant it now."""
+        self._queue.collect()
+        if not self._queue.waiting:
+            return True
+        lane, place = self._with_request(request)
+        while True:
+            match self.rules.policy.decide(lane):
+                case Grant(index) if index != place:  # it may run beside the other
+                    lane = replace(lane, waiting=(*lane.waiting[:index], *lane.waiting[index + 1 :]))
+                    place -= index < place
+                case decision:
+                    return isinstance(decision, Grant)
+
+    def was_passed_by(self, ticket: Ticket[E]) -> None:
+        """A request for a model that spans this device was granted, ahead of those that are older."""
+        self._queue.collect()
+        for passed in self._queue.waiting:
+            if passed.passed_since is None and passed.admitted_at < ticket.admitted_at:
+                passed.passed_since = trio.current_time()
+
+    def rather_serves(self, request: QueuedRequest) -> bool:
+        """Whether the policy, with this request in the queue as well, waits for the turn of another model."""
+        decision = self.rules.policy.decide(self._with_request(request)[0])
+        return isinstance(decision, Wait) and decision.then not in (None, request.model_id)
+
+    def _with_request(self, request: QueuedRequest) -> tuple[LaneSnapshot, int]:
+        """The lane as if this request were queued too, in the place that the hold for its model had, and this place."""
+        lane = self._snapshot(trio.current_time(), self._servers.views())
+        holds = [it.number for it in self._in_flight if it.holder is not None and it.model_id == request.model_id]
+        age_order = (request.admitted_at, holds[0] if holds else math.inf)
+        place = sum(ticket.age_order <= age_order for ticket in self._queue.waiting)
+        return replace(lane, waiting=(*lane.waiting[:place], request, *lane.waiting[place:])), place
+
+    def has_others_than(self, hold: Ticket[E]) -> bool:
+        """Whether anything but that hold is queued here."""
+        self._queue.collect()
+        return any(ticket is not hold for ticket in self._queue.waiting)
+
+    @property
+    def device_ids(self) -> list[str]:
+        """The devices that the lane's models use."""
+        return [self.device_id]
+
+    @property
+    def home_id(self) -> str:
+        """The device in whose queue the lane's requests are shown."""
+        return self._sharing[0].device_id
+
+    @property
+    def held_for(self) -> list[str]:
+        """The models for which this device is held now."""
+        return [ticket.model_id for ticket in self._in_flight if ticket.holder is not None]
 
     # The lane's own task.
 
@@ -301,6 +398,7 @@ class Lane(Generic[E]):
         """
         self._queue.collect()
         now, views = trio.current_time(), self._servers.views()
+        self._before_turn(views)
         self._grant_load_requests(now, views)
         self._refuse_crowded_out(views)
         wake_at = min(
@@ -310,6 +408,15 @@ class Lane(Generic[E]):
             match self.rules.policy.decide(self._snapshot(now, views)):
                 case Grant(index, reason):
                     self._grant(index, reason, now, views)
+                case Load(model_id, _, beside) if (hold := self._hold_for(model_id)) is not None:
+                    if self.loading is None:
+                        self._grant_hold(hold, beside, now)
+                        continue
+                    if model_id in (hold.holder.wanted if hold.holder is not None else ()):
+                        self._loads.cancel()
+                    return wake_at
+                case Load(model_id) if self._take_free_devices(model_id):
+                    continue
                 case Load(model_id, reason, beside):
                     begun = self._loads.begin(nursery, model_id, reason, beside)
                     if begun:
@@ -321,7 +428,7 @@ class Lane(Generic[E]):
                         return wake_at
                 case Wait(reason, until, then):
                     logger.debug("%s: %s", self.device_id, reason)
-                    if then is not None:
+                    if then is not None and self._hold_for(then) is None:
                         self._loads.prepare(nursery, then)
                     return min(wake_at, until, self._use_spare_time(nursery, views))
 
@@ -343,7 +450,7 @@ class Lane(Generic[E]):
 
     def _grant_load_requests(self, now: float, views: Sequence[ServerView[E]]) -> None:
         """Operators who asked for a load need the model to be ready, and no slot."""
-        requests = [ticket for ticket in self._queue.waiting if not ticket.counted]
+        requests = [ticket for ticket in self._queue.waiting if not ticket.counted and ticket.holder is None]
         uses = self._server_uses(now, views) if requests else {}
         for ticket in requests:
             use = uses.get(ticket.model_id)
@@ -377,6 +484,7 @@ class Lane(Generic[E]):
         slots: int = 1,
         *,
         counted: bool = True,
+        holder: "SpanningLane[E] | None" = None,
     ) -> Ticket[E]:
         return Ticket(
             lane=self,
@@ -387,6 +495,7 @@ class Lane(Generic[E]):
             priority=priority,
             slots=slots,
             counted=counted,
+            holder=holder,
         )
 
     def _request_queued(self, ticket: Ticket[E]) -> None:
@@ -394,14 +503,18 @@ class Lane(Generic[E]):
 
     def _snapshot(self, now: float, views: Sequence[ServerView[E]]) -> LaneSnapshot:
         """The lane as its policy sees it."""
+        uses, load = self._server_uses(now, views), self._loads.current
+        hold = next((it for it in self._in_flight if it.holder is not None and not uses[it.model_id].ready), None)
+        held = hold is not None and load is None
         return LaneSnapshot(
             now=now,
             waiting=[ticket.as_queued() for ticket in self._queue.waiting],
-            servers=self._server_uses(now, views),
-            loading=self.loading,
+            servers=uses,
+            loading=hold.model_id if hold is not None and held else self.loading,
             times=self.times,
-            staying=self._loads.current.beside if self._loads.current else frozenset(),
+            staying=load.beside if load is not None else (hold.beside if hold is not None else None) or frozenset(),
             room=self._room(),
+            is_held=held,
         )
 
     def _room(self) -> Room:
@@ -413,13 +526,19 @@ class Lane(Generic[E]):
         )
 
     def _server_uses(self, now: float, views: Sequence[ServerView[E]]) -> dict[str, ServerUse]:
-        return {
+        """The servers by model. A model that spans this device and is about to be loaded is in use already."""
+        held = {
+            ticket.model_id: ServerUse(ready=False, slots=1, in_flight=0, beside_slots=1)
+            for ticket in self._in_flight
+            if ticket.holder is not None
+        }
+        return held | {
             view.model_id: ServerUse(
-                ready=view.state is ServerState.READY,
+                ready=view.state is ServerState.READY and self._may_serve(view.model_id),
                 slots=view.slots,
                 in_flight=sum(min(it.slots, view.slots) for it in self._in_flight if it.model_id == view.model_id),
                 beside_slots=sum(not it.slots for it in self._in_flight if it.model_id == view.model_id),
-                held=self._loads.is_held(view.model_id),
+                held=self._loads.is_held(view.model_id) or self._is_closed(view.model_id),
                 since=view.since,
                 used_at=self._loads.used_at(view.model_id),
                 resident=view.is_active,
@@ -428,6 +547,59 @@ class Lane(Generic[E]):
             )
             for view in views
         }
+
+    # What `SpanningLane` does before and after.
+
+    def _before_turn(self, views: Sequence[ServerView[E]]) -> None:
+        """The lane's task is about to decide."""
+
+    def _before_grant(self, ticket: Ticket[E]) -> None:
+        """The request is about to be granted."""
+
+    def _take_free_devices(self, model_id: str) -> bool:
+        """Hold what the model needs besides this lane, if that takes no wait; return whether anything was taken."""
+        return False
+
+    def _may_serve(self, model_id: str) -> bool:
+        """Whether the model has all that it needs to serve a queued request now."""
+        return True
+
+    def _is_closed(self, model_id: str) -> bool:
+        """Whether the model is in use, but has to let others go first."""
+        return False
+
+    # Models that span this device.
+
+    def _hold_for(self, model_id: str) -> Ticket[E] | None:
+        """The hold that is queued here for a model that spans this device."""
+        return next((it for it in self._queue.waiting if it.holder is not None and it.model_id == model_id), None)
+
+    def _held_at_once(self, ticket: Ticket[E]) -> bool:
+        """Grant the hold that was just queued if nobody else waits and nothing is in its way."""
+        self._queue.collect()
+        if len(self._queue.waiting) > 1 or self.loading is not None:
+            return False
+        now = trio.current_time()
+        match self.rules.policy.decide(self._snapshot(now, self._servers.views())):
+            case Grant(index, _):
+                self._grant(index, "nobody else waits", now, self._servers.views())
+            case Load(_, _, beside):
+                self._grant_hold(ticket, beside, now)
+            case Wait():
+                return False
+        return True
+
+    def _grant_hold(self, ticket: Ticket[E], beside: frozenset[str] | None, now: float) -> None:
+        """Hold the device; `beside` stays when the model is loaded, None if it runs."""
+        passed = self._queue.waiting[: self._queue.waiting.index(ticket)]
+        for other in passed:
+            other.passed_since = other.passed_since if other.passed_since is not None else now
+        self._queue.remove(ticket)
+        ticket.state, ticket.granted_at, ticket.beside = TicketState.GRANTED, now, beside
+        self._in_flight.append(ticket)
+        if ticket.holder is not None and ticket.passed_since is not None:
+            ticket.holder.was_passed(ticket.model_id, ticket.passed_since)
+        ticket.decided()
 
     def _running(self) -> list[Running]:
         now = trio.current_time()
@@ -438,6 +610,10 @@ class Lane(Generic[E]):
 
     def _grant(self, index: int, reason: str, now: float, views: Sequence[ServerView[E]]) -> None:
         ticket = self._queue.waiting[index]
+        if ticket.holder is not None:
+            self._grant_hold(ticket, None, now)  # it runs already
+            return
+        self._before_grant(ticket)
         self._queue.remove(ticket)
         logger.debug("%s: granting %s ahead of %d others: %s", self.device_id, ticket.request_id, index, reason)
         for passed in self._queue.waiting[:index] if ticket.counted and ticket.slots else ():
@@ -477,7 +653,7 @@ class Lane(Generic[E]):
 
     def _refuse_model(self, model_id: str, refusal: Refusal) -> None:
         self._queue.collect()
-        waiting = [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]
+        waiting = [it for it in self._queue.waiting if it.model_id == model_id and it.holder is None]
         if isinstance(refusal, OutOfDeviceMemory):
             if self._makes_room(model_id, waiting):
                 return
@@ -500,10 +676,14 @@ class Lane(Generic[E]):
         for model_id in [it for it in self.wanted if it not in running and it != self.loading]:
             if self.leaving(model_id, views) is None:
                 obstacle = self._servers.obstacle(model_id)
-                reason = obstacle.reason if obstacle is not None else "pinned models leave no room for it"
+                is_told = obstacle is not None and not obstacle.elsewhere
+                reason = obstacle.reason if obstacle is not None and is_told else "pinned models leave no room for it"
                 refusal = BackendUnavailable(model_id, f"{self.device_id}: {reason}")
                 waiting = [ticket for ticket in self._queue.waiting if ticket.model_id == model_id]
-                self._hand_over_or_refuse(waiting, refusal)
+                for hold in waiting:
+                    if hold.holder is not None:
+                        hold.holder.refuse_model(model_id, refusal)
+                self._hand_over_or_refuse([ticket for ticket in waiting if ticket.holder is None], refusal)
 
     def _makes_room(self, model_id: str, waiting: Sequence[Ticket[E]]) -> bool:
         """Whether others here can give way to a model that ran out of memory. Then its requests go on waiting, for one
@@ -536,7 +716,7 @@ class Lane(Generic[E]):
             times=self.times,
         )
         next_at = math.inf
-        for ticket in list(self._queue.waiting):
+        for ticket in [ticket for ticket in self._queue.waiting if ticket.holder is None]:
             overdue_at = deadlines.overdue_at(ticket)
             if overdue_at > now:
                 next_at = min(next_at, overdue_at)
@@ -546,3 +726,9 @@ class Lane(Generic[E]):
                 logger.warning("%s (raise llama_server_startup_timeout_s to wait longer)", refusal)
             self._refuse(ticket, refusal)
         return next_at
+
+
+def _start_order(ticket_and_start: tuple[object, float | None]) -> float:
+    """By when a request is expected to start; unknown comes last."""
+    starts_in_s = ticket_and_start[1]
+    return math.inf if starts_in_s is None else starts_in_s

@@ -11,7 +11,7 @@ Only the lane moves a ticket along; the request's own task reads it and, in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -23,6 +23,7 @@ from nodeagent.scheduling.seam import TicketView
 
 if TYPE_CHECKING:
     from nodeagent.scheduling.lane import Lane
+    from nodeagent.scheduling.spanning_lane import SpanningLane
 
 E = TypeVar("E")
 """What the front needs to reach a server. Scheduling passes it through unread."""
@@ -59,7 +60,10 @@ class Ticket(Generic[E]):
     `number` rises with each ticket of the lane that made it. `counted` says whether it takes up one of the lane's
     places and `slots` slots of a server; a ticket that only asks for a load does not. Written by the lane alone:
     `lane`, `state`, `lease`, `refusal`, `granted_at`, `passed_since` (when a later request was first granted ahead of
-    it), `load_s`, `tried_again` (its model ran out of memory here, and others give way for one more try).
+    it), `load_s`, `tried_again` (its model ran out of memory here, and others give way for one more try), `beside`.
+
+    A hold of a device for a model that spans it (`span.py`) is a ticket too, with the spanning lane as its `holder`.
+    The servers of `beside` stay when the model is loaded; None if it ran already when the hold was granted.
     """
 
     lane: Lane[E]
@@ -77,6 +81,8 @@ class Ticket(Generic[E]):
     load_s: float = 0.0
     counted: bool = True
     tried_again: bool = False
+    holder: SpanningLane[E] | None = None
+    beside: frozenset[str] | None = None
     _decided: trio.Event = field(default_factory=trio.Event)
     _as_queued: QueuedRequest | None = None
 
@@ -95,6 +101,10 @@ class Ticket(Generic[E]):
         assert self.lease is not None, f"ticket {self.request_id} was closed while a task waited for it"
         return self.lease
 
+    async def held(self) -> None:
+        """Wait until the lane grants this hold."""
+        await self._decided.wait()
+
     def decided(self) -> None:
         """Wake the request's task; called by the lane after it set the outcome."""
         self._decided.set()
@@ -112,7 +122,12 @@ class Ticket(Generic[E]):
         self.lane.close(self)
 
     def as_queued(self) -> QueuedRequest:
-        """The request as a policy sees it; made again only when it has changed."""
+        """The request as a policy sees it; made again only when it has changed. A hold is as urgent as what waits for
+        it."""
+        if self.holder is not None:
+            demand = self.holder.demand(self.model_id)
+            passed = [since for since in (demand.passed_since, self.passed_since) if since is not None]
+            return replace(demand, passed_since=min(passed, default=None))
         queued = self._as_queued
         if queued is None or queued.passed_since != self.passed_since:
             queued = self._as_queued = QueuedRequest(

@@ -3,8 +3,9 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
@@ -34,7 +35,8 @@ class Loads(Generic[E]):
     """The loads and unloads of one device.
 
     `on_end` is called after each load; `on_refusal` with each model that can't be loaded, and why; `look_again` after
-    any change to what can be granted. `preloads` are the models to load as soon as no request wants another.
+    any change to what can be granted. `preloads` are the models to load as soon as no request wants another. For models
+    that span devices, `take_devices` returns once these are held, and `make_room` once nothing is in the way there.
 
     What changes: `current` in `begin` and in the load's own task, `preloads` in `begin_preload` and `unload_idle`,
     `_prepared` (the model that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in
@@ -61,6 +63,8 @@ class Loads(Generic[E]):
         self._on_end = on_end
         self._on_refusal = on_refusal
         self._look_again = look_again
+        self.take_devices: Callable[[str], Awaitable[None]] | None = None
+        self.make_room: Callable[[str], Awaitable[None]] | None = None
         self._prepared: str | None = None
         self._held: Counter[str] = Counter()
         self._displaced: list[str] = []
@@ -91,7 +95,7 @@ class Loads(Generic[E]):
         """Load the model beside those servers, and return True. If another load is under way, only cancel that one: its
         end makes the lane look again."""
         if self.current is not None:
-            self.current.scope.cancel()
+            self.cancel()
             return False
         logger.info("%s: loading %s: %s", self._device_id, model_id, reason)
         self._prepared = None
@@ -100,6 +104,11 @@ class Loads(Generic[E]):
         self.current = Loading(model_id, beside, trio.current_time(), trio.CancelScope())
         nursery.start_soon(self._load, self.current, name=f"load {model_id} on {self._device_id}")
         return True
+
+    def cancel(self) -> None:
+        """End the load under way; its end makes the lane look again."""
+        if self.current is not None:
+            self.current.scope.cancel()
 
     def displaced(self, model_ids: Iterable[str]) -> None:
         """These models give way to a load. They are preloaded again once a model has been unloaded for being idle."""
@@ -203,8 +212,14 @@ class Loads(Generic[E]):
         refusal: Refusal | None = None
         try:
             with loading.scope:
-                await self._servers.ensure(loading.model_id, loading.beside)
-                self._times.loaded(loading.model_id, trio.current_time() - loading.began_at)
+                if self.take_devices is not None:
+                    await self.take_devices(loading.model_id)
+                    loading.began_at = trio.current_time()  # until then it waited for a turn
+                was_ready = self._is_ready(loading.model_id)
+                make_room = partial(self.make_room, loading.model_id) if self.make_room and not was_ready else None
+                await self._servers.ensure(loading.model_id, loading.beside, make_room)
+                if not was_ready:
+                    self._times.loaded(loading.model_id, trio.current_time() - loading.began_at)
         except Refusal as why:
             refusal = why
         except Exception as error:
@@ -217,6 +232,9 @@ class Loads(Generic[E]):
             if refusal is not None:
                 self._refuse(loading.model_id, refusal)
             self._look_again()
+
+    def _is_ready(self, model_id: str) -> bool:
+        return any(view.model_id == model_id and view.state is ServerState.READY for view in self._servers.views())
 
     def _refuse(self, model_id: str, refusal: Refusal) -> None:
         logger.warning("%s: %s can't be loaded: %s", self._device_id, model_id, refusal)

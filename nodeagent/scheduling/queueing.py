@@ -45,7 +45,8 @@ class LaneSnapshot:
 
     `waiting` are the queued requests, the oldest first. `servers` maps a model id to its server on this device, if
     there is one. `loading` is the model that is being loaded now; that load leaves the servers of `staying` alone.
-    `times` are the measured ones, `room` is what may be resident at the same time.
+    `times` are the measured ones, `room` is what may be resident at the same time. `is_held`: the device is held for
+    that load, of a model that spans it, so no other may take its place.
     """
 
     now: float
@@ -55,6 +56,7 @@ class LaneSnapshot:
     times: LaneTimes
     staying: frozenset[str] = frozenset()
     room: Room = field(default_factory=Room)
+    is_held: bool = False
 
     def is_ready(self, model_id: str) -> bool:
         """Whether the model has a ready server that the load under way, if there is one, does not stop."""
@@ -125,7 +127,7 @@ def step(lane: LaneSnapshot, index: int, reason: str) -> Decision:
     wanted = lane.waiting[index].model_id
     server = lane.servers.get(wanted)
     if server is not None and server.held:
-        return Wait(f"{wanted} is being unloaded")
+        return Wait(f"{wanted} is being unloaded, or gives way")
     is_ready = lane.is_ready(wanted)
     leaving = frozenset() if is_ready or lane.loading == wanted else lane.leaving(wanted)
     if leaving is None:
@@ -142,7 +144,7 @@ def step(lane: LaneSnapshot, index: int, reason: str) -> Decision:
         return Wait(f"{wanted} has {free} of {server.slots} slots free, {needed} are needed: {reason}")
     if lane.loading == wanted:
         return Wait(f"{wanted} is loading")
-    if lane.loading is not None and lane.room.concurrent and _is_waited_for(lane, lane.loading):
+    if lane.is_held or (lane.loading is not None and lane.room.concurrent and _is_waited_for(lane, lane.loading)):
         return Wait(f"{lane.loading} is loading; next is {wanted}: {reason}", then=wanted)
     replaces = f"; replaces the load of {lane.loading}" if lane.loading else ""
     return Load(wanted, reason + replaces, staying(wanted, lane.servers, leaving))

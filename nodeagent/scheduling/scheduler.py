@@ -39,7 +39,8 @@ _OWN_LOADS = 2.0
 
 
 class Scheduler(Generic[E]):
-    """Admits requests to lanes. `lanes` and `servers` have the same keys, the device ids, in the order of preference.
+    """Admits requests to lanes. `lanes` and `servers` have the same keys, the device ids, in the order of preference;
+    the lanes of models that span devices come last.
 
     What changes: `_closed_for` in `refuse_new` and `accept_new`.
     """
@@ -55,12 +56,17 @@ class Scheduler(Generic[E]):
             lane.moves_elsewhere = self._move_elsewhere
             lane.times.node = node_times
 
+    @property
+    def device_lanes(self) -> list[Lane[E]]:
+        """The lanes of single devices. Requests for models that span several are in the queue of the first of them."""
+        return [lane for lane in self.lanes.values() if len(lane.device_ids) == 1]
+
     def ready_servers(self) -> Iterator[tuple[str, str, E]]:
-        """The device, model and endpoint of each server that is ready."""
+        """The device, model and endpoint of each server that is ready. One that spans devices is one of the first."""
         for device_id, servers in self._servers.items():
             for view in servers.views():
                 if view.endpoint is not None:
-                    yield device_id, view.model_id, view.endpoint
+                    yield self.lanes[device_id].home_id, view.model_id, view.endpoint
 
     def admit(
         self,
@@ -100,12 +106,18 @@ class Scheduler(Generic[E]):
         if only is not None:
             return only
         cached_on = self.conversations.device_of(conversation)
-        return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in self.lanes])
+        devices = self._allowed(model_id)
+        return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in devices])
 
     def place_load(self, model_id: str) -> str:
         """The device to load the model on, however full its lane is; raises BackendUnavailable."""
-        candidates = [self._candidate(device_id, model_id) for device_id in self.lanes]
+        candidates = [self._candidate(device_id, model_id) for device_id in self._allowed(model_id)]
         return self._choose(model_id, [replace(it, limit=it.admitted + 1) for it in candidates])
+
+    def _allowed(self, model_id: str) -> list[str]:
+        """The devices to which the configuration does not forbid the model; all of them if it forbids every one."""
+        obstacles = {device_id: servers.obstacle(model_id) for device_id, servers in self._servers.items()}
+        return [it for it, obstacle in obstacles.items() if obstacle is None or not obstacle.elsewhere] or [*obstacles]
 
     def _choose(self, model_id: str, candidates: list[Candidate]) -> str:
         match choose(candidates):
@@ -123,27 +135,33 @@ class Scheduler(Generic[E]):
     def preload(self, model_ids: list[str]) -> list[str]:
         """Load the models, each on a device of its own while there are such, then as many on each device as it may
         have and has memory for; return those for which there is no place."""
-        planned: dict[str, list[str]] = {device_id: [] for device_id in self.lanes}
+        planned: dict[str, list[str]] = {it: [] for lane in self.lanes.values() for it in lane.device_ids}
         left_over = []
         for model_id in model_ids:
             device_id = self._place_preload(model_id, planned)
             if device_id is None:
                 left_over.append(model_id)
                 continue
-            planned[device_id].append(model_id)
+            for member in self.lanes[device_id].device_ids:
+                planned[member].append(model_id)
             self.lanes[device_id].preload(model_id)
         return left_over
 
     def _place_preload(self, model_id: str, planned: Mapping[str, Sequence[str]]) -> str | None:
         """The best of the devices on which the fewest are planned and that can run the model, None if there is none."""
-        counts = {device_id: len(models) for device_id, models in planned.items()}
+        members = {device_id: self.lanes[device_id].device_ids for device_id in self._allowed(model_id)}
+        counts = {device_id: max(len(planned[member]) for member in its) for device_id, its in members.items()}
         for count in sorted(set(counts.values())):
             devices = [it for it in counts if counts[it] == count and count < self.lanes[it].rules.max_models]
-            devices = [it for it in devices if not count or self._fit_together(it, [*planned[it], model_id])]
+            devices = [it for it in devices if self._fits_beside(planned, model_id, members[it])]
             match choose([self._candidate(device_id, model_id) for device_id in devices]):
                 case Placed(device_id):
                     return device_id
         return None
+
+    def _fits_beside(self, planned: Mapping[str, Sequence[str]], model_id: str, device_ids: Sequence[str]) -> bool:
+        """Whether each of the devices has memory for the model beside what is planned there."""
+        return all(self._fit_together(it, [*planned[it], model_id]) for it in device_ids if planned[it])
 
     def _fit_together(self, device_id: str, model_ids: Sequence[str]) -> bool:
         """Whether the device has memory for all of them: else the last one would evict the others."""
@@ -213,13 +231,14 @@ class Scheduler(Generic[E]):
         return True
 
     def _only_choice(self, model_id: str) -> str | None:
-        """The node's only device if it can take the request, without the estimates: they would cost ten times as much,
-        and there is nothing to choose."""
-        if len(self.lanes) > 1:
+        """The only device for the model if it can take the request, without the estimates: they would cost ten times as
+        much, and there is nothing to choose."""
+        devices = self._allowed(model_id) if len(self.lanes) > 1 else list(self.lanes)
+        if len(devices) > 1:
             return None
-        [(device_id, lane)] = self.lanes.items()
-        able = lane.admitted < lane.limit and self._servers[device_id].obstacle(model_id) is None
-        return device_id if able else None
+        lane = self.lanes[devices[0]]
+        able = lane.places_taken < lane.limit and self._servers[devices[0]].obstacle(model_id) is None
+        return devices[0] if able else None
 
     def _candidate(self, device_id: str, model_id: str, cached_on: str | None = None) -> Candidate:
         lane, servers = self.lanes[device_id], self._servers[device_id]
@@ -232,7 +251,7 @@ class Scheduler(Generic[E]):
         return Candidate(
             device_id=device_id,
             residency=_residency(states, lane, model_id),
-            admitted=lane.admitted,
+            admitted=lane.places_taken,
             limit=lane.limit,
             start_s=lane.times.start_s(model_id, lane.backlog(views), leaving),
             delays_s=self._delays_s(lane, model_id, leaving, is_new=not ready and not coming),

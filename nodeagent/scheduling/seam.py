@@ -1,6 +1,6 @@
 """The seam of scheduling: what it asks of a device's servers, and how a lane looks from outside."""
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
@@ -30,7 +30,7 @@ class ServerView(Generic[E]):
     started again. `endpoint` is set while ready. `idle_unload_s` is how long it may be without a request before it is
     unloaded; None: no limit. `pinned`: it gives way to no other model. `returns`: once the model that it gave way to
     has been unloaded for being idle, it is loaded again. `slot_ctx_size` is the context of each slot in tokens, None if
-    unknown.
+    unknown. `device_ids` are the devices that it spans, empty if it runs on one.
     """
 
     model_id: str
@@ -48,6 +48,7 @@ class ServerView(Generic[E]):
     pinned: bool = False
     returns: bool = False
     slot_ctx_size: int | None = None
+    device_ids: tuple[str, ...] = ()
 
     @property
     def is_active(self) -> bool:
@@ -57,11 +58,17 @@ class ServerView(Generic[E]):
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why a device can't serve a model now. `retry_at` is when that may change, None if unknown."""
+    """Why a device can't serve a model now. `retry_at` is when that may change, None if unknown. `elsewhere`: the
+    configuration keeps the model to other devices."""
 
     reason: str
     retry_at: float | None = None
     reason_code: str | None = None
+    elsewhere: bool = False
+
+
+MakeRoom = Callable[[], Awaitable[None]]
+"""Stops servers that are in the way of a load, and returns once their memory is free."""
 
 
 class Servers(Protocol[E]):
@@ -70,9 +77,9 @@ class Servers(Protocol[E]):
     def views(self) -> list[ServerView[E]]:
         """Every server that runs, is about to, or has failed."""
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         """Return once the device runs a ready server of that model; servers of models that are not in `beside` are
-        stopped first.
+        stopped first, and `make_room` is called for what else is in the way, unless the model is known to be unusable.
 
         Raises BackendUnavailable as soon as a start failed, OutOfDeviceMemory if the device's memory was too small:
         from then on `bytes_of` is what is known to be needed. Cancelling only stops the waiting; the next `ensure` of
@@ -87,6 +94,9 @@ class Servers(Protocol[E]):
 
     async def stop(self, model_id: str) -> None:
         """Return once no server of that model runs; a failed one stays failed. Cancelling only stops the waiting."""
+
+    async def settled(self) -> None:
+        """Return once the memory of servers that were stopped is free again."""
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model, None if nothing is known to."""

@@ -18,7 +18,7 @@ class FakeNode:
     """A node in that status with these lanes; `scheduler` is itself."""
 
     def __init__(self, status: NodeStatus, *lanes: FakeLane, reasons: tuple[str, ...] = (), can_serve: bool = True):
-        self.lanes = {f"gpu:{index}": lane for index, lane in enumerate(lanes)}
+        self.device_lanes = [*lanes]
         self.now = NodeState(status, reasons, can_serve=can_serve)
         self.scheduler: Any = self
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,13 @@ from nodeagent.access.gate import Gate
 from nodeagent.config import ModelConfig, NodeConfig, load_config
 from nodeagent.devices.backend import Backend
 from nodeagent.devices.monitor import DeviceMonitor
-from nodeagent.devices.values import DeviceRef
+from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.llama_server.catalogue import Catalogue
 from nodeagent.llama_server.device_servers import DeviceServers
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.saved_caches import SavedCaches
-from nodeagent.managed_device import ManagedDevice
+from nodeagent.llama_server.spans import spans_of
+from nodeagent.managed_device import Part, manage
 from nodeagent.node import Node, NodeIdentity
 from nodeagent.scheduling.lease import Ticket
 from nodeagent.scheduling.seam import ServerState
@@ -105,11 +106,20 @@ class NodeWithFakes:
         self._liveness = liveness
         self._probe = PortProbe()
         refs = [
-            DeviceRef(device_id=device_id, backend="cpu", index=index, name=f"CPU {index}")
+            DeviceRef(
+                device_id=device_id,
+                backend="cpu" if device_id.startswith("cpu") else "vulkan",
+                index=index,
+                name=f"CPU {index}",
+            )
             for index, device_id in enumerate(device_ids)
         ]
-        self._monitor = DeviceMonitor(cast(Backend, None), refs, settle_max_s=1)
-        devices = {ref.device_id: self._managed(ref, SavedCaches(folder / "kv")) for ref in refs}
+        self._monitor = DeviceMonitor(cast(Backend, None), refs, settle_max_s=1, read=_nothing)
+        spans = spans_of(self.config, refs)
+        caches = SavedCaches(folder / "kv")
+        devices = manage(
+            [self._part(ref, caches, spans) for ref in refs], [self._part(ref, caches) for ref in spans], self.config
+        )
         self.gate = Gate("token", self.config.state_dir, {})
         self.node = Node(
             self.config, IDENTITY, devices, catalogue=self.catalogue, monitor=self._monitor, gate=self.gate
@@ -132,7 +142,7 @@ class NodeWithFakes:
     def event_kinds(self) -> list[str]:
         return [event.kind for event in self.node.events.after(0).items]
 
-    def _managed(self, ref: DeviceRef, caches: SavedCaches) -> ManagedDevice:
+    def _part(self, ref: DeviceRef, caches: SavedCaches, spans: Sequence[DeviceRef] = ()) -> Part:
         build_specs = partial(self._specs, ref)
         servers = DeviceServers(
             ref,
@@ -144,8 +154,9 @@ class NodeWithFakes:
             monitor=self._monitor,
             hooks=caches,
             patience_s=self.config.llama_server_startup_timeout_s,
+            spans=spans,
         )
-        return ManagedDevice(ref, servers, build_specs, self.config)
+        return Part(ref, servers, build_specs)
 
     def _specs(self, ref: DeviceRef, config: NodeConfig) -> Mapping[str, ChildSpec]:
         return {
@@ -170,6 +181,10 @@ class NodeWithFakes:
 
     def _on_line(self, child_id: str, generation: int, line: str) -> None:
         self.node.on_child_line(child_id, generation, line)
+
+
+async def _nothing(_device: DeviceRef, now: float) -> DeviceMetrics:
+    return DeviceMetrics(measured_at=now)
 
 
 IDENTITY = NodeIdentity(

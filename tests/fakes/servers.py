@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import trio
 
 from nodeagent.errors import BackendUnavailable, OutOfDeviceMemory
-from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
+from nodeagent.scheduling.seam import MakeRoom, Obstacle, ServerState, ServerView
 
 
 @dataclass
@@ -64,8 +64,10 @@ class FakeServers:
         """The server that was started last."""
         return next(reversed(self.servers.values()), None)
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         await trio.sleep(self.hesitates_s)
+        if make_room is not None:
+            await make_room()
         for other in [other for other in self.servers if other != model_id and other not in beside]:
             self.history.append(f"stop {other}")
             self._remove(other)
@@ -101,6 +103,9 @@ class FakeServers:
         if model_id in self.servers:
             self.history.append(f"stop {model_id}")
             self._remove(model_id)
+
+    async def settled(self) -> None:
+        """At once."""
 
     def come_up(self, model_id: str | None = None) -> None:
         """The server that is starting is ready now; by default the one that was started last."""

@@ -11,7 +11,7 @@ import trio
 from fakes.servers import FakeServers
 from nodeagent.errors import UpstreamLost
 from nodeagent.llama_server.relay import SentRequest, Upstream, UpstreamResponse
-from nodeagent.scheduling.seam import Obstacle, ServerState, ServerView
+from nodeagent.scheduling.seam import MakeRoom, Obstacle, ServerState, ServerView
 
 # A killed server's sockets close this long before its exit is known.
 EXIT_SHOWS_AFTER_S = 0.05
@@ -155,8 +155,8 @@ class UpstreamServers:
     def views(self) -> list[ServerView[Upstream]]:
         return [self._view(view) for view in self.fake.views()]
 
-    async def ensure(self, model_id: str, beside: Collection[str] = ()) -> None:
-        await self.fake.ensure(model_id, beside)
+    async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
+        await self.fake.ensure(model_id, beside, make_room)
 
     async def prepare(self, model_id: str) -> None:
         await self.fake.prepare(model_id)
@@ -166,6 +166,9 @@ class UpstreamServers:
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         return self.fake.obstacle(model_id)
+
+    async def settled(self) -> None:
+        await self.fake.settled()
 
     def has_room(self, model_id: str, least_bytes: int = 0) -> bool:
         return self.fake.has_room(model_id, least_bytes)

@@ -9,6 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.child_process import Fate
 from fakes.node_with_fakes import NodeWithFakes
+from nodeagent.devices.values import DeviceRef
 from nodeagent.managed_device import ManagedDevice, lane_rules
 from nodeagent.scheduling.queueing import Decision, FirstCome, LaneSnapshot
 from nodeagent.scheduling.seam import LaneView, ServerState
@@ -98,7 +99,7 @@ def test_a_lane_follows_the_configuration(tmp_path: Path, scheduling: str, polic
         swap_fairness_s=19,
         min_residency_s=1,
     ).config
-    rules = lane_rules(config, "cpu:0")
+    rules = lane_rules(config, DeviceRef(device_id="cpu:0", backend="cpu", index=0, name="CPU"))
     assert (rules.max_pending, rules.queue_timeout_s) == (7, 11)
     assert (rules.startup_timeout_s, rules.abandoned_load_grace_s) == (13, 17)
     assert isinstance(rules.policy, policy)

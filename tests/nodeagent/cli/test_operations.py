@@ -151,6 +151,15 @@ def test_the_table_says_why_a_node_is_degraded_and_a_server_is_not_ready() -> No
     assert last.split() == ["tiny", "-", "-", "-", "-"]
 
 
+def test_the_table_shows_a_server_that_spans_devices_on_each_of_them() -> None:
+    [home] = inventory()["devices"]
+    home["servers"][0]["device_ids"] = ["gpu:1", "gpu:0"]
+    other = home | {"device_id": "gpu:0", "servers": [], "used_by": ["tiny"]}
+    rows = table(inventory(devices=[home, other])).splitlines()[3:5]
+    assert rows[0].endswith("1.5 GiB      spans gpu:1, gpu:0")
+    assert rows[1].split() == ["gpu:0", "tiny", "spans", "it", "-", "-", "1", "3/64", "1.5", "GiB"]
+
+
 # --- The commands -----------------------------------------------------------------------------------------------
 
 

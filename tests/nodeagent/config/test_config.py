@@ -123,6 +123,8 @@ def test_a_model_alone_is_a_configuration_and_the_rest_has_the_designs_defaults(
                 "threads": None,
                 "threads_batch": None,
                 "gpu_layers": None,
+                "devices": (),
+                "split_mode": None,
                 "main_gpu": None,
                 "tensor_split": None,
                 "flash_attn": None,
@@ -418,6 +420,7 @@ def test_an_owned_flag_that_is_left_out_does_no_harm(value: str) -> None:
         ("gpu_layers", "1", "n-gpu-layers"),
         ("flash_attn", "on", "fa"),
         ("main_gpu", "0", "mg"),
+        ("split_mode", "none", "sm"),
         ("tensor_split", "[1]", "ts"),
     ],
 )

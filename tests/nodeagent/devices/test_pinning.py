@@ -2,7 +2,7 @@
 
 import pytest
 
-from nodeagent.devices.pinning import entries, pin
+from nodeagent.devices.pinning import entries, pin, pin_all
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,47 @@ def test_a_child_sees_its_own_device_and_those_of_no_other_backend(
     hidden = {name for name, value in found.env.items() if not value}
     assert hidden | set(shown) >= {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"}
     assert found.args == args
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "shown", "args"),
+    [
+        (
+            "cuda",
+            [("CUDA0", "GPU-b"), ("CUDA0", "GPU-a")],
+            {"CUDA_VISIBLE_DEVICES": "GPU-b,GPU-a", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            "CUDA0,CUDA1",
+        ),
+        (
+            "rocm",
+            [("ROCm3", "GPU-b"), ("ROCm1", "GPU-a")],
+            {"ROCR_VISIBLE_DEVICES": "GPU-b,GPU-a", "HIP_VISIBLE_DEVICES": "0,1", "CUDA_VISIBLE_DEVICES": "0,1"},
+            "ROCm0,ROCm1",
+        ),
+        ("vulkan", [("Vulkan2", "4"), ("Vulkan0", "1")], {"GGML_VK_VISIBLE_DEVICES": "4,1"}, "Vulkan0,Vulkan1"),
+        ("vulkan", [("Vulkan0", "0"), ("Vulkan1", "0")], {"GGML_VK_VISIBLE_DEVICES": "0,0"}, "Vulkan0,Vulkan1"),
+        (
+            "sycl",
+            [("SYCL2", "2"), ("SYCL0", "0")],
+            {
+                "ONEAPI_DEVICE_SELECTOR": "level_zero:0,2",
+                "ZES_ENABLE_SYSMAN": "1",
+                "UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS": "1",
+            },
+            "SYCL1,SYCL0",
+        ),
+    ],
+)
+def test_a_child_that_spans_devices_sees_all_of_them_in_their_order(
+    backend: str, devices: list[tuple[str, str | None]], shown: dict[str, str], args: str
+) -> None:
+    found = pin_all(backend, devices)
+    assert {name: value for name, value in found.env.items() if value} == shown
+    assert found.args == ("--device", args)
+
+
+def test_devices_that_the_vendor_does_not_number_are_spanned_by_their_names() -> None:
+    assert pin_all("vulkan", [("Vulkan1", None), ("Vulkan0", "0")]).args == ("--device", "Vulkan1,Vulkan0")
 
 
 def test_without_a_number_of_the_vendors_only_the_list_pins() -> None:

@@ -191,6 +191,7 @@ def device_states(sent_at: str) -> list[dict[str, Any]]:
                 "age_s": 0.4,
             },
             "lane": {"in_flight": 1, "waiting": 1, "limit": 3, "free": 1, "estimated_wait_s": 2.346},
+            "used_by": [],
             "servers": [
                 {
                     "model_id": "planner",
@@ -202,6 +203,7 @@ def device_states(sent_at: str) -> list[dict[str, Any]]:
                     "slot_ctx_size": 4096,
                     "reason": None,
                     "reason_code": None,
+                    "device_ids": [],
                 },
                 {
                     "model_id": "coder",
@@ -213,6 +215,7 @@ def device_states(sent_at: str) -> list[dict[str, Any]]:
                     "slot_ctx_size": None,
                     "reason": "exited with code 1",
                     "reason_code": "exited",
+                    "device_ids": [],
                 },
             ],
         },
@@ -229,6 +232,7 @@ def device_states(sent_at: str) -> list[dict[str, Any]]:
             },
             "lane": {"in_flight": 0, "waiting": 0, "limit": 3, "free": 3, "estimated_wait_s": 0.0},
             "servers": [],
+            "used_by": [],
         },
     ]
 

@@ -38,13 +38,13 @@ class Gpu:
 class Bench:
     """A meter on one device, whose server is a table."""
 
-    def __init__(self, folder: Path, backend: str) -> None:
+    def __init__(self, folder: Path, backend: str, **keys: Any) -> None:
         self.gpu, self.files, self.hooks = Gpu(), Files(), Hooks()
         self.files.headers["a"] = header(size_bytes=4 * GIB)
         self.child: ChildSnapshot | None = None
         self.file = folder / "loads.json"
         self.slot_ctx_size: int | ControlError | None = 4096
-        self.meter = self.another(backend)
+        self.meter = self.another(backend, **keys)
 
     def another(self, backend: str, **keys: Any) -> LoadMeter:
         """A meter as a later run of the agent would make it."""
@@ -96,8 +96,8 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(folder: Path, backend: str = "cuda") -> AsyncIterator[Bench]:
-    it = Bench(folder, backend)
+async def bench(folder: Path, backend: str = "cuda", **keys: Any) -> AsyncIterator[Bench]:
+    it = Bench(folder, backend, **keys)
     async with trio.open_nursery() as nursery:
         await nursery.start(it.meter.run)
         yield it
@@ -131,6 +131,16 @@ async def test_a_load_on_a_gpu_is_measured_by_the_devices_memory_and_outlasts_th
             assert later.memory_bytes(model("a"), spec("a", argument="-c 8192")) is None, "other arguments"
             it.files.headers["a"] = header(size_bytes=5 * GIB)
             assert later.memory_bytes(model("a"), spec("a")) is None, "another model"
+
+
+@pytest.mark.real
+async def test_a_server_that_spans_devices_is_measured_by_the_memory_of_all_of_them(tmp_path: Path) -> None:
+    members = tuple(DeviceRef(device_id=f"gpu:{it}", backend="cuda", index=it, name="one") for it in (0, 1))
+    with trio.fail_after(30):
+        async with bench(tmp_path, members=members) as it:
+            await it.load(0.0, takes_bytes=2 * GIB)  # on each
+            await until_written(it)
+            assert it.measured[1] == 4 * GIB
 
 
 @pytest.mark.real

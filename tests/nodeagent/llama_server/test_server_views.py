@@ -29,7 +29,7 @@ def no_lines() -> list[str]:
 
 
 def test_the_codes_are_the_causes_of_the_supervisor_and_those_of_the_agents_own() -> None:
-    own = {"model_file_unusable", "does_not_fit", "no_room_beside_pinned", "not_configured"}
+    own = {"model_file_unusable", "does_not_fit", "no_room_beside_pinned", "kept_elsewhere", "not_configured"}
     assert {code.value for code in ReasonCode} == own | {cause.value for cause in Cause}
 
 

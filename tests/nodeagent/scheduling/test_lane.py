@@ -13,6 +13,7 @@ from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, Qu
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.lease import Ticket, TicketState
 from nodeagent.scheduling.queueing import FirstCome, Priority
+from nodeagent.scheduling.seam import MakeRoom
 
 RULES = LaneRules(max_pending=3, queue_timeout_s=100, startup_timeout_s=30)
 
@@ -385,7 +386,7 @@ async def test_a_fault_of_our_own_in_a_load_is_told_and_does_not_end_the_lane(
 ) -> None:
     real_ensure = servers.ensure
 
-    async def faulty(model_id: str, beside: Collection[str] = ()) -> None:
+    async def faulty(model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         raise ZeroDivisionError(model_id)
 
     servers.ensure = faulty  # type: ignore[method-assign]
