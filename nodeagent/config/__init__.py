@@ -15,8 +15,9 @@ from nodeagent.config.host_checks import (
     require_extras,
 )
 from nodeagent.config.key_file import key_file, read_key_file
-from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig
+from nodeagent.config.keys import DeviceConfig, NodeConfig
 from nodeagent.config.loading import json_schema, load_config, parse_config, with_keys
+from nodeagent.config.model_keys import ModelConfig
 from nodeagent.config.reference import markdown_reference
 from nodeagent.config.tls import tls_context
 

@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from nodeagent.config.api_keys import ApiKeyConfig, read_digests
 from nodeagent.config.key_file import read_key_file
-from nodeagent.config.keys import PROGRAM, ModelConfig, NodeConfig
+from nodeagent.config.keys import PROGRAM, NodeConfig
 from nodeagent.config.loading import in_order, read_source, validated
+from nodeagent.config.model_keys import ModelConfig
 from nodeagent.config.problems import shown
 from nodeagent.config.server_flags import file_args, must_exist
 from nodeagent.config.tls import tls_context

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from nodeagent.config.api_keys import ApiKeyConfig
 from nodeagent.config.base import Keys
 from nodeagent.config.checks import Document, check_document, is_slot_count, server_args_parallel
-from nodeagent.config.keys import DeviceConfig, ModelConfig, NodeConfig, no_home
+from nodeagent.config.keys import DeviceConfig, NodeConfig, no_home
+from nodeagent.config.model_keys import ModelConfig
 from nodeagent.config.problems import explain, shown
 from nodeagent.config.retired import without_retired
 from nodeagent.config.yaml_source import KeyPath, Source, read_yaml

@@ -6,7 +6,7 @@ import pytest
 
 from fakes import tiny_families
 from nodeagent.config import host_problems, missing_models, parse_config
-from nodeagent.config.keys import LoraConfig
+from nodeagent.config.model_keys import LoraConfig
 from nodeagent.errors import ConfigError
 
 FILE = Path("/etc/node/agent.yaml")

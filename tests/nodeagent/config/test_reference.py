@@ -2,7 +2,8 @@ import re
 from pathlib import Path
 
 from nodeagent.config import ApiKeyConfig, DeviceConfig, ModelConfig, NodeConfig, markdown_reference
-from nodeagent.config.keys import ActivityConfig, LoraConfig, RestartConfig
+from nodeagent.config.keys import ActivityConfig
+from nodeagent.config.model_keys import LoraConfig, RestartConfig
 
 README = Path(__file__).parents[3] / "configs" / "README.md"
 COMMAND = "rolemesh-node-agent schema --format markdown"
