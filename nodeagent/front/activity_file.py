@@ -82,9 +82,13 @@ class ActivityFile:
 
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, timeout=_BUSY_S)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute(_CREATE)
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute(_CREATE)
+        except sqlite3.Error:
+            database.close()
+            raise
         return database
 
     def _read(self) -> list[Record]:
