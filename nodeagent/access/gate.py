@@ -110,11 +110,8 @@ class Gate:
                 concurrent_requests=entry.concurrent_requests,
                 tokens_per_day=entry.tokens_per_day,
             )
-            meter = self._meters.get(entry.name)
-            if meter is None or meter.limits.requests_per_minute != limits.requests_per_minute:
-                before, meter = meter, Meter(limits, now)
-                meter.in_flight = before.in_flight if before is not None else 0
-            meter.limits = limits
+            meter = self._meters.get(entry.name) or Meter(limits, now)
+            meter.change(limits, now)
             meters[entry.name] = meter
             sums[entry.name] = self._sums.get(entry.name) or Sums()
             accounts[digest] = Account(entry, meter, sums[entry.name], self._today)

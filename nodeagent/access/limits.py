@@ -31,7 +31,8 @@ class Meter:
     Requests come out of a bucket that holds `requests_per_minute` and fills evenly. A burst may use up the requests of
     a minute; then one follows each 60 / n seconds.
 
-    What changes: `in_flight` in `begin` and `end`, `_available` and `_filled_at` in `begin`, `limits` in the owner.
+    What changes: `in_flight` in `begin` and `end`, `_available` and `_filled_at` in `begin`, these and `limits` in
+    `change`.
     """
 
     def __init__(self, limits: Limits, now: float) -> None:
@@ -39,6 +40,12 @@ class Meter:
         self.in_flight = 0
         self._available = float(limits.requests_per_minute or 0)
         self._filled_at = now
+
+    def change(self, limits: Limits, now: float) -> None:
+        """Other limits hold from now on; the requests in flight stay counted."""
+        if limits.requests_per_minute != self.limits.requests_per_minute:
+            self._available, self._filled_at = float(limits.requests_per_minute or 0), now
+        self.limits = limits
 
     def begin(self, now: float, tokens_today: int) -> Exceeded | None:
         """Count one more request, or say which limit it exceeds. Each that is counted has to `end`."""

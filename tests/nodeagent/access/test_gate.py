@@ -95,7 +95,10 @@ async def test_limits_hold_while_requests_are_in_flight_and_over_a_change_of_the
         gate.begin(let_in(gate), stack)
         with pytest.raises(KeyLimitReached):
             gate.begin(let_in(gate), stack)
-    gate.begin(let_in(gate), ExitStack())
+    with ExitStack() as stack:
+        gate.begin(let_in(gate), stack)
+        gate.replace(keyed(entry("alice", ALICE, concurrent_requests=2, requests_per_minute=9)))
+    assert let_in(gate).meter.in_flight == 0
     assert let_in(gate).sums.requests == 3
 
 

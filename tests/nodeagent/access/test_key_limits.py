@@ -42,6 +42,20 @@ def test_a_request_that_is_refused_uses_up_nothing() -> None:
     assert meter.in_flight == 1
 
 
+def test_other_limits_hold_at_once_and_requests_in_flight_stay_counted() -> None:
+    meter = Meter(Limits(requests_per_minute=1), 0.0)
+    assert meter.begin(0.0, 0) is None
+    meter.change(Limits(requests_per_minute=2, concurrent_requests=2), 1.0)
+    assert meter.begin(1.0, 0) is None
+    assert meter.begin(1.0, 0) == Exceeded("concurrent_requests", 2)
+    meter.end()
+    meter.end()
+    assert meter.in_flight == 0
+    meter.change(Limits(requests_per_minute=2), 1.0)
+    assert meter.begin(1.0, 0) is None
+    assert meter.begin(1.0, 0) == Exceeded("requests_per_minute", 2, 30.0)
+
+
 def test_the_tokens_of_a_day_are_used_up_until_the_next_one() -> None:
     meter, sums = Meter(Limits(tokens_per_day=10), 0.0), Sums()
     sums.add_tokens(MONDAY, 6, 3)
