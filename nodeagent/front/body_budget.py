@@ -117,14 +117,17 @@ class RequestBody:
         """About how many bytes have arrived in the last few seconds."""
         return self._bytes_lately * math.exp((self._latest - now) / _LATELY_S)
 
-    async def read(self) -> bytes:
-        """All of it. Raises BodyTooLarge, BodyTooSlow and ServerBusy."""
-        parts = []
+    async def read(self, look: Callable[[bytes], None]) -> bytes:
+        """All of it. Raises BodyTooLarge, BodyTooSlow and ServerBusy. `look` gets the first part while the others are
+        on their way, and may raise what refuses the request."""
+        parts: list[bytes] = []
         more = True
         while more:
             message = await self.receive()
             parts.append(message.get("body", b""))
             more = message.get("more_body", False)
+            if more and len(parts) == 1:
+                look(parts[0])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def accept(self, data: bytes) -> None:

@@ -6,6 +6,7 @@ by the same functions, so both roads have the same answers; the tests of inferen
 """
 
 from contextlib import ExitStack
+from functools import partial
 
 from nodeagent.front import health, looks, origins
 from nodeagent.front.answer import Answer
@@ -18,8 +19,9 @@ from nodeagent.front.hosts import refuse_foreign_host
 from nodeagent.front.inference import Inference
 from nodeagent.front.openai import read_request
 from nodeagent.front.paths import canonical
+from nodeagent.front.request_body import model_at_start
 from nodeagent.front.response import Headers
-from nodeagent.front.seam import Node
+from nodeagent.front.seam import Node, find_card
 
 _READ = frozenset({*health.PATHS, *looks.PATHS})
 _JSON = [("content-type", "application/json")]
@@ -91,7 +93,7 @@ class FastRoad:
                 enter(self._node, request.method, path, key, stack)
                 content = exchange.whole_body()
                 if content is None:
-                    content = await body.read()
+                    content = await body.read(partial(_refuse_unknown_model, self._node, path))
                 else:
                     body.accept(content)
                 valid = read_request(self._node, request_id=identity, path=path, headers=request.headers, body=content)
@@ -105,6 +107,14 @@ class FastRoad:
         if error is not None and not exchange.response.started:
             status, fields, content = error
             await _answer(exchange, status, fields, marks, content, close=not body.complete)
+
+
+def _refuse_unknown_model(node: Node, path: str, beginning: bytes) -> None:
+    """Refuse a request for a model that is not here, or not for its key, before the rest of its body has come. Raises
+    ModelNotFound and ModelForbidden."""
+    named = None if ENDPOINTS[path].is_form else model_at_start(beginning)
+    if named is not None:
+        find_card(node, named)
 
 
 async def _relay(answer: Answer, exchange: Exchange, marks: Headers, stack: ExitStack) -> None:

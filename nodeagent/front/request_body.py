@@ -6,6 +6,7 @@ only the fields named here, as slices of the body: 0.2 s for those 64 MiB.
 
 import codecs
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class _Message(msgspec.Struct):
     role: msgspec.Raw = msgspec.Raw(b"null")
 
 
+_MODEL_FIRST = re.compile(rb'[\s\xef\xbb\xbf]{0,64}\{\s{0,64}"model"\s{0,64}:\s{0,64}("(?:[^"\\]|\\.){1,512}")')
 _BODY = msgspec.json.Decoder(_Raw)
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _MESSAGE = msgspec.json.Decoder(_Message)
@@ -66,6 +68,15 @@ _MESSAGE = msgspec.json.Decoder(_Message)
 def without_bom(body: bytes) -> bytes:
     """The body without a UTF-8 byte order mark, which JSON must not have and some Windows programs write."""
     return body.removeprefix(codecs.BOM_UTF8)
+
+
+def model_at_start(body: bytes) -> str | None:
+    """The model that a body names in its first field, as most clients do, None if that is another one or is cut off."""
+    found = _MODEL_FIRST.match(body)
+    try:
+        return None if found is None else msgspec.json.decode(found[1], type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def read_body(body: bytes, *, needs: str, instead: str | None = None) -> BodyFields:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.errors import InvalidRequest
-from nodeagent.front.request_body import read_body, without_bom
+from nodeagent.front.request_body import model_at_start, read_body, without_bom
 
 USER = {"role": "user", "content": "hello"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -196,3 +196,24 @@ def test_a_number_beyond_all_bounds_is_left_to_the_server(body: bytes) -> None:
 @pytest.mark.parametrize("field", ["model", "stream"])
 def test_a_number_beyond_all_bounds_is_refused_where_something_else_must_be(field: str) -> None:
     assert refusal(b'{"messages": [], "%s": 1e999}' % field.encode()).param == field
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        (b'{"model":"a","messages":[', "a"),
+        (b'\xef\xbb\xbf \n{ "model" :\t"a/b:latest" , ', "a/b:latest"),
+        (b'{"model":"\\u0061\\"b"', 'a"b'),
+        (b'{"model":"a', None),
+        (b'{"model":null,', None),
+        (b'{"model":"",', None),
+        (b'{"model":"\\x"', None),
+        (b'{"model":"\xff"', None),
+        (b'{"messages":[{"model":"a"}]', None),
+        (b'{"' + b"m" * 10_000, None),
+        (b'{"model":"' + b"m" * 10_000 + b'"', None),
+        (b"", None),
+    ],
+)
+def test_the_model_is_known_as_soon_as_the_first_field_is_there(body: bytes, model: str | None) -> None:
+    assert model_at_start(body) == model

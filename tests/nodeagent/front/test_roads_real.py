@@ -303,6 +303,23 @@ async def test_a_key_is_refused_before_the_body_is_read_and_its_requests_at_once
     nursery.cancel_scope.cancel()
 
 
+async def test_an_unknown_model_is_refused_before_its_body_has_arrived(nursery: trio.Nursery) -> None:
+    with trio.fail_after(5):
+        this = await start(nursery, "fast")
+        head, _, _body = post(b" " * (MAX_BYTES - 1), close=False).partition(b"\r\n\r\n")
+        async with await this.served.connect() as peer:
+            await peer.send(head + b'\r\n\r\n{"model": "missing", "messages": [')
+            answer = await peer.rest()
+        assert answer.startswith(b"HTTP/1.1 404")
+        assert b"model_not_found" in answer
+        async with await this.served.connect() as peer:
+            await peer.send(head + b'\r\n\r\n{"model": "alias", "messages": [')
+            with trio.move_on_after(0.2) as waits:
+                await peer.rest()
+            assert waits.cancelled_caught, "the rest of a body for a known model is waited for"
+    nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("status", [NodeStatus.READY, NodeStatus.STARTING, NodeStatus.DRAINING])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize(
