@@ -142,7 +142,7 @@ class RequestBody:
         else:
             message = await self._receive_in_time()
             if self._gave_way is not None:  # while this message was on its way
-                raise self._gave_way
+                raise _again(self._gave_way)
         if message["type"] == "http.disconnect":
             self.disconnected = True
         else:
@@ -159,7 +159,7 @@ class RequestBody:
                 return await self._receive()
             self._waiting = None
         if self._gave_way is not None:
-            raise self._gave_way
+            raise _again(self._gave_way)
         raise BodyTooSlow(self._received_bytes, allowed_s)
 
     def _count(self, arrived_bytes: int) -> None:
@@ -175,3 +175,9 @@ class RequestBody:
             self._latest = now
         self._budget.take(self, arrived_bytes)
         self.held_bytes += arrived_bytes
+
+
+def _again(busy: ServerBusy) -> ServerBusy:
+    """The same error once more. Raised itself it would refer to the body, which refers to it: what has arrived would
+    stay until the garbage collector finds both."""
+    return ServerBusy(busy.budget_bytes, gave_way=busy.gave_way)

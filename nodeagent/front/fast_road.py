@@ -101,12 +101,19 @@ class FastRoad:
         except* AbortResponse:
             raise
         except* Exception as failures:
-            for refusal in refusals_in(failures):
-                self._inference.tallies.refused_early(path, identity, request.headers, refusal)
+            self._note_refusals(failures, path, identity, request.headers)
             error = answer_to(failures, request.method, path, identity, begun=exchange.response.started)
         if error is not None and not exchange.response.started:
             status, fields, content = error
             await _answer(exchange, status, fields, marks, content, close=not body.complete)
+
+    def _note_refusals(
+        self, failures: BaseExceptionGroup[Exception], path: str, identity: str, headers: Headers
+    ) -> None:
+        """Note them in the activity. No variable of `_serve` may refer to one: the request's body, which its traceback
+        refers to, would stay until the garbage collector finds both."""
+        for refusal in refusals_in(failures):
+            self._inference.tallies.refused_early(path, identity, headers, refusal)
 
 
 def _refuse_unknown_model(node: Node, path: str, beginning: bytes) -> None:

@@ -1,5 +1,6 @@
 """Inference on both roads, by real sockets: the fast one and that of the web framework give the same answers."""
 
+import gc
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from nodeagent.config import ApiKeyConfig
 from nodeagent.config.api_keys import digest_of
 from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front
+from nodeagent.front.body_budget import RequestBody
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.fast_road import FastRoad
 from nodeagent.front.inference import Inference
@@ -317,6 +319,26 @@ async def test_an_unknown_model_is_refused_before_its_body_has_arrived(nursery: 
             with trio.move_on_after(0.2) as waits:
                 await peer.rest()
             assert waits.cancelled_caught, "the rest of a body for a known model is waited for"
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("body", [CHAT | {"model": "missing"}, {"model": "a"}, b"{"], ids=["model", "field", "json"])
+async def test_a_refused_body_is_freed_without_the_garbage_collector(body: Any, nursery: trio.Nursery) -> None:
+    with trio.fail_after(10):
+        this = await start(nursery, "fast")
+        await this.ask(post(body))
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            line, _headers, _body = await this.ask(post(body))
+            await trio.sleep(0.05)
+            gc.collect()
+            kept = [it for it in gc.garbage if isinstance(it, RequestBody)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+    assert line.startswith(b"HTTP/1.1 4")
+    assert kept == []
     nursery.cancel_scope.cancel()
 
 
