@@ -17,7 +17,9 @@ _NAMES: Final = (
     b"cache_n|prompt_n|predicted_n|predicted_per_token_ms|"
     b"prompt_tokens|completion_tokens|input_tokens|output_tokens|cached_tokens|cache_read_input_tokens"
 )
-_NUMBER: Final = re.compile(rb'(?<!\\)"(' + _NAMES + rb')": ?([0-9]{1,15}(?:\.[0-9]{1,20})?)(?![0-9.])')
+_TIMINGS: Final = b'"timings":{'
+_BACKSLASH: Final = ord("\\")
+_NUMBER: Final = re.compile(rb'"(' + _NAMES + rb')": ?([0-9]{1,15}(?:\.[0-9]{1,20})?)(?![0-9.])')
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,9 @@ class Usage:
 
 def usage_of(head: bytes, tail: bytes) -> Usage:
     """The usage that an answer with this beginning and this end tells; zeros where it tells none."""
-    found = {name: float(value) for name, value in (*_NUMBER.findall(head), *_NUMBER.findall(tail))}
+    timings = tail.rfind(_TIMINGS)
+    # Most answers have them, and the rest of these need not be searched.
+    found = _numbers(tail[timings:]) if timings >= 0 else {**_numbers(head), **_numbers(tail)}
     per_token_ms = found.get(b"predicted_per_token_ms")
     if b"prompt_n" in found or b"predicted_n" in found:
         return Usage(
@@ -48,3 +52,12 @@ def usage_of(head: bytes, tail: bytes) -> Usage:
         return Usage(prompt, int(found[b"cache_read_input_tokens"]), generated)
     cached = min(prompt, int(found.get(b"cached_tokens", 0)))
     return Usage(prompt - cached, cached, generated)
+
+
+def _numbers(text: bytes) -> dict[bytes, float]:
+    """The last number with each name. A quote inside of a string has a backslash before it."""
+    return {
+        found[1]: float(found[2])
+        for found in _NUMBER.finditer(text)
+        if not found.start() or text[found.start() - 1] != _BACKSLASH
+    }

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def test_a_command_that_ctrl_c_ends_exits_with_130_without_a_traceback(tiny_mode
             connection, _address = silent.accept()
             with connection:
                 assert connection.recv(4).startswith(b"GET")
+                time.sleep(0.2)  # until it waits for the response: a signal just before that would be noticed only then
                 running.send_signal(signal.SIGINT)
                 output, _ = running.communicate(timeout=30)
     assert output == b""
