@@ -60,8 +60,7 @@ class FastRoad:
             if path in health.PATHS:
                 status, fields, content = health.check(self._node, path, request.target.partition(b"?")[2])
             else:
-                key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
-                enter(self._node, request.method, path, key, ExitStack())  # it holds nothing
+                enter(self._node, request.method, path, given_key(headers), ExitStack())  # it holds nothing
                 status, fields, content = 200, _JSON, looks.look(self._node, path, headers)
         except Exception as failure:
             failures = ExceptionGroup("", [failure])
@@ -89,8 +88,7 @@ class FastRoad:
                     host = _text(headers.get(b"host"))
                     refuse_foreign_host(self._node, host, origin=page, fetch_site=site)
                     origins.refuse_foreign(self._node, request.method, path, page, host=host, fetch_site=site)
-                key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
-                enter(self._node, request.method, path, key, stack)
+                enter(self._node, request.method, path, given_key(headers), stack)
                 content = exchange.whole_body()
                 if content is None:
                     content = await body.read(partial(_refuse_unknown_model, self._node, path))

@@ -8,6 +8,7 @@
 Both roads ask `enter` before they read the body. The account is then known to whatever serves the request.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
@@ -36,11 +37,13 @@ def role_for(method: str, path: str) -> Role | None:
     return "admin" if path.startswith(_OPERATORS) else "inference"
 
 
-def given_key(authorization: bytes | None, api_key: bytes | None) -> bytes | None:
-    """The key of a request with these headers, `Authorization` and (Anthropic's) `x-api-key`; None without one."""
+def given_key(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """The key of a request by its headers (names in lower case), `Authorization` or Anthropic's `x-api-key`; None
+    without one."""
+    authorization = headers.get(b"authorization")
     if authorization is not None and authorization[: len(_BEARER)].lower() == _BEARER:
         return authorization[len(_BEARER) :].strip()
-    return api_key
+    return headers.get(b"x-api-key")
 
 
 def enter(node: Node, method: str, path: str, key: bytes | None, stack: ExitStack) -> None:
@@ -63,6 +66,4 @@ def guard(app: "QuartTrio", node: Node) -> None:
 
     @app.before_request
     async def let_in() -> None:
-        headers = dict(request.scope["headers"])
-        key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
-        enter(node, request.method, request.path, key, exit_stack())
+        enter(node, request.method, request.path, given_key(dict(request.scope["headers"])), exit_stack())

@@ -23,8 +23,7 @@ def look(node: Node, path: str, headers: Headers) -> bytes:
 
 def is_operator(node: Node, headers: Headers) -> bool:
     """Whether a request with these headers is an operator's and comes from no web page but the node's own."""
-    key = given_key(headers.get(b"authorization"), headers.get(b"x-api-key"))
-    return not is_foreign_page(headers) and node.gate.is_operator(key)
+    return not is_foreign_page(headers) and node.gate.is_operator(given_key(headers))
 
 
 def is_foreign_page(headers: Headers) -> bool:

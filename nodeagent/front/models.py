@@ -10,9 +10,8 @@ from typing import Any
 from quart import Blueprint, Response, request
 
 from nodeagent.errors import ModelNotLoaded
-from nodeagent.front.accounts import may_use
 from nodeagent.front.openai import model_of_name
-from nodeagent.front.seam import ModelCard, ModelDetails, Node, find_card
+from nodeagent.front.seam import ModelCard, ModelDetails, Node, find_card, visible_cards
 from nodeagent.front.window import Window
 
 
@@ -25,7 +24,7 @@ def blueprint(node: Node, slots: Window) -> Blueprint:
     async def list_models() -> dict[str, Any]:
         return {
             "object": "list",
-            "data": [_json(card, node.details(card.model_id)) for card in node.cards() if may_use(card.model_id)],
+            "data": [_json(card, node.details(card.model_id)) for card in visible_cards(node)],
         }
 
     @routes.get("/v1/models/<path:model>")

@@ -8,8 +8,7 @@ from typing import Any, Final
 from quart import Blueprint, request
 
 from nodeagent.errors import InvalidRequest
-from nodeagent.front.accounts import may_use
-from nodeagent.front.seam import ModelCard, ModelDetails, Node, find_card
+from nodeagent.front.seam import ModelCard, ModelDetails, Node, find_card, visible_cards
 
 # The release of Ollama whose API this is. Clients compare it with what they need; our own version would be too small.
 _VERSION: Final = "0.12.6"
@@ -26,11 +25,11 @@ def blueprint(node: Node) -> Blueprint:
 
     @routes.get("/api/tags")
     async def list_models() -> dict[str, Any]:
-        return {"models": [_json(card, node.details(card.model_id)) for card in _cards(node)]}
+        return {"models": [_json(card, node.details(card.model_id)) for card in visible_cards(node)]}
 
     @routes.get("/api/ps")
     async def list_loaded() -> dict[str, Any]:
-        models = [(card, node.details(card.model_id)) for card in _cards(node)]
+        models = [(card, node.details(card.model_id)) for card in visible_cards(node)]
         return {"models": [_loaded_json(card, details) for card, details in models if details.state == "loaded"]}
 
     @routes.post("/api/show")
@@ -39,11 +38,6 @@ def blueprint(node: Node) -> Blueprint:
         return _show_json(card, node.details(card.model_id))
 
     return routes
-
-
-def _cards(node: Node) -> list[ModelCard]:
-    """The models that the client's key is for."""
-    return [card for card in node.cards() if may_use(card.model_id)]
 
 
 def _named(body: bytes | str) -> str:

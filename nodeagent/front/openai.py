@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from nodeagent.errors import BodyTooLarge, InvalidRequest, WrongTask
-from nodeagent.front.accounts import account_var, may_use
+from nodeagent.front.accounts import account_var
 from nodeagent.front.asgi import exit_stack, on_half_close, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Dialect, Endpoint, Slots
 from nodeagent.front.first_bytes import InferenceRequest
@@ -19,7 +19,7 @@ from nodeagent.front.inference import Inference
 from nodeagent.front.ollama_requests import translate
 from nodeagent.front.remote_media import refuse_remote_media
 from nodeagent.front.request_body import BodyFields, read_body, without_bom
-from nodeagent.front.seam import ModelCard, Node, find_card
+from nodeagent.front.seam import ModelCard, Node, find_card, visible_cards
 from nodeagent.llama_server.headers import forwardable
 from nodeagent.scheduling.queueing import Priority
 
@@ -76,14 +76,15 @@ def read_request(
         refuse_remote_media(body)
     # On one device there is nothing to choose, so its requests need not be told apart.
     several = len(node.scheduler.lanes) > 1
+    streamed = fields.stream and endpoint.streams
     request = InferenceRequest(
         request_id=request_id,
         model_id=card.model_id,
         priority=allowed_priority(read_priority(_text(values.get(b"x-priority")))),
         conversation=conversation_of(_text(values.get(b"x-session-id")), fields) if several else None,
         slots=_SLOTS.get(endpoint.slots, fields.completions),
-        ping_s=node.stream_ping_s if fields.stream and endpoint.streams else 0.0,
-        streamed=fields.stream and endpoint.streams,
+        ping_s=node.stream_ping_s if streamed else 0.0,
+        streamed=streamed,
         dialect=dialect,
         client_path=client_path,
         translator=translated.translator if translated else None,
@@ -104,13 +105,12 @@ def _with_fallbacks(
     node: Node, request: InferenceRequest, card: ModelCard, endpoint: Endpoint, body: bytes
 ) -> InferenceRequest:
     """The request with those for the models that may serve it instead: that this key may use, and that are able."""
-    cards = {other.model_id: other for other in node.cards()}
-    others = [cards[name] for name in card.fallback if name in cards and may_use(name)]
+    cards = {other.model_id: other for other in visible_cards(node)}
+    others = [cards[name] for name in card.fallback if name in cards]
     able = [
         other
         for other in others
-        if (endpoint.task in (None, other.task) or other.task is None)
-        and (other.max_request_bytes is None or len(body) <= other.max_request_bytes)
+        if _can_do(other, endpoint) and (other.max_request_bytes is None or len(body) <= other.max_request_bytes)
     ]
     instead = (
         replace(request, model_id=other.model_id, body=_with_parameters(body, other, endpoint)) for other in able
@@ -122,17 +122,22 @@ def model_of_name(node: Node, named: str | None) -> str:
     """The model of that name, else the node's default. Raises InvalidRequest if there is none."""
     model = named or node.default_model_id
     if model is None:
-        known = ", ".join(card.model_id for card in node.cards() if may_use(card.model_id))
+        known = ", ".join(card.model_id for card in visible_cards(node))
         raise InvalidRequest(f"'model' is missing, and this node has no default. It serves: {known}.", param="model")
     return model
 
 
 def _check_task(node: Node, card: ModelCard, endpoint: Endpoint) -> None:
     """Refuse what the model can't do before it is loaded, and another one evicted for it. Raises WrongTask."""
-    if endpoint.task in (None, card.task) or card.task is None:
+    if _can_do(card, endpoint):
         return
     able = [other.model_id for other in node.cards() if other.task == endpoint.task]
-    raise WrongTask(card.model_id, card.task, endpoint.task or "", able)
+    raise WrongTask(card.model_id, card.task or "", endpoint.task or "", able)
+
+
+def _can_do(card: ModelCard, endpoint: Endpoint) -> bool:
+    """Whether the model is for what the path is for, as far as that is known."""
+    return endpoint.task is None or card.task in (None, endpoint.task)
 
 
 def conversation_of(session: str | None, fields: BodyFields) -> str | None:

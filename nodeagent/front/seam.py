@@ -165,12 +165,17 @@ class Node(Protocol):
         """Register with the dispatcher again; False if none is configured."""
 
 
+def visible_cards(node: Node) -> list[ModelCard]:
+    """The models that this request's key is for, in the configuration's order."""
+    return [card for card in node.cards() if may_use(card.model_id)]
+
+
 def find_card(node: Node, model: str) -> ModelCard:
     """The model of that id or alias, also with the tag that Ollama's clients add, or with that role (`role:planner`).
     Raises ModelNotFound, and ModelForbidden if this request's key is not for it."""
     cards = node.cards()
     if model.startswith(_ROLE):
-        return _find_by_role(node, model, cards)
+        return _find_by_role(node, model)
     for card in cards:
         if model == card.model_id or model in card.aliases:
             check_model(card.model_id, [one.model_id for one in cards])
@@ -178,16 +183,17 @@ def find_card(node: Node, model: str) -> ModelCard:
     if model.endswith(_DEFAULT_TAG):
         with suppress(ModelNotFound):
             return find_card(node, model.removesuffix(_DEFAULT_TAG))
-    raise ModelNotFound(model, [card.model_id for card in cards if may_use(card.model_id)])
+    raise ModelNotFound(model, [card.model_id for card in visible_cards(node)])
 
 
-def _find_by_role(node: Node, name: str, cards: list[ModelCard]) -> ModelCard:
+def _find_by_role(node: Node, name: str) -> ModelCard:
     """The first model with the role that is loaded, else that is loading, else that is configured."""
     role = name.removeprefix(_ROLE)
-    able = [card for card in cards if role in card.roles and may_use(card.model_id)]
+    cards = visible_cards(node)
+    able = [card for card in cards if role in card.roles]
     if not able:
-        roles = dict.fromkeys(f"{_ROLE}{one}" for card in cards if may_use(card.model_id) for one in card.roles)
-        raise ModelNotFound(name, list(roles) or [card.model_id for card in cards if may_use(card.model_id)])
+        roles = dict.fromkeys(f"{_ROLE}{one}" for card in cards for one in card.roles)
+        raise ModelNotFound(name, list(roles) or [card.model_id for card in cards])
     if len(able) == 1:
         return able[0]
     states = [node.details(card.model_id).state for card in able]
