@@ -9,6 +9,7 @@ from quart import Blueprint, Response, request
 
 from nodeagent.errors import InvalidRequest
 from nodeagent.front.activity import Activity, Record, as_json
+from nodeagent.front.streams import follows, stream_response
 
 _LIMIT: Final = 100
 _LIMIT_MAX: Final = 1000
@@ -24,11 +25,10 @@ def add_routes(routes: Blueprint, activity: Activity) -> None:
     async def show() -> Response | dict[str, Any]:
         wanted = _filter()
         limit = _number("limit", _LIMIT, low=1, high=_LIMIT_MAX)
-        if request.args.get("follow", "") in ("true", "1", "yes"):
+        if follows():
             last_seen = request.headers.get("Last-Event-ID")
             since = _number("since", activity.last_id) if last_seen is None else _as_number("Last-Event-ID", last_seen)
-            headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
-            return Response(_Stream(activity, since, wanted), content_type="text/event-stream", headers=headers)
+            return stream_response(_Stream(activity, since, wanted), "text/event-stream")
         records = activity.newest(wanted, limit=limit, since=_number("since", 0))
         return {"activity": [as_json(record) for record in records]}
 

@@ -6,7 +6,6 @@ printed is in the inventory for operators only.
 """
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import trio
@@ -19,6 +18,7 @@ from nodeagent.events import NodeEvent, Ring
 from nodeagent.front import activity_routes, looks, upstream
 from nodeagent.front.inference import Inference
 from nodeagent.front.seam import Node, find_card
+from nodeagent.front.streams import follows, stream_response
 
 # So that a client, and the proxies in between, see that the stream is alive.
 _PING_S = 15.0
@@ -55,13 +55,13 @@ def blueprint(node: Node, inference: Inference) -> Blueprint:
         if not last_seen.isdecimal():
             raise InvalidRequest(f"'Last-Event-ID' must be a number, not {last_seen[:40]!r}.", param="Last-Event-ID")
         follow = request.args.get("follow", "true") not in ("false", "0", "no")
-        return _stream(_EventStream(node.events, int(last_seen), follow=follow), "text/event-stream")
+        return stream_response(_EventStream(node.events, int(last_seen), follow=follow), "text/event-stream")
 
     @admin.get("/v1/node/devices/<device_id>/logs")
     async def logs(device_id: str) -> Response:
         ring, wanted = node.log_of(device_id), _lines_wanted()
-        if request.args.get("follow", "") in ("true", "1", "yes"):
-            return _stream(_LineStream(ring, wanted), "text/plain; charset=utf-8")
+        if follows():
+            return stream_response(_LineStream(ring, wanted), "text/plain; charset=utf-8")
         text = "".join(f"{line}\n" for line in _last(ring, wanted))
         return Response(text, content_type="text/plain; charset=utf-8")
 
@@ -160,11 +160,6 @@ def _lines_wanted() -> int:
 
 def _last(ring: Ring[str], wanted: int) -> list[str]:
     return ring.after(max(0, ring.last - wanted)).items if wanted else []
-
-
-def _stream(source: AsyncIterator[bytes], content_type: str) -> Response:
-    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
-    return Response(source, content_type=content_type, headers=headers)
 
 
 class _EventStream:
