@@ -64,7 +64,7 @@ class _NodeCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Every metric as it is now."""
-        inventory = json.loads(self._node.inventory_json())
+        inventory = json.loads(self._node.inventory_json(with_fits=False))
         yield from _of_node(inventory)
         yield from _of_lanes(inventory["devices"])
         yield from _of_readings(inventory["devices"])

@@ -110,9 +110,9 @@ class Node(Protocol):
     def state(self) -> NodeState:
         """The node's status, with the reasons for it."""
 
-    def inventory_json(self, *, for_operators: bool = False) -> bytes:
+    def inventory_json(self, *, for_operators: bool = False, with_fits: bool = True) -> bytes:
         """The inventory: what registration and heartbeat contain, and what is configured; for operators with what
-        servers printed before they ended."""
+        servers printed before they ended. `with_fits` is whether it tells how each model fits on each device."""
 
     @property
     def backend_exits(self) -> Mapping[tuple[str, str, str], int]:
