@@ -27,14 +27,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.containment": {"supervisor.containment"},
     "nodeagent.descriptors": set(),
     "nodeagent.host_names": set(),
+    "nodeagent.whole_files": set(),
     "nodeagent.llama_server.server_id": set(),
     "nodeagent.events": {"nodeagent.llama_server.server_id", "supervisor.lifecycle"},
     "nodeagent.state_dir": {"nodeagent.errors"},
     "nodeagent.gguf": {"nodeagent.errors"},
     # The configuration: nothing that runs.
-    "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf"},
+    "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf", "nodeagent.whole_files"},
     # Who may use the node: no HTTP.
-    "nodeagent.access": {"nodeagent.config", "nodeagent.containment", "nodeagent.errors"},
+    "nodeagent.access": {"nodeagent.config", "nodeagent.containment", "nodeagent.errors", "nodeagent.whole_files"},
     # Vendors: no HTTP, no children.
     "nodeagent.devices": {"nodeagent.containment", "supervisor.cgroups", *VALUES},
     # Policy: no vendor, no process, no HTTP.
@@ -54,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.gguf",
         "nodeagent.scheduling.seam",
         "nodeagent.state_dir",
+        "nodeagent.whole_files",
         "supervisor",
         *VALUES,
     },

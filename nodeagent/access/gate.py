@@ -19,7 +19,7 @@ from typing import Final
 import trio
 
 from nodeagent.access.limits import Exceeded, Limits, Meter, Sums
-from nodeagent.access.sums import encode_sums, read_sums, sums_file, write_sums
+from nodeagent.access.sums import encode_sums, read_sums, sums_file
 from nodeagent.config import ApiKeyConfig, Role, key_file
 from nodeagent.config.api_keys import digest_of
 from nodeagent.containment import Containment
@@ -31,6 +31,7 @@ from nodeagent.errors import (
     RoleForbidden,
     Unauthorized,
 )
+from nodeagent.whole_files import replace_file
 
 __all__ = ["Account", "Gate", "ReadKeys", "Role", "today"]
 
@@ -199,7 +200,7 @@ class Gate:
         if content == self._written:
             return
         try:
-            write_sums(sums_file(self._state_dir), content)
+            replace_file(sums_file(self._state_dir), content, private=True)
         except OSError as error:
             if self._can_write:
                 logger.warning("%s can't be written: %s", sums_file(self._state_dir), error.strerror)

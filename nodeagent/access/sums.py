@@ -1,7 +1,6 @@
 """What each API key has used, kept in a file: the sums and the tokens of the day last over restarts of the agent."""
 
 import logging
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -52,13 +51,3 @@ def account_json(entry: ApiKeyConfig, sums: Sums) -> dict[str, Any]:
 def encode_sums(sums: dict[str, Sums]) -> bytes:
     """The file's content."""
     return msgspec.json.format(msgspec.json.encode(sums), indent=1)
-
-
-def write_sums(file: Path, content: bytes) -> None:
-    """Replace the file as a whole. Blocks; raises OSError."""
-    scratch = file.with_suffix(".new")
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    scratch.replace(file)

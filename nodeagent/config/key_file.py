@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nodeagent.config.api_keys import ApiKeyConfig
 from nodeagent.errors import StartupError
+from nodeagent.whole_files import replace_file
 
 _ENTRIES: Final = TypeAdapter(tuple[ApiKeyConfig, ...])
 _MAX_BYTES: Final = 4 * 2**20
@@ -45,19 +46,10 @@ def read_key_file(state_dir: Path) -> tuple[ApiKeyConfig, ...]:
 def write_key_file(state_dir: Path, entries: Sequence[ApiKeyConfig]) -> None:
     """Replace the file; only the agent's own user can read it. Raises StartupError."""
     file = key_file(state_dir)
-    scratch = file.with_suffix(".new")
     content = [entry.model_dump(mode="json", exclude_defaults=True) for entry in entries]
     try:
-        scratch.unlink(missing_ok=True)
-        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-            json.dump(content, opened, indent=1)
-            opened.flush()
-            os.fsync(opened.fileno())
-        if hasattr(os, "chown") and os.geteuid() == 0:
-            # Made by root for an agent of another user, who has to be able to read it.
-            owner = state_dir.stat()
-            os.chown(scratch, owner.st_uid, owner.st_gid)
-        scratch.replace(file)
+        # Made by root for an agent of another user, who has to be able to read it.
+        replace_file(file, json.dumps(content, indent=1).encode(), private=True, like=state_dir)
     except OSError as error:
         raise StartupError(f"{file} can't be written: {error.strerror}") from error
 

@@ -1,11 +1,12 @@
 """What loads took, kept in a file: a measurement beats an estimate, also after a restart of the agent."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
+
+from nodeagent.whole_files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +96,8 @@ class MeasuredLoads:
 
     def write(self, content: bytes) -> None:
         """Replace the file as a whole. Blocks; if it can't be written, logs so once."""
-        scratch = self._file.with_suffix(".new")
         try:
-            with scratch.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self._file)
+            replace_file(self._file, content)
         except OSError as error:
             if self._is_writable:
                 logger.warning("%s can't be written, so measured loads are not kept: %s", self._file, error.strerror)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.access.limits import Sums
-from nodeagent.access.sums import encode_sums, sums_file, write_sums
+from nodeagent.access.sums import encode_sums, sums_file
 from nodeagent.cli.main import main
 from nodeagent.config import key_file, load_config, read_api_keys, read_key_file
 from nodeagent.config.api_keys import digest_of
+from nodeagent.whole_files import replace_file
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_the_list_shows_what_each_key_may_and_has_used(
 ) -> None:
     run(config, "add", "alice", "--priority", "batch", "--tokens-per-day", "9")
     used = Sums(requests=3, prompt_tokens=4, generated_tokens=5)
-    write_sums(sums_file(tmp_path / "state"), encode_sums({"alice": used}))
+    replace_file(sums_file(tmp_path / "state"), encode_sums({"alice": used}))
     capsys.readouterr()
     assert run(config, "list") == 0
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
