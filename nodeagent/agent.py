@@ -54,6 +54,7 @@ from nodeagent.errors import ConfigError
 from nodeagent.front import agent_check
 from nodeagent.front.activity import Activity
 from nodeagent.front.asgi import Front
+from nodeagent.front.bodies import Limits
 from nodeagent.front.exchange import ASGIApp
 from nodeagent.front.fast_road import FastRoad
 from nodeagent.front.inference import Inference
@@ -205,6 +206,8 @@ class Agent:
         self._dispatcher = _dispatcher_client(config, self.node)
         self.node.dispatcher = self._dispatcher
         self._activity = Activity(config.activity.max_records)
+        self._limit_bodies(config)
+        self.node.on_reload = self._limit_bodies
         self._tracing = _tracing(config, identity)
         self.node.while_reloading = manager.reloading
         lanes = [device.lane for device in managed.values()]
@@ -272,6 +275,10 @@ class Agent:
             signals.end_in_time()
             await self._stop()
             nursery.cancel_scope.cancel()  # the supervisor stops the children before its task ends
+
+    def _limit_bodies(self, config: NodeConfig) -> None:
+        keys = config.activity
+        self._activity.bodies.limit(Limits(keys.max_body_bytes, keys.max_bodies_bytes) if keys.bodies else None)
 
     async def _keep_activity(self, nursery: trio.Nursery, path: Path) -> None:
         from nodeagent.front.activity_file import ActivityFile  # with SQLite, which other nodes don't need

@@ -27,6 +27,7 @@ NodeAgentError
     ├── BadAnswer            the server's answer can't be translated for the client
     ├── RequestCancelled     an operator ended the request
     ├── NoSuchRequest        none with that number is queued or in flight
+    ├── NoSuchRecord         none with that number is in the activity
     ├── PathForbidden        a path of a server that nobody may reach through the node
     ├── Draining             the node accepts no new requests
     ├── ShuttingDown         an order that makes no sense for a node that is about to stop
@@ -291,6 +292,14 @@ class RequestCancelled(Refusal):
 
 class NoSuchRequest(Refusal):
     """No request with that number is queued or in flight: it has ended, or there never was one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(str(number))
+
+
+class NoSuchRecord(Refusal):
+    """No record with that number is in the activity: it was displaced by newer ones, or there never was one."""
 
     def __init__(self, number: int) -> None:
         self.number = number

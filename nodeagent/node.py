@@ -96,8 +96,8 @@ class Node:
     models that are to be ready before the node says so) in `preload` and `on_child_event`, `_drain_grace` (the time in
     which a drained node still accepts requests) in `drain`, `backend_exits`, `backend_load_s` (from a spawn to
     readiness) and `_started_at` in `on_child_event`; `_cards` in `cards`;
-    `tls` in `reload`; `dispatcher`, `while_reloading` (entered for the time of a reload) and `full_host_name` (with
-    its domain; "" until it has been looked up) once, by `agent`.
+    `tls` in `reload`; `dispatcher`, `while_reloading` (entered for the time of a reload), `on_reload` (called with the
+    new configuration) and `full_host_name` (with its domain; "" until it has been looked up) once, by `agent`.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class Node:
         self.events: EventLog = Ring(events.KEPT)
         self.dispatcher: Dispatcher | None = None
         self.while_reloading: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.on_reload: Callable[[NodeConfig], None] = lambda _config: None
         self._cards: list[ModelCard] = []
         self._cards_of: list[object] = []
         self.backend_exits: Counter[tuple[str, str, str]] = Counter()
@@ -442,6 +443,7 @@ class Node:
                 # In the background: requests in flight on the old server may take their time.
                 name = f"unload {model_id} from {device_id}"
                 self._background.start_soon(device.lane.unload, model_id, name=name)
+        self.on_reload(self._config)
         logger.info("configuration reloaded: %s", what)
         if self.dispatcher is not None:
             self.dispatcher.register_again()

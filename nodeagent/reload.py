@@ -7,6 +7,7 @@ import logging
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 from nodeagent.config import (
     ApiKeyConfig,
@@ -39,12 +40,14 @@ FIXED_KEYS = (
     "memory_settle_timeout_s",
     "memory_reserve_bytes",
     "max_request_bytes",
-    "activity",
+    "activity.max_records",
+    "activity.path",
     "otlp_endpoint",
     "backend",
     "devices",
 )
 TLS_KEYS = ("tls_cert", "tls_key", "tls_client_ca")
+_ACTIVITY = "activity."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +79,15 @@ def compare(before: NodeConfig, after: NodeConfig) -> Reloaded:
         added=tuple(model_id for model_id in new if model_id not in old),
         changed=tuple(model_id for model_id in new if old.get(model_id, new[model_id]) != new[model_id]),
         removed=tuple(model_id for model_id in old if model_id not in new),
-        needs_restart=tuple(key for key in _fixed(before, after) if getattr(after, key) != getattr(before, key)),
+        needs_restart=tuple(key for key in _fixed(before, after) if attrgetter(key)(after) != attrgetter(key)(before)),
     )
 
 
 def merge(before: NodeConfig, after: NodeConfig) -> NodeConfig:
     """`after`, with the keys that need a restart as they are in `before`."""
-    return with_keys(after, {key: getattr(before, key) for key in _fixed(before, after)})
+    fixed = {key: attrgetter(key)(before) for key in _fixed(before, after)}
+    of_activity = {key.removeprefix(_ACTIVITY): fixed.pop(key) for key in [*fixed] if key.startswith(_ACTIVITY)}
+    return with_keys(after, fixed | {"activity": after.activity.model_copy(update=of_activity)})
 
 
 def _fixed(before: NodeConfig, after: NodeConfig) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ class DeviceConfig(Keys):
 
 
 class ActivityConfig(Keys):
-    """`activity`: what each request took. Bodies are never kept."""
+    """`activity`: what each request took, and if asked for, its content."""
 
     max_records: int = Field(
         default=1000, ge=1, le=100_000, description="Requests that `/v1/node/activity` can look back on."
@@ -108,6 +108,20 @@ class ActivityConfig(Keys):
     path: AbsolutePath | None = Field(
         default=None,
         description="SQLite file in which the last 100,000 outlast the agent; they are in memory only by default.",
+    )
+    bodies: bool = Field(
+        default=False,
+        description="Keep the bodies of these requests and of their answers too, in memory only, for operators to see "
+        "(`activity --id`, the page).",
+    )
+    max_body_bytes: int = Field(
+        default=64 * 2**10, ge=1, le=4 * 2**20, description="Bytes that are kept of each body; the rest is cut off."
+    )
+    max_bodies_bytes: int = Field(
+        default=16 * 2**20,
+        ge=1,
+        le=64 * GIB,
+        description="Bytes that are kept of all bodies together; the oldest make room.",
     )
 
 
@@ -293,7 +307,7 @@ class NodeConfig(Keys):
         "extra `otel`.",
     )
     activity: ActivityConfig = Field(
-        default_factory=ActivityConfig, description="Records of what each request took, without its content."
+        default_factory=ActivityConfig, description="Records of what each request took, without its content by default."
     )
     page: bool = Field(
         default=True, description="Serve the page at / to browsers, by which people look at the node and operate it."

@@ -21,6 +21,8 @@ from nodeagent.config.retired import without_retired
 from nodeagent.config.yaml_source import KeyPath, Source, read_yaml
 from nodeagent.errors import ConfigError, Problem
 
+_BODIES_KEPT = "the bodies of requests and answers are kept in memory, and operators can read them"
+
 
 def load_config(path: Path) -> NodeConfig:
     """Read the configuration file. Raises ConfigError with everything that is wrong with it.
@@ -71,6 +73,8 @@ def validated(source: Source) -> tuple[NodeConfig | None, list[Problem]]:
         return None, in_order(problems)
     if config is not None:
         config.came_from(source)
+        if config.activity.bodies:
+            source.warnings.append(source.problem(("activity", "bodies"), _BODIES_KEPT))
         if (homeless := no_home(config.state_dir)) is not None:
             return None, [source.problem(("state_dir",), homeless)]
     return config, []

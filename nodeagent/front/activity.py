@@ -1,6 +1,7 @@
-"""What each request for inference took, one record for each that has ended. Bodies are never in it.
+"""What each request for inference took, one record for each that has ended.
 
-`Activity` keeps the last ones; `activity_file.py` writes them into a file, where one is configured.
+`Activity` keeps the last ones; `activity_file.py` writes them into a file, where one is configured. Bodies are in no
+record and no file: `bodies.py` keeps them beside the records, where that is configured.
 """
 
 from collections import deque
@@ -10,6 +11,8 @@ from typing import Any, Final
 
 import msgspec
 import trio
+
+from nodeagent.front.bodies import Bodies, KeptBodies
 
 DEFAULT_RECORDS: Final = 1000
 _USER_AGENT_CHARS: Final = 200
@@ -44,12 +47,13 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class Activity:
     """The last `max_records` records. Each gets a number that rises with each, also over restarts of the agent.
 
-    What changes: `_records` and `_last_id` in `add` and `recall`; `sink`, which gets each new record, once, by its
-    owner.
+    `bodies` are those of some of them. What changes: `_records` and `_last_id` in `add` and `recall`; `sink`, which
+    gets each new record, once, by its owner.
     """
 
     def __init__(self, max_records: int = DEFAULT_RECORDS) -> None:
         self.max_records = max_records
+        self.bodies = Bodies()
         self.sink: Callable[[Record], None] | None = None
         self._records: deque[Record] = deque(maxlen=max_records)
         self._last_id = 0
@@ -66,11 +70,13 @@ class Activity:
         if self._records:
             self._last_id = self._records[-1].id
 
-    def add(self, **fields: Any) -> Record:
-        """Keep one more record, with these fields but for `id`, and return it."""
+    def add(self, kept: KeptBodies | None = None, **fields: Any) -> Record:
+        """Keep one more record, with these fields but for `id`, and its bodies if there are any; return it."""
         self._last_id += 1
         record = Record(id=self._last_id, **fields)
         self._records.append(record)
+        if kept is not None:
+            self.bodies.keep(record.id, kept, oldest=self._records[0].id)
         if self.sink is not None:
             self.sink(record)
         self._more.set()
@@ -86,6 +92,10 @@ class Activity:
             if wanted(record):
                 found.append(record)
         return found
+
+    def find(self, number: int) -> Record | None:
+        """The record with that number, None if there is none (any more)."""
+        return next((record for record in reversed(self._records) if record.id == number), None)
 
     async def more_than(self, number: int) -> None:
         """Return once there is a record with a higher number."""

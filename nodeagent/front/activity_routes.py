@@ -1,4 +1,5 @@
-"""`/v1/node/activity`: the records of requests that have ended, filtered, as a list or as they come."""
+"""`/v1/node/activity`: the records of requests that have ended, filtered, as a list or as they come, and one of them
+with its bodies."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
@@ -7,7 +8,8 @@ import msgspec
 import trio
 from quart import Blueprint, Response, request
 
-from nodeagent.errors import InvalidRequest
+from nodeagent.errors import InvalidRequest, NoSuchRecord
+from nodeagent.front import bodies
 from nodeagent.front.activity import Activity, Record, as_json
 from nodeagent.front.streams import follows, stream_response
 
@@ -19,7 +21,7 @@ Wanted = Callable[[Record], bool]
 
 
 def add_routes(routes: Blueprint, activity: Activity) -> None:
-    """Add the route to a blueprint for operators."""
+    """Add the routes to a blueprint for operators."""
 
     @routes.get("/v1/node/activity")
     async def show() -> Response | dict[str, Any]:
@@ -30,7 +32,19 @@ def add_routes(routes: Blueprint, activity: Activity) -> None:
             since = _number("since", activity.last_id) if last_seen is None else _as_number("Last-Event-ID", last_seen)
             return stream_response(_Stream(activity, since, wanted), "text/event-stream")
         records = activity.newest(wanted, limit=limit, since=_number("since", 0))
-        return {"activity": [as_json(record) for record in records]}
+        return {"activity": [_line(activity, record) for record in records]}
+
+    @routes.get("/v1/node/activity/<int:number>")
+    async def show_one(number: int) -> dict[str, Any]:
+        record = activity.find(number)
+        if record is None:
+            raise NoSuchRecord(number)
+        return as_json(record) | bodies.shown(activity.bodies.find(number))
+
+
+def _line(activity: Activity, record: Record) -> dict[str, Any]:
+    """A record among others: it only says whether its bodies are kept."""
+    return as_json(record) | {"has_bodies": record.id in activity.bodies}
 
 
 def _filter() -> Wanted:
@@ -79,7 +93,7 @@ class _Stream(AsyncIterator[bytes]):
         self._seen = self._activity.last_id
         self._has_begun = True
         events = [
-            b"id: %d\nevent: request\ndata: %s\n\n" % (record.id, msgspec.json.encode(as_json(record)))
+            b"id: %d\nevent: request\ndata: %s\n\n" % (record.id, msgspec.json.encode(_line(self._activity, record)))
             for record in reversed(found)
         ]
         return b"".join(events) or b": nothing new\n\n"  # the head is sent with the first bytes

@@ -2,6 +2,7 @@
 for a client of another API."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -160,6 +161,25 @@ class WholeBody(Chunks):
         """See `Body.read`."""
         self.at_end = True
         return self._content
+
+
+class NotedBody(Chunks):
+    """A body of which `note` takes each chunk."""
+
+    def __init__(self, body: Body, note: Callable[[bytes], None]) -> None:
+        self._body = body
+        self._note = note
+
+    @property
+    def at_end(self) -> bool:
+        """Whether there are no more chunks."""
+        return self._body.at_end
+
+    async def read(self) -> bytes:
+        """See `Body.read`."""
+        chunk = await self._body.read()
+        self._note(chunk)
+        return chunk
 
 
 def body_of(first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamResponse) -> AnswerBody:

@@ -13,6 +13,7 @@ Nothing here depends on the web framework: a request comes as an `InferenceReque
 
 import logging
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import trio
 
@@ -21,6 +22,7 @@ from nodeagent.front.activity import Activity
 from nodeagent.front.answer import (
     STREAM_HEADERS,
     Answer,
+    NotedBody,
     WholeBody,
     answer_headers,
     body_of,
@@ -29,6 +31,7 @@ from nodeagent.front.answer import (
 )
 from nodeagent.front.first_bytes import FirstBytes, InferenceRequest, refuse_poison
 from nodeagent.front.poison import PoisonGuard
+from nodeagent.front.refusals import refusal_response
 from nodeagent.front.running import Running
 from nodeagent.front.server_errors import ServerError, needs_translation
 from nodeagent.front.tallies import RequestTally, Tallies
@@ -81,10 +84,16 @@ class Inference:
         tally = RequestTally(self.tallies, request)
         exit_stack.callback(tally.close)
         try:
-            return await self._serve(request, exit_stack, tally)
+            answer = await self._serve(request, exit_stack, tally)
         except Refusal as refusal:
             tally.refused(refusal)
+            if tally.bodies is not None:
+                _status, headers, content = refusal_response(refusal, request.request_id, request.dialect)
+                tally.bodies.answered(headers).add(content)
             raise
+        if tally.bodies is None:
+            return answer
+        return replace(answer, body=NotedBody(answer.body, tally.bodies.answered(answer.headers).add))
 
     async def _serve(self, request: InferenceRequest, exit_stack: ExitStack, tally: RequestTally) -> Answer:
         refuse_poison(request, self._poison)

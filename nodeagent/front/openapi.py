@@ -122,6 +122,7 @@ NOTES: Final[Mapping[str, Note]] = {
         },
         answers=(_JSON, _EVENTS),
     ),
+    "GET /v1/node/activity/{number}": Note(summary="One of them, with the bodies of the request and its answer"),
     "GET /v1/node/keys": Note(summary="The API keys, what each may and has used"),
     "GET /v1/node/events": Note(
         summary="Every state change",

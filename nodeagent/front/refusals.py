@@ -29,6 +29,7 @@ from nodeagent.errors import (
     ModelNotFound,
     ModelNotLoaded,
     NoSuchDevice,
+    NoSuchRecord,
     NoSuchRequest,
     OriginForbidden,
     PathForbidden,
@@ -263,6 +264,15 @@ REFUSALS: dict[type[Refusal], Row] = {
         param="id",
         when="an operator named a request that has ended, or that there never was",
         client="list the requests again",
+    ),
+    NoSuchRecord: Row(
+        status=404,
+        type="invalid_request_error",
+        code="record_not_found",
+        message=lambda it: f"There is no record {it.number}; GET /v1/node/activity lists those that are kept.",
+        param="id",
+        when="an operator named a record of the activity that is not kept any more, or that there never was",
+        client="list the activity again",
     ),
     PathForbidden: Row(
         status=403,

@@ -15,6 +15,7 @@ import trio
 from nodeagent.errors import InvalidApiKey, Refusal
 from nodeagent.front.accounts import account_var
 from nodeagent.front.activity import Activity, Record, user_agent_of
+from nodeagent.front.bodies import KeptBodies
 from nodeagent.front.refusals import code_of
 from nodeagent.front.usage import HEAD_BYTES, TAIL_BYTES, Usage, usage_of
 from nodeagent.histogram import Histogram
@@ -84,8 +85,8 @@ class Tallies:
 
 
 class RequestTally:
-    """What is noted of one request until `close` adds it to the sums and to the activity. What changes: everything, in
-    each method."""
+    """What is noted of one request until `close` adds it to the sums and to the activity. `bodies` are its own, None if
+    they are not to be kept. What changes: everything else, in each method."""
 
     def __init__(self, tallies: Tallies, request: "InferenceRequest") -> None:
         self._tallies = tallies
@@ -106,6 +107,7 @@ class RequestTally:
         self._first = b""
         self._pieces = 0
         self._is_whole = False
+        self.bodies = None if tallies.activity.bodies.limits is None else self._keep_bodies()
 
     def granted(self, device_id: str, queued_s: float, load_s: float) -> None:
         """It has its turn there, for which it waited that long, and then for the load of its model."""
@@ -161,10 +163,16 @@ class RequestTally:
             self._account.count_tokens(usage.prompt + usage.cached, generated)
         self._record(duration_s, usage)
 
+    def _keep_bodies(self) -> KeptBodies:
+        kept = KeptBodies(self._tallies.activity.bodies)
+        kept.requested(self._request.headers, self._request.body)
+        return kept
+
     def _record(self, duration_s: float, usage: Usage) -> None:
         request = self._request
         has_usage = bool(usage.prompt or usage.cached or usage.generated)
         record = self._tallies.activity.add(
+            self.bodies,
             request_id=request.request_id,
             began_at=self._began_on,
             path=request.client_path or request.path,

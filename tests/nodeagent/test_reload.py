@@ -1,6 +1,7 @@
 """Which keys a reload applies, and which need a restart. Reading the file again."""
 
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ CHANGES: dict[str, Any] = {
     "memory_settle_timeout_s": 9,
     "memory_reserve_bytes": 1000,
     "max_request_bytes": 1000,
-    "activity": {"max_records": 5},
+    "activity.max_records": 5,
+    "activity.path": "/activity.sqlite",
     "otlp_endpoint": "http://127.0.0.1:4318",
     "backend": "cpu",
     "devices": [{"device_id": "cpu:0"}],
@@ -66,12 +68,24 @@ def test_every_fixed_key_has_a_change_here() -> None:
 @pytest.mark.parametrize("key", FIXED_KEYS)
 def test_a_key_that_only_a_restart_changes_keeps_its_old_value_and_is_named(key: str) -> None:
     keys = {"state_dir": "/state", "node_name": "Box"}
-    before, after = config_of(A, **keys), config_of(A, **(keys | {key: CHANGES[key]}), queue_timeout_s=7)
+    whole, _, part = key.partition(".")
+    change = {whole: {part: CHANGES[key]} if part else CHANGES[key]}
+    before, after = config_of(A, **keys), config_of(A, **(keys | change), queue_timeout_s=7)
     assert compare(before, after).needs_restart == (key,)
     merged = merge(before, after)
-    assert getattr(merged, key) == getattr(before, key)
+    assert attrgetter(key)(merged) == attrgetter(key)(before)
     assert merged.queue_timeout_s == 7
     assert merged.source is after.source
+
+
+def test_a_reload_may_turn_the_bodies_in_the_activity_on_and_off() -> None:
+    before = config_of(A, activity={"max_records": 5})
+    after = config_of(A, activity={"max_records": 6, "bodies": True, "max_body_bytes": 7, "max_bodies_bytes": 8})
+    assert compare(before, after).needs_restart == ("activity.max_records",)
+    activity = merge(before, after).activity
+    assert (activity.max_records, activity.bodies) == (5, True)
+    assert (activity.max_body_bytes, activity.max_bodies_bytes) == (7, 8)
+    assert merge(after, before).activity.bodies is False
 
 
 TLS = {"tls_cert": "/cert", "tls_key": "/key"}
@@ -131,3 +145,7 @@ def test_each_warning_is_one_line_of_the_log_with_its_place(caplog: pytest.LogCa
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("/node.yaml:1: residency_linger_s: ")
+    caplog.clear()
+    log_warnings(config_of(A, activity={"bodies": True}))
+    [record] = caplog.records
+    assert record.getMessage().startswith("/node.yaml:1: activity.bodies: the bodies of requests and answers are kept")

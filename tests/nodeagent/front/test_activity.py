@@ -17,11 +17,18 @@ from nodeagent.errors import Refusal
 from nodeagent.front.activity import Activity, as_json, user_agent_of
 from nodeagent.front.activity_file import ActivityFile
 from nodeagent.front.activity_routes import add_routes
+from nodeagent.front.bodies import KeptBodies, Limits
 from nodeagent.front.refusals import refusal_response
 
 
 def add(activity: Activity, count: int = 1, **fields: Any) -> None:
-    record = {"request_id": "r", "began_at": 1_700_000_000.5, "path": "/v1/x", "duration_ms": 1.5, "status": 200}
+    record: dict[str, Any] = {
+        "request_id": "r",
+        "began_at": 1_700_000_000.5,
+        "path": "/v1/x",
+        "duration_ms": 1.5,
+        "status": 200,
+    }
     for _ in range(count):
         activity.add(**(record | fields))
 
@@ -65,8 +72,8 @@ def app_of(activity: Activity) -> QuartTrio:
     return app
 
 
-async def asked(activity: Activity, query: str = "") -> Exchange:
-    exchange = Exchange(method="GET", path="/v1/node/activity")
+async def asked(activity: Activity, query: str = "", path: str = "/v1/node/activity") -> Exchange:
+    exchange = Exchange(method="GET", path=path)
     exchange.scope["query_string"] = query.encode()
     await exchange.through(app_of(activity))
     return exchange
@@ -91,6 +98,38 @@ async def test_records_are_filtered(autojump_clock: MockClock) -> None:
         assert [record["id"] for record in content["activity"]] == found, query
     first = (await asked(activity, "key=alice")).content["activity"][0]
     assert (first["time"], first["tokens_per_s"]) == ("2023-11-14T22:13:20.500Z", None)
+
+
+async def test_one_record_is_shown_with_its_bodies_and_the_list_only_says_that_there_are_some(
+    autojump_clock: MockClock,
+) -> None:
+    activity = Activity()
+    activity.bodies.limit(Limits(100, 1000))
+    kept = KeptBodies(activity.bodies)
+    kept.requested([(b"content-type", b"application/json")], '{"a": "ä"}'.encode())
+    kept.answered([("Content-Type", "text/event-stream")]).add(b"data: secret\n\n")
+    add(activity)
+    add(activity, kept=kept)
+    listed = (await asked(activity)).content["activity"]
+    assert [(record["id"], record["has_bodies"]) for record in listed] == [(2, True), (1, False)]
+    assert "secret" not in json.dumps(listed)
+    shown = (await asked(activity, path="/v1/node/activity/2")).content
+    assert shown == {name: value for name, value in listed[0].items() if name != "has_bodies"} | {
+        "request_body": {"type": "application/json", "bytes": 11, "cut": False, "text": '{"a": "ä"}'},
+        "answer_body": {"type": "text/event-stream", "bytes": 14, "cut": False, "text": "data: secret\n\n"},
+    }
+    without = (await asked(activity, path="/v1/node/activity/1")).content
+    assert (without["id"], without["request_body"], without["answer_body"]) == (1, None, None)
+
+
+@pytest.mark.parametrize("number", [0, 3, 10**30])
+async def test_a_record_that_is_not_kept_is_not_found(number: int, autojump_clock: MockClock) -> None:
+    activity = Activity(1)
+    add(activity, 2)
+    error = await asked(activity, path=f"/v1/node/activity/{number}")
+    assert error.error() == (404, "record_not_found")
+    assert (await asked(activity, path="/v1/node/activity/1")).error() == (404, "record_not_found")
+    assert (await asked(activity, path="/v1/node/activity/2")).content["id"] == 2
 
 
 @pytest.mark.parametrize(
