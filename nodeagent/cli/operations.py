@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nodeagent.cli.discovery import find_state_dir
-from nodeagent.cli.events_table import ACTIVITY_HEAD, activity_line, event_line
+from nodeagent.cli.events_table import ACTIVITY_HEAD, activity_line, activity_text, event_line
 from nodeagent.errors import NodeAgentError, StartupError
 from nodeagent.logs import printable
 from nodeagent.state_dir import admin_token, certificate_file, read_address
@@ -73,6 +73,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="only events after this one (default: all that the agent keeps)",
     )
     requests = _command(commands, "activity", "print what the last requests took", activity)
+    requests.add_argument("--id", type=int, metavar="ID", help="this one, with the bodies that are kept of it")
     requests.add_argument("--limit", type=int, default=20, metavar="N", help="the last N (default: %(default)s)")
     requests.add_argument("--model", metavar="MODEL_ID", help="of this model only")
     requests.add_argument("--json", action="store_true", help="one JSON object per line, for programs")
@@ -178,6 +179,8 @@ def events(args: argparse.Namespace) -> int:
 
 
 def activity(args: argparse.Namespace) -> int:
+    if args.id is not None:
+        return _one_of_activity(args)
     _end_with_reader()
     params = {"limit": str(args.limit), **({"model_id": args.model} if args.model else {})}
     show = json.dumps if args.json else activity_line
@@ -195,6 +198,13 @@ def activity(args: argparse.Namespace) -> int:
             for line in it.iter_lines():
                 if line.startswith("data: "):
                     print(show(json.loads(line.removeprefix("data: "))), flush=True)
+    return 0
+
+
+def _one_of_activity(args: argparse.Namespace) -> int:
+    with _agent(args) as http:
+        record = _answer(http.get(f"/v1/node/activity/{args.id}"))
+    print(json.dumps(record) if args.json else activity_text(record))
     return 0
 
 

@@ -231,9 +231,9 @@ def test_activity_is_a_table_for_people_the_oldest_first(agent: Agent, capsys: p
     assert agent.run("activity", "--limit", "2", "--model", "tiny") == 0
     assert agent.requests[0].target == "/v1/node/activity?limit=2&model_id=tiny"
     head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["TIME", "STATUS", "KEY"]
-    assert first.split()[1:5] == ["200", "-", "cpu:0", "tiny"]
-    assert first.split()[5:] == ["1.25", "s", "0.00", "s", "0.02", "s", "2.00", "s", "8", "4", "48.78"]
+    assert head.split()[:4] == ["ID", "TIME", "STATUS", "KEY"]
+    assert (first.split()[0], first.split()[2:6]) == ("7", ["200", "-", "cpu:0", "tiny"])
+    assert first.split()[6:] == ["1.25", "s", "0.00", "s", "0.02", "s", "2.00", "s", "8", "4", "48.78"]
     assert second.split()[-1] == "queue_full"
 
 
@@ -246,6 +246,35 @@ def test_activity_for_programs_is_one_object_a_line_and_goes_on_where_the_list_e
     assert json.loads(capsys.readouterr().out) == RECORD
     assert agent.run("activity", "--json", "--follow") == 0
     assert agent.requests[-1].target == "/v1/node/activity?limit=20&follow=true&since=7"
+
+
+@pytest.mark.real
+def test_one_request_is_shown_with_its_bodies_and_without_control_characters(
+    agent: Agent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"type": "application/json", "bytes": 70_000, "cut": True, "text": '{"a":\n "\x1b[31m"'}
+    form = {"type": "multipart/form-data", "bytes": 9, "cut": False, "text": None}
+    agent.respond("GET /v1/node/activity/7", RECORD | {"request_body": form, "answer_body": text})
+    assert agent.run("activity", "--id", "7") == 0
+    head, line, *rest = capsys.readouterr().out.splitlines()
+    assert (head.split()[0], line.split()[0]) == ("ID", "7")
+    assert rest == [
+        "",
+        "Request (multipart/form-data, 9 bytes): no text",
+        "",
+        "Answer (application/json, 70000 bytes, cut):",
+        '{"a":',
+        r' "\x1b[31m"',
+    ]
+    assert agent.run("activity", "--id", "7", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["answer_body"] == text
+    agent.respond("GET /v1/node/activity/7", RECORD | {"request_body": None, "answer_body": None})
+    assert agent.run("activity", "--id", "7") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Its bodies are not kept: ")
+    error = {"message": "There is no record 8; ...", "type": "invalid_request_error", "code": "record_not_found"}
+    agent.respond("GET /v1/node/activity/8", {"error": error}, 404)
+    assert agent.run("activity", "--id", "8") == 1
+    assert "There is no record 8" in capsys.readouterr().err
 
 
 @pytest.mark.real
