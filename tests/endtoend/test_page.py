@@ -356,6 +356,49 @@ def with_activity(tab: Tab, records: list[dict[str, Any]], followed: str = ": no
     )
 
 
+def test_the_bodies_of_a_request_are_shown_as_text_when_they_are_asked_for(tab: Tab) -> None:
+    with_activity(tab, [RECORD | {"has_bodies": True}, RECORD | {"id": 6, "has_bodies": False}])
+    bodies = {
+        "request_body": {"type": "application/json", "bytes": 70_000, "cut": True, "text": f'{{"a": "{MARKUP}"'},
+        "answer_body": {"type": "audio/wav", "bytes": 2048, "cut": False, "text": None},
+    }
+    tab.page.route("**/v1/node/activity/7", lambda route: route.fulfill(json=RECORD | bodies))
+    tab.sign_in()
+    rows = tab.show("activity").get_by_role("row")
+    expect(rows.nth(1)).to_contain_text("Bodies")
+    expect(rows.nth(2)).to_contain_text("tiny")
+    expect(rows.nth(2).get_by_role("button")).to_have_count(0)
+    rows.nth(1).get_by_role("button", name="Bodies").click()
+    dialog = tab.page.get_by_role("dialog", name="Request 7: /v1/chat/completions")
+    expect(dialog).to_contain_text("application/json · 68 KiB · cut")
+    expect(dialog.locator("pre")).to_have_text([f'{{"a": "{MARKUP}"'])
+    expect(dialog).to_contain_text("audio/wav · 2.0 KiB")
+    assert dialog.locator("img, script").count() == 0
+    assert tab.page.title() not in ("1", "2")
+    assert faults_of(tab.page) == []
+    tab.page.set_viewport_size({"width": PHONE_WIDTH, "height": 740})
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= PHONE_WIDTH
+    expect(dialog.get_by_role("button", name="Close")).to_be_visible()
+    tab.page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    assert tab.page.locator("dialog pre").count() == 0, "what people wrote does not stay"
+
+
+def test_bodies_that_are_not_kept_any_more_are_a_message_and_a_lost_token_closes_them(tab: Tab) -> None:
+    tab.expected += [404, 401]
+    with_activity(tab, [RECORD | {"has_bodies": True}])
+    gone = {"error": {"message": f"There is no record 7; {MARKUP}"}}
+    tab.page.route("**/v1/node/activity/7", lambda route: route.fulfill(status=404, json=gone))
+    tab.sign_in()
+    tab.show("activity").get_by_role("button", name="Bodies").click()
+    expect(tab.page.get_by_role("dialog")).to_contain_text(f"There is no record 7; {MARKUP}")
+    tab.button("Close").click()
+    tab.page.route("**/v1/node/activity/7", lambda route: route.fulfill(status=401, json=gone))
+    tab.show("activity").get_by_role("button", name="Bodies").click()
+    expect(tab.button("Sign in").first).to_be_visible()
+    expect(tab.page.get_by_role("dialog")).to_be_hidden()
+
+
 def test_a_node_without_activity_says_so(tab: Tab) -> None:
     tab.page.route("**/v1/node/activity?*", lambda route: route.fulfill(status=404, json={"error": {"message": "no"}}))
     tab.sign_in()

@@ -1,6 +1,7 @@
-// The last requests, with where their time went.
+// The last requests, with where their time went, and the bodies of one where the node keeps them.
 
 import { Failure, get, serverEvents, stream } from "./api.js";
+import { bodiesDialog } from "./bodies.js";
 import { el, pill, setText, table, textPart, twoTexts } from "./dom.js";
 import { clock, count, milliseconds, rate } from "./format.js";
 import { signInPrompt } from "./operator.js";
@@ -10,6 +11,7 @@ const SHOWN = 50;
 const RETRY_MS = 5_000;
 
 export function activityView({ operator }) {
+  const bodies = bodiesDialog(operator);
   const prompt = signInPrompt(operator, "Activity");
   const empty = el("p", { class: "empty" });
   const requests = table("The last requests", [
@@ -24,8 +26,9 @@ export function activityView({ operator }) {
     { name: "Prompt", class: "number", cell: () => twoTexts((it) => count(it.prompt_tokens), cached) },
     { name: "Answer", class: "number", cell: () => textPart((it) => count(it.completion_tokens)) },
     { name: "Tokens/s", class: "number", cell: () => textPart((it) => rate(it.tokens_per_s)) },
+    { name: "", class: "orders", cell: () => bodiesCell(bodies) },
   ], (it) => `${it.id} ${it.request_id}`);
-  const node = el("section", { "aria-label": "Activity" }, el("div", { class: "card" }, prompt, empty, requests.node));
+  const node = el("section", { "aria-label": "Activity" }, el("div", { class: "card" }, prompt, empty, requests.node), bodies.node);
   let following = null;
   let records = [];
   return { node, update, show: update, hide: stop };
@@ -36,6 +39,7 @@ export function activityView({ operator }) {
       if (!following && node.isConnected && !document.hidden) follow();
     } else {
       stop();
+      bodies.close();
       empty.hidden = requests.node.hidden = true;
     }
   }
@@ -84,6 +88,19 @@ function statusCell() {
     update(it) {
       const isWell = it.status !== null && it.status < 400 && !it.error;
       status.update(isWell ? "ready" : "failed", [it.status, it.error].filter((part) => part !== null && part !== undefined).join(" "));
+    },
+  };
+}
+
+function bodiesCell(bodies) {
+  let shown;
+  const button = el("button", { type: "button", onclick: () => bodies.open(shown) }, "Bodies");
+  const node = el("span");
+  return {
+    node,
+    update(it) {
+      shown = it;
+      if (it.has_bodies && !button.isConnected) node.append(button);
     },
   };
 }
