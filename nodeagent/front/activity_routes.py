@@ -8,10 +8,11 @@ import msgspec
 import trio
 from quart import Blueprint, Response, request
 
-from nodeagent.errors import InvalidRequest, NoSuchRecord
+from nodeagent.errors import NoSuchRecord
 from nodeagent.front import bodies
 from nodeagent.front.activity import Activity, Record, as_json
 from nodeagent.front.streams import follows, stream_response
+from nodeagent.front.whole_numbers import MOST, whole_number
 
 _LIMIT: Final = 100
 _LIMIT_MAX: Final = 1000
@@ -28,9 +29,7 @@ def add_routes(routes: Blueprint, activity: Activity) -> None:
         wanted = _filter()
         limit = _number("limit", _LIMIT, low=1, high=_LIMIT_MAX)
         if follows():
-            last_seen = request.headers.get("Last-Event-ID")
-            since = _number("since", activity.last_id) if last_seen is None else _as_number("Last-Event-ID", last_seen)
-            return stream_response(_Stream(activity, since, wanted), "text/event-stream")
+            return stream_response(_Stream(activity, _last_seen(activity), wanted), "text/event-stream")
         records = activity.newest(wanted, limit=limit, since=_number("since", 0))
         return {"activity": [_line(activity, record) for record in records]}
 
@@ -63,16 +62,15 @@ def _filter() -> Wanted:
     return wanted
 
 
-def _number(name: str, default: int, *, low: int = 0, high: int = 2**63 - 1) -> int:
+def _last_seen(activity: Activity) -> int:
+    """The record after which a stream goes on."""
+    header = request.headers.get("Last-Event-ID")
+    return _number("since", activity.last_id) if header is None else whole_number("Last-Event-ID", header)
+
+
+def _number(name: str, default: int, *, low: int = 0, high: int = MOST) -> int:
     text = request.args.get(name)
-    return default if text is None else _as_number(name, text, low, high)
-
-
-def _as_number(name: str, text: str, low: int = 0, high: int = 2**63 - 1) -> int:
-    if text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
-        return int(text)
-    bounds = f"from {low} to {high}" if high < 2**63 - 1 else f"of at least {low}"
-    raise InvalidRequest(f"'{name}' must be a whole number {bounds}, not {text[:40]!r}.", param=name)
+    return default if text is None else whole_number(name, text, low, high)
 
 
 class _Stream(AsyncIterator[bytes]):

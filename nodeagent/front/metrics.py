@@ -6,7 +6,7 @@ Labels have closed sets of values: devices, configured models, states, and the r
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
@@ -48,10 +48,19 @@ def blueprint(node: Node, tallies: Tallies, figures: ServerFigures) -> Blueprint
     @routes.get("/metrics")
     async def metrics() -> Response:
         await figures.refresh()
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        encode, content_type = _encoder(request.headers.get("Accept", ""))
         return Response(encode(registry), content_type=content_type)
 
     return routes
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """The format that the client takes, and its type; the plain one if it names a version that is no number, which
+    prometheus_client raises for."""
+    try:
+        return choose_encoder(accept)
+    except TypeError:
+        return choose_encoder("")
 
 
 class _NodeCollector(Collector):

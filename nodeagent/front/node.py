@@ -19,6 +19,7 @@ from nodeagent.front import activity_routes, looks, upstream
 from nodeagent.front.inference import Inference
 from nodeagent.front.seam import Node, find_card
 from nodeagent.front.streams import follows, stream_response
+from nodeagent.front.whole_numbers import whole_number
 
 # So that a client, and the proxies in between, see that the stream is alive.
 _PING_S = 15.0
@@ -51,11 +52,9 @@ def blueprint(node: Node, inference: Inference) -> Blueprint:
 
     @admin.get("/v1/node/events")
     async def events() -> Response:
-        last_seen = request.headers.get("Last-Event-ID", request.args.get("after", "0"))
-        if not last_seen.isdecimal():
-            raise InvalidRequest(f"'Last-Event-ID' must be a number, not {last_seen[:40]!r}.", param="Last-Event-ID")
+        last_seen = whole_number("Last-Event-ID", request.headers.get("Last-Event-ID", request.args.get("after", "0")))
         follow = request.args.get("follow", "true") not in ("false", "0", "no")
-        return stream_response(_EventStream(node.events, int(last_seen), follow=follow), "text/event-stream")
+        return stream_response(_EventStream(node.events, last_seen, follow=follow), "text/event-stream")
 
     @admin.get("/v1/node/devices/<device_id>/logs")
     async def logs(device_id: str) -> Response:
@@ -152,10 +151,7 @@ async def _fields(kinds: dict[str, type]) -> dict[str, Any]:
 
 
 def _lines_wanted() -> int:
-    text = request.args.get("lines", str(_LINES_MAX))
-    if not text.isdecimal():
-        raise InvalidRequest(f"'lines' must be a number, not {text[:40]!r}.", param="lines")
-    return min(int(text), _LINES_MAX)
+    return min(whole_number("lines", request.args.get("lines", str(_LINES_MAX))), _LINES_MAX)
 
 
 def _last(ring: Ring[str], wanted: int) -> list[str]:

@@ -130,6 +130,13 @@ def test_openmetrics_is_spoken_to_those_who_ask_for_it(agent: AgentProcess) -> N
     assert {"nodeagent_requests", "nodeagent_build", "nodeagent_status"} <= names
 
 
+@pytest.mark.parametrize("version", ["x", "1.0.x", "9" * 5000])
+def test_who_asks_for_a_version_that_is_none_gets_the_plain_format(agent: AgentProcess, version: str) -> None:
+    accept = {"Accept": f"application/openmetrics-text; version={version}"}
+    answer = httpx.get(f"{agent.base_url}/metrics", headers=accept, trust_env=False)
+    assert (answer.status_code, answer.headers["content-type"].split(";")[0]) == (200, "text/plain")
+
+
 def test_promtool_finds_nothing_to_complain_about(agent: AgentProcess) -> None:
     promtool = shutil.which("promtool", path=os.environ["PATH"] + ":/usr/sbin:/usr/bin")
     assert promtool is not None, "promtool is missing: install Debian's package prometheus"
