@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from nodeagent.llama_server.server_id import ServerId
+from nodeagent.timestamps import rfc3339
 from supervisor import lifecycle
 
 KEPT = 1000
@@ -78,7 +79,7 @@ class NodeEvent:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "at": self.at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "at": rfc3339(self.at),
             "kind": self.kind,
             "device_id": self.device_id,
             "model_id": self.model_id,

@@ -20,6 +20,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Final, Literal
 
+from nodeagent.timestamps import rfc3339
+
 LogFormat = Literal["auto", "human", "json"]
 
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -194,9 +196,8 @@ class JsonFormatter(logging.Formatter):
     """One JSON object: time (RFC 3339, UTC, ms), level, logger, message, the FIELDS that are set, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         event: dict[str, object] = {
-            "time": time.replace("+00:00", "Z"),
+            "time": rfc3339(datetime.fromtimestamp(record.created, UTC)),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": _message(record),

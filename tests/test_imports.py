@@ -23,13 +23,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Leaves.
     "nodeagent.errors": set(),
     "nodeagent.devices.values": set(),
-    "nodeagent.logs": set(),
+    "nodeagent.timestamps": set(),
+    "nodeagent.logs": {"nodeagent.timestamps"},
     "nodeagent.containment": {"supervisor.containment"},
     "nodeagent.descriptors": set(),
     "nodeagent.host_names": set(),
     "nodeagent.whole_files": set(),
     "nodeagent.llama_server.server_id": set(),
-    "nodeagent.events": {"nodeagent.llama_server.server_id", "supervisor.lifecycle"},
+    "nodeagent.events": {"nodeagent.llama_server.server_id", "nodeagent.timestamps", "supervisor.lifecycle"},
     "nodeagent.state_dir": {"nodeagent.errors"},
     "nodeagent.gguf": {"nodeagent.errors"},
     # The configuration: nothing that runs.
@@ -88,9 +89,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.logs",
         "nodeagent.scheduling",
         "nodeagent.status",
+        "nodeagent.timestamps",
         *VALUES,
     },
-    "nodeagent.dispatcher": {"nodeagent.containment", "nodeagent.scheduling.seam", "nodeagent.status", *VALUES},
+    "nodeagent.dispatcher": {
+        "nodeagent.containment",
+        "nodeagent.scheduling.seam",
+        "nodeagent.status",
+        "nodeagent.timestamps",
+        *VALUES,
+    },
     # The node: what runs on each device, and the operations on all of it.
     "nodeagent.reload": {"nodeagent.config", "nodeagent.errors", "nodeagent.front.seam", "nodeagent.state_dir"},
     "nodeagent.managed_device": {
@@ -145,6 +153,7 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "nodeagent.devices.values": set(),
     "nodeagent.status": {"trio"},
     "nodeagent.logs": set(),
+    "nodeagent.timestamps": set(),
     "nodeagent.containment": set(),
     "nodeagent.descriptors": set(),
     "nodeagent.host_names": {"trio"},

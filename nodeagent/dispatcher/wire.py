@@ -4,10 +4,12 @@ Sizes in bytes, durations in seconds, times in RFC 3339 and UTC; what is unknown
 readers ignore fields that they don't know. `protocol` rises when a field changes its meaning.
 """
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+from nodeagent.timestamps import rfc3339
 
 PROTOCOL = 1
 
@@ -15,12 +17,7 @@ PROTOCOL = 1
 INTERVAL_MIN_S = 1.0
 INTERVAL_MAX_S = 300.0
 
-
-def _rfc3339(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
+Time = Annotated[datetime, PlainSerializer(rfc3339, return_type=str)]
 
 
 class Payload(BaseModel):

@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from nodeagent.front.bodies import Bodies, KeptBodies
+from nodeagent.timestamps import rfc3339
 
 DEFAULT_RECORDS: Final = 1000
 _USER_AGENT_CHARS: Final = 200
@@ -106,8 +107,7 @@ class Activity:
 def as_json(record: Record) -> dict[str, Any]:
     """A record as `/v1/node/activity` shows it."""
     shown = {field: getattr(record, field) for field in record.__struct_fields__}
-    began_at = datetime.fromtimestamp(shown.pop("began_at"), UTC)
-    time = began_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    time = rfc3339(datetime.fromtimestamp(shown.pop("began_at"), UTC))
     return {"id": shown.pop("id"), "request_id": shown.pop("request_id"), "time": time, **shown}
 
 

@@ -10,6 +10,7 @@ from nodeagent.access.gate import Account
 from nodeagent.errors import NoSuchRequest
 from nodeagent.front.accounts import account_var
 from nodeagent.front.first_bytes import FirstBytes
+from nodeagent.timestamps import rfc3339
 
 
 class Running:
@@ -59,7 +60,7 @@ def _json(number: int, first_bytes: FirstBytes, account: Account | None, now: fl
         "device_id": ticket.lane.device_id,
         "priority": request.priority.name.lower(),
         "state": "waiting" if lease is None else "in_flight",
-        "since": (wall - timedelta(seconds=age_s)).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "since": rfc3339(wall - timedelta(seconds=age_s)),
         "queued_s": round(age_s if lease is None else lease.granted_at - ticket.admitted_at, 3),
         "served_s": None if lease is None else round(now - lease.granted_at, 3),
     }
