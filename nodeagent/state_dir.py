@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nodeagent.errors import StartupError
+from nodeagent.whole_files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,7 @@ def admin_token(state_dir: Path) -> str:
     path = state_dir / "admin.token"
     try:
         if not path.exists():
-            # Under another name first: nobody sees it half written.
-            scratch = path.with_suffix(".new")
-            scratch.unlink(missing_ok=True)
-            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(32) + "\n")
-            scratch.replace(path)
+            replace_file(path, f"{secrets.token_urlsafe(32)}\n".encode(), private=True)
         token = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
         raise StartupError(f"{path} can't be used: {error}") from error
@@ -89,10 +85,8 @@ def admin_token(state_dir: Path) -> str:
 def write_address(state_dir: Path, base_url: str) -> None:
     """Record the agent's address for the command line. If that fails (on a full disk), log a warning."""
     path = state_dir / "address"
-    scratch = path.with_suffix(".new")
     try:
-        scratch.write_text(base_url + "\n", encoding="ascii")
-        scratch.replace(path)
+        replace_file(path, f"{base_url}\n".encode("ascii"))
     except OSError as error:
         logger.warning("%s can't be written, so commands may not find this agent: %s", path, error.strerror)
 
@@ -105,13 +99,11 @@ def certificate_file(state_dir: Path) -> Path:
 def write_certificate(state_dir: Path, certificate: Path | None) -> None:
     """Copy the agent's certificate, or remove the copy. If that fails, log a warning."""
     copy = certificate_file(state_dir)
-    scratch = copy.with_suffix(".new")
     try:
         if certificate is None:
             copy.unlink(missing_ok=True)
         else:
-            scratch.write_bytes(certificate.read_bytes())
-            scratch.replace(copy)
+            replace_file(copy, certificate.read_bytes())
     except OSError as error:
         logger.warning("%s can't be written, so commands may not trust this agent: %s", copy, error.strerror)
 

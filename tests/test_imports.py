@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.whole_files": set(),
     "nodeagent.llama_server.server_id": set(),
     "nodeagent.events": {"nodeagent.llama_server.server_id", "nodeagent.timestamps", "supervisor.lifecycle"},
-    "nodeagent.state_dir": {"nodeagent.errors"},
+    "nodeagent.state_dir": {"nodeagent.errors", "nodeagent.whole_files"},
     "nodeagent.gguf": {"nodeagent.errors"},
     # The configuration: nothing that runs.
     "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf", "nodeagent.whole_files"},
