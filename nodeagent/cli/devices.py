@@ -10,6 +10,7 @@ from typing import Any
 
 from nodeagent import logs
 from nodeagent.cli.operations import columns, gib
+from nodeagent.cli.subcommand import add_subcommand
 from nodeagent.config import NodeConfig, default_llama_server, find_llama_server, load_config, located
 from nodeagent.devices.backend import Backend, Build
 from nodeagent.devices.limits import own_cpus
@@ -22,17 +23,14 @@ _BETWEEN_READINGS_S = 0.5
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("devices", help="show the devices of this host, and what keeps a server to each")
-    # SUPPRESS: given before the command, the option must survive the command's own default.
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="the devices and llama-server of this configuration (default: those of the default settings)",
+    parser = add_subcommand(
+        commands,
+        "devices",
+        "show the devices of this host, and what keeps a server to each",
+        show_devices,
+        config="the devices and llama-server of this configuration (default: those of the default settings)",
     )
     parser.add_argument("--json", action="store_true", help="everything that is known of each, for programs")
-    parser.set_defaults(command=show_devices)
 
 
 def show_devices(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from nodeagent.access.limits import Sums
 from nodeagent.access.sums import account_json, read_sums, sums_file
 from nodeagent.cli.discovery import find_state_dir
 from nodeagent.cli.operations import columns
+from nodeagent.cli.subcommand import Command, add_subcommand
 from nodeagent.config import ApiKeyConfig, NodeConfig, load_config, read_key_file
 from nodeagent.config.api_keys import PRIORITIES, ROLES, digest_of
 from nodeagent.config.key_file import changing, write_key_file
@@ -47,14 +48,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     remove.add_argument("name")
 
 
-def _action(actions: Any, name: str, does: str, command: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(name, help=does)
-    # SUPPRESS: given before the command, the option must survive the command's own default.
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="the configuration of the agent (YAML)"
-    )
-    parser.set_defaults(command=command)
-    return parser
+def _action(
+    actions: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str, run: Command
+) -> argparse.ArgumentParser:
+    return add_subcommand(actions, name, does, run, config="the configuration of the agent (YAML)")
 
 
 def _add(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from nodeagent import logs
 from nodeagent.cli import demo, devices, keys, operations
+from nodeagent.cli.subcommand import add_subcommand
 from nodeagent.config import (
     NodeConfig,
     check_config,
@@ -103,12 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_arguments(demonstration)
     demonstration.set_defaults(command=_demo)
 
-    check = commands.add_parser("check-config", help="list all problems of a configuration, or what it would run")
-    # SUPPRESS: given before the command, the option must survive the command's own default.
-    check.add_argument(
-        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="the configuration (YAML)"
-    )
-    check.set_defaults(command=_check_config)
+    does = "list all problems of a configuration, or what it would run"
+    add_subcommand(commands, "check-config", does, _check_config, config="the configuration (YAML)")
 
     schema = commands.add_parser("schema", help="print the JSON Schema of the configuration, or its reference")
     schema.add_argument("--format", choices=("json", "markdown"), default="json", help="default: %(default)s")

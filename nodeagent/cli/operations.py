@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nodeagent.cli.discovery import find_state_dir
 from nodeagent.cli.events_table import ACTIVITY_HEAD, activity_line, activity_text, event_line
+from nodeagent.cli.subcommand import Command, add_subcommand
 from nodeagent.errors import NodeAgentError, StartupError
 from nodeagent.logs import printable
 from nodeagent.state_dir import admin_token, certificate_file, read_address
@@ -91,19 +92,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str, run: Any
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str, run: Command
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=does)
-    # SUPPRESS: given before the command, the option must survive the command's own default.
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="the running agent's configuration"
-    )
-    parser.set_defaults(command=run, action=name)
-    return parser
+    return add_subcommand(commands, name, does, run, config="the running agent's configuration")
 
 
 def _model_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str, run: Any
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, does: str, run: Command
 ) -> argparse.ArgumentParser:
     parser = _command(commands, name, does, run)
     parser.add_argument("model", metavar="MODEL", help="its id or alias")
