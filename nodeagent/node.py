@@ -234,8 +234,8 @@ class Node:
             return replace(state, status=NodeStatus.STARTING)
         return state
 
-    def inventory_json(self, *, for_operators: bool = False, with_fits: bool = True) -> bytes:
-        return inventory(self.snapshot(with_fits=with_fits), for_operators=for_operators).model_dump_json().encode()
+    def inventory_json(self, *, for_operators: bool = False) -> bytes:
+        return inventory(self.snapshot(with_fits=True), for_operators=for_operators).model_dump_json().encode()
 
     def log_of(self, device_id: str) -> Ring[str]:
         return self._device(device_id).lines

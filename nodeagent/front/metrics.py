@@ -5,9 +5,8 @@ https://prometheus.io/docs/instrumenting/exposition_formats/
 Labels have closed sets of values: devices, configured models, states, and the reasons of the tables in the READMEs.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -26,7 +25,7 @@ from nodeagent.front.server_figures import COUNTERS, ServerFigures
 from nodeagent.front.tallies import Tallies
 from nodeagent.histogram import Histogram
 from nodeagent.scheduling.seam import ServerState
-from nodeagent.status import NodeStatus
+from nodeagent.status import DeviceStatus, NodeSnapshot, NodeStatus
 
 _PREFIX: Final = "nodeagent"
 # Of a device, what its last reading says; unknown values have no sample.
@@ -73,11 +72,11 @@ class _NodeCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Every metric as it is now."""
-        inventory = json.loads(self._node.inventory_json(with_fits=False))
-        yield from _of_node(inventory)
-        yield from _of_lanes(inventory["devices"])
-        yield from _of_readings(inventory["devices"])
-        yield from _of_servers(inventory["devices"], self._node.backend_exits)
+        node = self._node.snapshot()
+        yield from _of_node(node)
+        yield from _of_lanes(node.devices)
+        yield from _of_readings(node.devices)
+        yield from _of_servers(node.devices, self._node.backend_exits)
         loads = HistogramMetricFamily(
             f"{_PREFIX}_backend_load_seconds",
             "From the spawn of a server to its readiness.",
@@ -148,19 +147,21 @@ class _NodeCollector(Collector):
             yield family
 
 
-def _of_node(inventory: Mapping[str, Any]) -> Iterator[Metric]:
-    lanes = [device["lane"] for device in inventory["devices"]]
-    for name, text in (("running", "in flight"), ("waiting", "queued")):
-        key = "in_flight" if name == "running" else name
+def _of_node(node: NodeSnapshot) -> Iterator[Metric]:
+    lanes = [device.lane for device in node.devices]
+    for name, text, count in (
+        ("running", "in flight", sum(lane.in_flight for lane in lanes)),
+        ("waiting", "queued", sum(lane.waiting for lane in lanes)),
+    ):
         family = GaugeMetricFamily(f"{_PREFIX}_num_requests_{name}", f"Requests {text} on the whole node.")
-        family.add_metric([], sum(lane[key] for lane in lanes))
+        family.add_metric([], count)
         yield family
     status = GaugeMetricFamily(f"{_PREFIX}_status", "1 for the status that the node has.", labels=["status"])
     for one in NodeStatus:
-        status.add_metric([one.value], float(one.value == inventory["status"]))
+        status.add_metric([one.value], float(one is node.state.status))
     yield status
     build = InfoMetricFamily(f"{_PREFIX}_build", "The agent's version.")
-    build.add_metric([], {"version": inventory["agent_version"]})
+    build.add_metric([], {"version": node.agent_version})
     yield build
 
 
@@ -176,7 +177,7 @@ def _of_dispatcher(state: tuple[bool, float | None] | None) -> Iterator[Metric]:
     yield age
 
 
-def _of_lanes(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:
+def _of_lanes(devices: Iterable[DeviceStatus]) -> Iterator[Metric]:
     for name, key, text in (
         ("requests_running", "in_flight", "Requests in flight."),
         ("requests_waiting", "waiting", "Queued requests."),
@@ -185,31 +186,31 @@ def _of_lanes(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:
     ):
         family = GaugeMetricFamily(f"{_PREFIX}_device_{name}", text, labels=["device"])
         for device in devices:
-            family.add_metric([device["device_id"]], device["lane"][key])
+            family.add_metric([device.ref.device_id], getattr(device.lane, key))
         yield family
 
 
-def _of_readings(devices: list[Mapping[str, Any]]) -> Iterator[Metric]:
+def _of_readings(devices: Iterable[DeviceStatus]) -> Iterator[Metric]:
     for name, text in _READINGS.items():
         family = GaugeMetricFamily(f"{_PREFIX}_device_{name}", text, labels=["device"])
         for device in devices:
-            value = device["metrics"][name]
+            value = None if device.metrics is None else getattr(device.metrics, name)
             if value is not None:
-                family.add_metric([device["device_id"]], value)
+                family.add_metric([device.ref.device_id], value)
         yield family
 
 
-def _of_servers(devices: list[Mapping[str, Any]], exits: Mapping[tuple[str, str, str], int]) -> Iterator[Metric]:
+def _of_servers(devices: Iterable[DeviceStatus], exits: Mapping[tuple[str, str, str], int]) -> Iterator[Metric]:
     states = GaugeMetricFamily(
         f"{_PREFIX}_backend_state",
         "1 for the state of a model's server on a device; no samples where it has none.",
         labels=["device", "model", "state"],
     )
     for device in devices:
-        for server in device["servers"]:
+        for server in device.servers:
             for state in ServerState:
-                labels = [device["device_id"], server["model_id"], state.value]
-                states.add_metric(labels, float(state.value == server["state"]))
+                labels = [device.ref.device_id, server.model_id, state.value]
+                states.add_metric(labels, float(state is server.state))
     yield states
     ends = CounterMetricFamily(
         f"{_PREFIX}_backend_exits", "Servers that have ended, by why.", labels=["device", "model", "reason"]

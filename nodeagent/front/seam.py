@@ -13,7 +13,7 @@ from nodeagent.front.parameters import Parameters
 from nodeagent.histogram import Histogram
 from nodeagent.llama_server.relay import Upstream
 from nodeagent.scheduling.scheduler import Scheduler
-from nodeagent.status import NodeState
+from nodeagent.status import NodeSnapshot, NodeState
 
 _DEFAULT_TAG: Final = ":latest"
 _ROLE: Final = "role:"
@@ -110,9 +110,12 @@ class Node(Protocol):
     def state(self) -> NodeState:
         """The node's status, with the reasons for it."""
 
-    def inventory_json(self, *, for_operators: bool = False, with_fits: bool = True) -> bytes:
+    def snapshot(self) -> NodeSnapshot:
+        """Everything about the node now, but for how each model fits on each device."""
+
+    def inventory_json(self, *, for_operators: bool = False) -> bytes:
         """The inventory: what registration and heartbeat contain, and what is configured; for operators with what
-        servers printed before they ended. `with_fits` is whether it tells how each model fits on each device."""
+        servers printed before they ended."""
 
     @property
     def backend_exits(self) -> Mapping[tuple[str, str, str], int]:

@@ -30,7 +30,7 @@ class BareNode:
     def state(self) -> NodeState:
         return NodeState(NodeStatus.READY, (), can_serve=True)
 
-    def inventory_json(self, *, for_operators: bool = False, with_fits: bool = True) -> bytes:
+    def inventory_json(self, *, for_operators: bool = False) -> bytes:
         return b"{}"
 
 

@@ -75,7 +75,7 @@ class OneModel:
     def state(self) -> NodeState:
         return NodeState(self.status, (), can_serve=True)
 
-    def inventory_json(self, *, for_operators: bool = False, with_fits: bool = True) -> bytes:
+    def inventory_json(self, *, for_operators: bool = False) -> bytes:
         if self.status is NodeStatus.STOPPING:
             raise RuntimeError("a bug")
         return json.dumps({"for_operators": for_operators}).encode()
