@@ -174,7 +174,8 @@ class ModelNotLoaded(Refusal):
 
 
 class WrongTask(Refusal):
-    """The model is for another task (`task`) than the path needs; `able` are the models for that one."""
+    """The model is for another task (`task`) than the path needs; `able` are the models for that one
+    that the request's API key may use."""
 
     def __init__(self, model_id: str, task: str, needed: str, able: list[str]) -> None:
         self.model_id = model_id

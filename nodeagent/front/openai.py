@@ -131,7 +131,7 @@ def _check_task(node: Node, card: ModelCard, endpoint: Endpoint) -> None:
     """Refuse what the model can't do before it is loaded, and another one evicted for it. Raises WrongTask."""
     if _can_do(card, endpoint):
         return
-    able = [other.model_id for other in node.cards() if other.task == endpoint.task]
+    able = [other.model_id for other in visible_cards(node) if other.task == endpoint.task]
     raise WrongTask(card.model_id, card.task or "", endpoint.task or "", able)
 
 

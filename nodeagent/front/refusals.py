@@ -162,7 +162,8 @@ REFUSALS: dict[type[Refusal], Row] = {
             + (f"These are: {', '.join(it.able)}." if it.able else "This node has none.")
         ),
         param="model",
-        when="the model is for another task (chat, embedding, rerank) than the path; the message lists those for it",
+        when="the model is for another task (chat, embedding, rerank) than the path; the message "
+        "lists those for it that the API key may use",
         client="use another model or path",
     ),
     RemoteMediaForbidden: Row(

@@ -15,7 +15,7 @@ from fakes.upstream import Act, UpstreamServers
 from nodeagent.access.gate import Account, today
 from nodeagent.access.limits import Limits, Meter, Sums
 from nodeagent.config import ApiKeyConfig
-from nodeagent.errors import BackendUnavailable, BodyTooLarge, ModelNotFound, QueueFull, RemoteMediaForbidden
+from nodeagent.errors import BackendUnavailable, BodyTooLarge, ModelNotFound, QueueFull, RemoteMediaForbidden, WrongTask
 from nodeagent.front.accounts import account_var
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.openai import read_request
@@ -97,6 +97,20 @@ def test_a_fallback_is_for_those_who_may_use_it() -> None:
     try:
         assert [instead.model_id for instead in read(model="a").fallbacks] == ["c"]
         assert found("coder") == "c"
+    finally:
+        account_var.reset(token)
+
+
+def test_a_model_for_another_task_is_told_with_those_for_the_path_that_the_key_may_use() -> None:
+    with pytest.raises(WrongTask) as refused:
+        read(model="e")
+    assert refused.value.able == ["a", "b"]
+    entry = ApiKeyConfig(name="alice", sha256="0" * 64, models=("b", "e"))
+    token = account_var.set(Account(entry, Meter(Limits(), 0.0), Sums(), today))
+    try:
+        with pytest.raises(WrongTask) as refused:
+            read(model="e")
+        assert refused.value.able == ["b"]
     finally:
         account_var.reset(token)
 
