@@ -148,7 +148,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Rooms that need only these packages and the standard library.
 ONLY_NEEDS: dict[str, set[str]] = {
     "supervisor": {"psutil", "trio"},
-    "nodeagent.scheduling": {"trio"},
+    "nodeagent.scheduling": {"msgspec", "trio"},
     "nodeagent.errors": set(),
     "nodeagent.devices.values": set(),
     "nodeagent.status": {"trio"},

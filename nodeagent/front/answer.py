@@ -3,9 +3,9 @@ for a client of another API."""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import msgspec
 import trio
 
 from nodeagent.errors import BadAnswer, Refusal, RequestCancelled, UpstreamLost
@@ -39,8 +39,7 @@ class Body(Protocol):
         """The next chunk; b"" if there was none before the end. Raises AbortResponse. Not to be called `at_end`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """An answer whose first bytes are there."""
 
     status: int

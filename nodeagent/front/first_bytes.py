@@ -12,8 +12,8 @@ would undo the stop.
 """
 
 import logging
-from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from nodeagent.errors import (
@@ -42,8 +42,7 @@ _LOADING_RETRY_S = 1.0
 _STOPPED_RETRY_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferenceRequest:
+class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A valid request. `method`, `path`, `headers` and `body` are sent to the server as they are.
 
     `slots` is how many of the server's slots it needs: one for each completion that it asks for. `ping_s` is how long

@@ -13,9 +13,9 @@ Nothing here depends on the web framework: a request comes as an `InferenceReque
 
 import logging
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 
 import trio
+from msgspec.structs import replace
 
 from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout, Refusal
 from nodeagent.front.activity import Activity

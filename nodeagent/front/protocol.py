@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import httptools
+import msgspec
 
 # Limits on headers, as most servers have them. They hold for trailers too.
 HEADERS_MAX_COUNT: Final = 100
@@ -18,8 +19,7 @@ _LENGTHS: Final = (b"content-length", b"transfer-encoding")
 _BAD_REQUEST, _TOO_LARGE, _NOT_IMPLEMENTED, _BAD_VERSION = 400, 431, 501, 505
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestHead:
+class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
     """The head of a request. `target` is in origin form, ASCII; the names of `headers` are lower case.
 
     `has_body` is whether a body follows, even an empty one. `keep_alive` is whether the client may send another request

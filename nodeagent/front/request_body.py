@@ -7,7 +7,6 @@ only the fields named here, as slices of the body: 0.2 s for those 64 MiB.
 import codecs
 import hashlib
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,8 +22,7 @@ _NUMBER_STARTS = frozenset(b"%c" % byte for byte in b"-0123456789")
 _KINDS = {b"{": "an object", b"[": "a list", b'"': "a long string"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BodyFields:
+class BodyFields(msgspec.Struct, frozen=True, kw_only=True):
     """What the node needs to know of a body.
 
     `model` is None if the body names none. `completions` is how many completions it asks for: `n` (`n_cmpl` is

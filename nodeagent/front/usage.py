@@ -6,8 +6,9 @@ inside a string of JSON the quotes around these names would have backslashes.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 # How much of an answer is looked at, from its beginning and from its end.
 HEAD_BYTES: Final = 1024
@@ -22,8 +23,7 @@ _BACKSLASH: Final = ord("\\")
 _NUMBER: Final = re.compile(rb'"(' + _NAMES + rb')": ?([0-9]{1,15}(?:\.[0-9]{1,20})?)(?![0-9.])')
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Tokens: those of the prompt that were processed, those that were cached, and the generated ones. `per_token_s` is
     how long a generated one took, None if unknown."""
 

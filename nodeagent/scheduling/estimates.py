@@ -4,7 +4,8 @@ They feed `Retry-After`, placement and `estimated_wait_s`. They are guesses, not
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 # One part new to three parts old: follows a change within a few requests, and one outlier does not dominate.
 _NEWEST_WEIGHT = 0.25
@@ -13,8 +14,7 @@ _UNMEASURED_SERVICE_S = 2.0
 _UNMEASURED_LOAD_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(msgspec.Struct, frozen=True):
     """A request in flight for `so_far_s`, on that many slots."""
 
     model_id: str
@@ -22,8 +22,7 @@ class Running:
     slots: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backlog:
+class Backlog(msgspec.Struct, frozen=True, kw_only=True):
     """What is ahead of a request that arrives now.
 
     `resident` is the model that is loaded, or loading for `load_left_s` more, with `slots` slots; `beside` are the
@@ -34,11 +33,11 @@ class Backlog:
 
     resident: str | None
     slots: int = 1
-    beside: Mapping[str, int] = field(default_factory=dict)
+    beside: Mapping[str, int] = msgspec.field(default_factory=dict)
     concurrent: bool = False
     load_left_s: float = 0.0
     running: Sequence[Running] = ()
-    queued: Mapping[str, int] = field(default_factory=dict)
+    queued: Mapping[str, int] = msgspec.field(default_factory=dict)
 
 
 class LaneTimes:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from nodeagent.scheduling.estimates import Running
 from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Wait

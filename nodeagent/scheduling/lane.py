@@ -10,11 +10,12 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
+from msgspec.structs import replace
 
 from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, OutOfDeviceMemory, QueueFull, Refusal
 from nodeagent.scheduling.deadlines import Deadlines

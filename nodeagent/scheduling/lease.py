@@ -11,10 +11,10 @@ Only the lane moves a ticket along; the request's own task reads it and, in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
 import trio
 
 from nodeagent.errors import Refusal
@@ -36,8 +36,7 @@ class TicketState(Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease(Generic[E]):
+class Lease(msgspec.Struct, Generic[E], frozen=True, kw_only=True):
     """The right to send one request to one ready server. It pins that server until its ticket is closed or requeued.
 
     `queued_s` is how long the request waited for its turn, `load_s` how long it waited for the model to be loaded; it
@@ -53,8 +52,7 @@ class Lease(Generic[E]):
     granted_at: float
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
-class Ticket(Generic[E]):
+class Ticket(msgspec.Struct, Generic[E], eq=False, kw_only=True):
     """One request's place in a lane, from its admission to `close()`.
 
     `number` rises with each ticket of the lane that made it. `counted` says whether it takes up one of the lane's
@@ -83,7 +81,7 @@ class Ticket(Generic[E]):
     tried_again: bool = False
     holder: SpanningLane[E] | None = None
     beside: frozenset[str] | None = None
-    _decided: trio.Event = field(default_factory=trio.Event)
+    _decided: trio.Event = msgspec.field(default_factory=trio.Event)
     _as_queued: QueuedRequest | None = None
 
     @property
@@ -127,7 +125,7 @@ class Ticket(Generic[E]):
         if self.holder is not None:
             demand = self.holder.demand(self.model_id)
             passed = [since for since in (demand.passed_since, self.passed_since) if since is not None]
-            return replace(demand, passed_since=min(passed, default=None))
+            return msgspec.structs.replace(demand, passed_since=min(passed, default=None))
         queued = self._as_queued
         if queued is None or queued.passed_since != self.passed_since:
             queued = self._as_queued = QueuedRequest(

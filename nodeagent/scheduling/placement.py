@@ -8,8 +8,9 @@ down after a failure, is not tried.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+
+import msgspec
 
 # Estimates that differ by less than 10 ms count as equal: then residency and the load of the lane decide.
 _COST_DIGITS = 2
@@ -29,8 +30,7 @@ class Residency(IntEnum):
     OTHER_MODEL = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One device, as placement sees it for one model.
 
     `admitted` counts the lane's requests in flight and queued, of `limit`. `start_s` is how long a request that arrives
@@ -55,21 +55,18 @@ class Candidate:
     retry_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(msgspec.Struct, frozen=True):
     device_id: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class AllFull:
+class AllFull(msgspec.Struct, frozen=True):
     """Devices could serve it, but each lane holds as many requests as it may."""
 
     device_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NoneEligible:
+class NoneEligible(msgspec.Struct, frozen=True):
     """No device can serve it now."""
 
     reason: str
@@ -96,8 +93,7 @@ def choose(candidates: Sequence[Candidate]) -> Placement:
     return Placed(best.device_id, reason)
 
 
-@dataclass(frozen=True, slots=True)
-class Movable:
+class Movable(msgspec.Struct, frozen=True):
     """A queued request that is expected to start in `starts_in_s`, and on the idle device in `elsewhere_s`."""
 
     starts_in_s: float

@@ -6,9 +6,11 @@ A policy decides whose turn it is; what follows from that is the same for all po
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
+
+import msgspec
 
 from nodeagent.scheduling.estimates import LaneTimes
 from nodeagent.scheduling.room import Room, ServerUse, staying
@@ -24,8 +26,7 @@ class Priority(IntEnum):
     BATCH = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueuedRequest:
+class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A queued request as a policy sees it. Times are `trio.current_time()`.
 
     `passed_since` is when a later request was first granted ahead of it, None if none was. `slots` is how many slots of
@@ -39,8 +40,7 @@ class QueuedRequest:
     slots: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneSnapshot:
+class LaneSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A lane at one moment.
 
     `waiting` are the queued requests, the oldest first. `servers` maps a model id to its server on this device, if
@@ -55,7 +55,7 @@ class LaneSnapshot:
     loading: str | None
     times: LaneTimes
     staying: frozenset[str] = frozenset()
-    room: Room = field(default_factory=Room)
+    room: Room = msgspec.field(default_factory=Room)
     is_held: bool = False
 
     def is_ready(self, model_id: str) -> bool:
@@ -69,16 +69,14 @@ class LaneSnapshot:
         return self.room.leaving(model_id, self.servers, reload_s=self.times.load_s, now=self.now)
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """Let the queued request at `index` run now."""
 
     index: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """Load `model_id`. The servers of `beside` stay; all others are stopped first, and have no request in flight."""
 
     model_id: str
@@ -86,8 +84,7 @@ class Load:
     beside: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(msgspec.Struct, frozen=True):
     """Do nothing until something changes, or until that time. `then` is the model to load after the requests in flight,
     if that is known already. `blocks` are the models that have to become idle for it: nothing more is granted on them.
     """
@@ -174,7 +171,7 @@ def first_possible(
             return decision
         held_up |= decision.blocks
         waits.append(decision)
-    return replace(waits[0], until=min(wait.until for wait in waits)) if waits else Wait(IDLE)
+    return msgspec.structs.replace(waits[0], until=min(wait.until for wait in waits)) if waits else Wait(IDLE)
 
 
 def _in_the_way(lane: LaneSnapshot, wanted: str, leaving: frozenset[str]) -> str | None:

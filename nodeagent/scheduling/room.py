@@ -1,15 +1,15 @@
 """Which models may be resident on a device at the same time, and which of them give way to another. Pure."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
+
+import msgspec
 
 # Up to so many residents every combination is compared (256 at most); of more only the cheapest few, added one by one.
 _COMPARED_MAX = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerUse:
+class ServerUse(msgspec.Struct, frozen=True, kw_only=True):
     """A server of the device as a policy sees it.
 
     `slots` is how many requests it may serve at once, `in_flight` how many of them are in use; `beside_slots` are the
@@ -36,8 +36,7 @@ class ServerUse:
         return bool(self.in_flight or self.beside_slots)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class Room(msgspec.Struct, frozen=True, kw_only=True):
     """What a device has room for.
 
     At most `max_models` models are resident; with `concurrent` they serve requests at the same time. `free_bytes` is
@@ -91,7 +90,7 @@ class Room:
         resident = [model_id for model_id, use in servers.items() if use.resident]
         if len(resident) <= self.max_models:
             return frozenset()
-        one_more = replace(self, max_models=self.max_models + 1)
+        one_more = msgspec.structs.replace(self, max_models=self.max_models + 1)
         leaving = one_more.leaving("", servers, reload_s=reload_s, now=now) or frozenset()
         return frozenset(model_id for model_id in leaving if not servers[model_id].in_use)
 

@@ -3,11 +3,11 @@
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
 
 import trio
+from msgspec.structs import replace
 
 from nodeagent.errors import BackendUnavailable, Draining, QueueFull
 from nodeagent.scheduling.affinity import Conversations

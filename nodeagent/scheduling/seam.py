@@ -1,9 +1,10 @@
 """The seam of scheduling: what it asks of a device's servers, and how a lane looks from outside."""
 
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
+
+import msgspec
 
 from nodeagent.scheduling.queueing import Priority
 
@@ -21,8 +22,7 @@ class ServerState(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerView(Generic[E]):
+class ServerView(msgspec.Struct, Generic[E], frozen=True, kw_only=True):
     """One server of a device. Times are `trio.current_time()`.
 
     `reason` says why it is in its state, for people; `reason_code` the same for programs. `last_lines` is what it
@@ -56,8 +56,7 @@ class ServerView(Generic[E]):
         return self.state is not ServerState.FAILED
 
 
-@dataclass(frozen=True, slots=True)
-class Obstacle:
+class Obstacle(msgspec.Struct, frozen=True):
     """Why a device can't serve a model now. `retry_at` is when that may change, None if unknown. `elsewhere`: the
     configuration keeps the model to other devices."""
 
@@ -112,8 +111,7 @@ class Servers(Protocol[E]):
         """What a server of the model takes of the device's memory, 0 if unknown."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TicketView:
+class TicketView(msgspec.Struct, frozen=True, kw_only=True):
     """A request in a lane. `position` counts from 1 in the order in which queued requests are expected to start, and
     `starts_in_s` says when; both are None for a request in flight, and if unknown."""
 
@@ -126,8 +124,7 @@ class TicketView:
     starts_in_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LaneView:
+class LaneView(msgspec.Struct, frozen=True):
     """The load of a lane. `estimated_wait_s`: when a request that arrives now would start."""
 
     in_flight: int

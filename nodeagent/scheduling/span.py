@@ -11,8 +11,9 @@ or a member's policy would rather serve another one.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from msgspec.structs import replace
 
 from nodeagent.scheduling.lease import Ticket, TicketState
 from nodeagent.scheduling.seam import MakeRoom, Obstacle, Servers, ServerView

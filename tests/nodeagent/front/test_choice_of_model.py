@@ -2,12 +2,12 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST, InferenceNode

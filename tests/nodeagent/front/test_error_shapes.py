@@ -1,11 +1,11 @@
 """Errors in the shape of the API that the path belongs to."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST, InferenceNode

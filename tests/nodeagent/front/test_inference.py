@@ -1,11 +1,12 @@
 """The life of a request for inference in virtual time: a real scheduler, over servers that answer by a script."""
 
+import dataclasses
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST
@@ -131,7 +132,7 @@ async def test_a_server_that_ran_out_of_memory_is_blamed_on_no_request_and_the_r
 
 
 async def test_a_stream_whose_server_ran_out_of_memory_is_told_so(node: Node, autojump_clock: MockClock) -> None:
-    node.servers.acts.extend([replace(CRASH_IN_STREAM, loss=Loss.OUT_OF_MEMORY)] * 2)
+    node.servers.acts.extend([dataclasses.replace(CRASH_IN_STREAM, loss=Loss.OUT_OF_MEMORY)] * 2)
     for _ in range(2):
         *_, last = await chunks_until_abort(node)
         assert OUT_OF_MEMORY in error_in(last)["error"]["message"]
@@ -235,7 +236,7 @@ async def test_an_event_stream_whose_server_is_lost_gets_an_error_event_before_t
 async def test_an_event_stream_whose_server_is_stopped_on_purpose_says_so(
     node: Node, autojump_clock: MockClock
 ) -> None:
-    stopped = replace(CRASH_IN_STREAM, loss=Loss.STOP)
+    stopped = dataclasses.replace(CRASH_IN_STREAM, loss=Loss.STOP)
     node.servers.acts.extend([stopped, stopped])
     for _ in range(2):
         _first, event = await chunks_until_abort(node)

@@ -2,13 +2,13 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST, InferenceNode

@@ -1,12 +1,13 @@
 """The requests in flight and queued are shown, and an operator ends one of them; in virtual time."""
 
+import dataclasses
 import json
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST, InferenceNode
@@ -103,7 +104,7 @@ async def test_one_that_is_queued_ends_at_once_with_a_refusal_and_the_others_go_
 
 
 async def test_one_whose_answer_has_not_begun_ends_at_once_too(node: InferenceNode, autojump_clock: MockClock) -> None:
-    node.servers.acts.append(replace(SLOW_STREAM, chunk_s=60.0))
+    node.servers.acts.append(dataclasses.replace(SLOW_STREAM, chunk_s=60.0))
     [client] = await cancelled_at(node, 5.0, REQUEST)
     assert isinstance(client.error, RequestCancelled)
     assert client.ended_at == pytest.approx(5.0)

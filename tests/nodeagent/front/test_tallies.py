@@ -1,10 +1,10 @@
 """What is counted of each request."""
 
-from dataclasses import replace
 from datetime import date
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST

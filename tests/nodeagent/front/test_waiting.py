@@ -1,12 +1,13 @@
 """Streams that wait for their first byte keep their line open, in virtual time over servers that answer by a script."""
 
+import dataclasses
 import json
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST, InferenceNode
@@ -104,7 +105,7 @@ async def test_a_stream_in_the_queue_says_its_place_and_what_loads(
     node: InferenceNode, autojump_clock: MockClock
 ) -> None:
     node.servers.fake.load_s = 20.0
-    node.servers.acts.extend([replace(ANSWER, chunk_s=12.0), ANSWER, ANSWER])
+    node.servers.acts.extend([dataclasses.replace(ANSWER, chunk_s=12.0), ANSWER, ANSWER])
     received: dict[str, Received] = {}
     async with trio.open_nursery() as clients:
         for request in (STREAM, replace(STREAM, request_id="r3"), OTHER):
@@ -157,7 +158,7 @@ async def test_the_order_of_a_long_queue_is_worked_out_once_a_second_at_most(
 async def test_a_server_that_takes_long_over_the_prompt_is_asked_once_and_the_line_kept_open(
     node: InferenceNode, autojump_clock: MockClock
 ) -> None:
-    node.servers.acts.append(replace(ANSWER, chunk_s=40.0))
+    node.servers.acts.append(dataclasses.replace(ANSWER, chunk_s=40.0))
     _answer, received = await receive(node)
     processing = b": processing the prompt\n\n"
     # After the first byte the server speaks for itself.
@@ -169,7 +170,7 @@ async def test_a_server_lost_after_comments_but_before_its_first_byte_still_cost
     node: InferenceNode, autojump_clock: MockClock
 ) -> None:
     node.servers.fake.load_s = 10.0
-    node.servers.acts.extend([replace(ANSWER, chunk_s=8.0, loss=Loss.CRASH), ANSWER])
+    node.servers.acts.extend([dataclasses.replace(ANSWER, chunk_s=8.0, loss=Loss.CRASH), ANSWER])
     _answer, received = await receive(node)
     begins = round(10.0 + 8.0 + EXIT_SHOWS_AFTER_S + 10.0, 3)
     assert received == [(15.0, b": processing the prompt\n\n"), (begins, EVENTS[0]), (begins, EVENTS[1])]
@@ -242,7 +243,7 @@ async def test_an_answer_that_is_no_stream_becomes_an_error_event_after_comments
 ) -> None:
     node.servers.fake.load_s = 20.0
     # A comment comes in the middle of it too.
-    node.servers.acts.append(replace(act, chunk_s=6.0))
+    node.servers.acts.append(dataclasses.replace(act, chunk_s=6.0))
     received = await receive_until_abort(node)
     assert [chunk for _at, chunk in received[:-1]] == [b": loading a\n\n"] + [b": processing the prompt\n\n"] * (
         len(received) - 2
@@ -271,9 +272,9 @@ async def test_a_bug_after_comments_is_an_error_event_and_is_raised_then(
     ("stage", "load_s", "act", "after_s", "sent"),
     [
         ("its model is loading", 60.0, ANSWER, 20.0, 0),
-        ("its server processes the prompt", 1.0, replace(ANSWER, chunk_s=60.0), 20.0, 1),
-        ("it waits for the retry", 17.0, replace(ANSWER, loss=Loss.CRASH), 20.0, 1),
-        ("its answer is half there", 17.0, replace(ANSWER, chunk_s=10.0), 30.0, 1),
+        ("its server processes the prompt", 1.0, dataclasses.replace(ANSWER, chunk_s=60.0), 20.0, 1),
+        ("it waits for the retry", 17.0, dataclasses.replace(ANSWER, loss=Loss.CRASH), 20.0, 1),
+        ("its answer is half there", 17.0, dataclasses.replace(ANSWER, chunk_s=10.0), 30.0, 1),
     ],
 )
 async def test_a_client_that_leaves_after_comments_holds_nothing(

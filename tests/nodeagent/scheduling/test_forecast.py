@@ -1,6 +1,5 @@
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.scheduling.estimates import LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
