@@ -1,7 +1,9 @@
 """One device as the node runs it, or several that models span: its servers, its lane, and what its servers printed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from nodeagent.config import NodeConfig
 from nodeagent.device_fit import Facts, device_fit

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nodeagent.descriptors": set(),
     "nodeagent.host_names": set(),
     "nodeagent.whole_files": set(),
+    "nodeagent.releases": set(),
     "nodeagent.llama_server.server_id": set(),
     "nodeagent.events": {"nodeagent.llama_server.server_id", "nodeagent.timestamps", "supervisor.lifecycle"},
     "nodeagent.state_dir": {"nodeagent.errors", "nodeagent.whole_files"},
@@ -36,7 +37,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The configuration: nothing that runs.
     "nodeagent.config": {"nodeagent.errors", "nodeagent.gguf", "nodeagent.whole_files"},
     # Who may use the node: no HTTP.
-    "nodeagent.access": {"nodeagent.config", "nodeagent.containment", "nodeagent.errors", "nodeagent.whole_files"},
+    "nodeagent.access": {
+        "nodeagent.config",
+        "nodeagent.containment",
+        "nodeagent.errors",
+        "nodeagent.releases",
+        "nodeagent.whole_files",
+    },
     # Vendors: no HTTP, no children.
     "nodeagent.devices": {"nodeagent.containment", "supervisor.cgroups", *VALUES},
     # Policy: no vendor, no process, no HTTP.
@@ -87,6 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nodeagent.llama_server.headers",
         "nodeagent.llama_server.relay",
         "nodeagent.logs",
+        "nodeagent.releases",
         "nodeagent.scheduling",
         "nodeagent.status",
         "nodeagent.timestamps",

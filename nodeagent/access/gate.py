@@ -10,7 +10,6 @@ The admin token is valid everywhere, and has no limits.
 import hmac
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -31,6 +30,7 @@ from nodeagent.errors import (
     RoleForbidden,
     Unauthorized,
 )
+from nodeagent.releases import Releases
 from nodeagent.whole_files import replace_file
 
 __all__ = ["Account", "Gate", "ReadKeys", "Role", "today"]
@@ -139,13 +139,13 @@ class Gate:
             raise RoleForbidden(account.name, role)
         return account
 
-    def begin(self, account: Account, stack: ExitStack) -> None:
-        """Count a request for inference, until the stack closes. Raises KeyLimitReached and KeyQuotaUsedUp."""
+    def begin(self, account: Account, held: Releases) -> None:
+        """Count a request for inference, until `held` closes. Raises KeyLimitReached and KeyQuotaUsedUp."""
         exceeded = account.meter.begin(trio.current_time(), account.sums.tokens_on(self._today()))
         if exceeded is not None:
             raise _refusal(account.name, exceeded)
         account.sums.requests += 1
-        stack.callback(account.meter.end)
+        held.add(account.meter.end)
 
     def _find(self, given: bytes | None) -> Account | None:
         if given is None:

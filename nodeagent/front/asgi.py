@@ -1,4 +1,4 @@
-"""What each request gets before the application handles it: an id, an exit stack, and limits on its body
+"""What each request gets before the application handles it: an id, what it holds, and limits on its body
 (`body_budget.py`).
 
 `Front` wraps the Quart-Trio application. It also answers the exceptions that the application raises: a refusal with its
@@ -6,10 +6,9 @@ status, anything else with a 500 that names the request's id.
 """
 
 import logging
+import os
 import re
-import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,6 +21,7 @@ from nodeagent.front.exchange import AbortResponse, ASGIApp
 from nodeagent.front.half_close import HalfClose
 from nodeagent.front.refusals import Headers, internal_error_response, refusal_response
 from nodeagent.logs import request_id_var
+from nodeagent.releases import Releases
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _BODIES_HELD = 4
 
-_exit_stack: ContextVar[ExitStack] = ContextVar("exit_stack")
+_releases: ContextVar[Releases] = ContextVar("releases")
 _scope: ContextVar[Any] = ContextVar("scope")
 
 
@@ -39,14 +39,14 @@ def request_id() -> str:
     return request_id_var.get() or ""
 
 
-def exit_stack() -> ExitStack:
-    """Return the stack whose callbacks run when this request ends, however it ends.
+def releases() -> Releases:
+    """Return what this request holds: its calls are made when the request ends, however it ends.
 
-    They run before the last bytes of the answer are sent, so that whatever the request held is free again once the
+    They are made before the last bytes of the answer are sent, so that whatever the request held is free again once the
     client has its answer; if no answer gets that far, when the application returns. Callbacks are synchronous: neither
     a client that leaves nor a cancellation can lose one. Raises LookupError outside of a request.
     """
-    return _exit_stack.get()
+    return _releases.get()
 
 
 def on_half_close(policy: HalfClose) -> None:
@@ -93,7 +93,7 @@ class Front:
     def identify(self, headers: dict[bytes, bytes]) -> tuple[str, list[tuple[bytes, bytes]]]:
         """The id of the request that this task serves from now on, and the headers that every answer to it carries."""
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        identity = given if _CLIENTS_ID.fullmatch(given) else uuid.uuid4().hex
+        identity = given if _CLIENTS_ID.fullmatch(given) else os.urandom(16).hex()
         request_id_var.set(identity)
         return identity, [*self._node_id, (b"x-request-id", identity.encode("ascii"))]
 
@@ -116,14 +116,14 @@ class Front:
         answer = _ResponseSender(send, marks)
         error: tuple[int, Headers, bytes] | None = None
         try:
-            with ExitStack() as stack:
-                _exit_stack.set(stack)
+            with Releases() as held:
+                _releases.set(held)
                 _scope.set(scope)
                 scope["nodeagent.request_id"] = identity
-                scope["nodeagent.exit_stack"] = stack
-                stack.callback(body.release)
+                scope["nodeagent.releases"] = held
+                held.add(body.release)
                 body.admit()
-                answer.before_last = stack.close
+                answer.before_last = held.close
                 await self._app(scope, body.receive, answer.send)
                 if not answer.started and not body.disconnected:
                     raise RuntimeError("the application returned without an answer")

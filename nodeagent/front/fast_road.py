@@ -5,7 +5,6 @@ What the application does for them on the ordinary road (ASGI, Quart: `asgi.py`,
 by the same functions, so both roads have the same answers; the tests of inference run on both.
 """
 
-from contextlib import ExitStack
 from functools import partial
 
 from nodeagent.front import health, looks, origins
@@ -22,6 +21,7 @@ from nodeagent.front.paths import canonical
 from nodeagent.front.request_body import model_at_start
 from nodeagent.front.response import Headers
 from nodeagent.front.seam import Node, find_card
+from nodeagent.releases import Releases
 
 _READ = frozenset({*health.PATHS, *looks.PATHS})
 _JSON = [("content-type", "application/json")]
@@ -60,7 +60,7 @@ class FastRoad:
             if path in health.PATHS:
                 status, fields, content = health.check(self._node, path, request.target.partition(b"?")[2])
             else:
-                enter(self._node, request.method, path, given_key(headers), ExitStack())  # it holds nothing
+                enter(self._node, request.method, path, given_key(headers), Releases())  # it holds nothing
                 status, fields, content = 200, _JSON, looks.look(self._node, path, headers)
         except Exception as failure:
             failures = ExceptionGroup("", [failure])
@@ -80,22 +80,22 @@ class FastRoad:
         body = self._front.body(headers, exchange.receive)
         error = None
         try:
-            with ExitStack() as stack:
-                stack.callback(body.release)
+            with Releases() as held:
+                held.add(body.release)
                 body.admit()
                 site = _text(headers.get(b"sec-fetch-site"))
                 if page is not None or site is not None:
                     host = _text(headers.get(b"host"))
                     refuse_foreign_host(self._node, host, origin=page, fetch_site=site)
                     origins.refuse_foreign(self._node, request.method, path, page, host=host, fetch_site=site)
-                enter(self._node, request.method, path, given_key(headers), stack)
+                enter(self._node, request.method, path, given_key(headers), held)
                 content = exchange.whole_body()
                 if content is None:
                     content = await body.read(partial(_refuse_unknown_model, self._node, path))
                 else:
                     body.accept(content)
                 valid = read_request(self._node, request_id=identity, path=path, headers=request.headers, body=content)
-                await _relay(await self._inference.serve(valid, stack), exchange, marks, stack)
+                await _relay(await self._inference.serve(valid, held), exchange, marks, held)
         except* AbortResponse:
             raise
         except* Exception as failures:
@@ -122,18 +122,18 @@ def _refuse_unknown_model(node: Node, path: str, beginning: bytes) -> None:
         find_card(node, named)
 
 
-async def _relay(answer: Answer, exchange: Exchange, marks: Headers, stack: ExitStack) -> None:
-    """Write the answer as it comes. The stack is closed before the client can have all of it, so that what the request
+async def _relay(answer: Answer, exchange: Exchange, marks: Headers, held: Releases) -> None:
+    """Write the answer as it comes. `held` is closed before the client can have all of it, so that what the request
     held is free again by then."""
     body = answer.body
     chunk = await body.read()
     if body.at_end:
-        stack.close()
+        held.close()
     await exchange.start(answer.status, [*_encoded(answer.headers), *marks], chunk, more=not body.at_end)
     while not body.at_end:
         chunk = await body.read()
         if body.at_end:
-            stack.close()
+            held.close()
         await exchange.write(chunk, more=not body.at_end)
 
 

@@ -9,7 +9,6 @@ Both roads ask `enter` before they read the body. The account is then known to w
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from nodeagent.access.gate import Role
@@ -17,6 +16,7 @@ from nodeagent.front.accounts import account_var
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.health import PATHS
 from nodeagent.front.seam import Node
+from nodeagent.releases import Releases
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -46,8 +46,8 @@ def given_key(headers: Mapping[bytes, bytes]) -> bytes | None:
     return headers.get(b"x-api-key")
 
 
-def enter(node: Node, method: str, path: str, key: bytes | None, stack: ExitStack) -> None:
-    """Let the request in that this task serves, or refuse it. One for inference counts until the stack closes.
+def enter(node: Node, method: str, path: str, key: bytes | None, held: Releases) -> None:
+    """Let the request in that this task serves, or refuse it. One for inference counts until `held` closes.
 
     Raises Unauthorized, InvalidApiKey, RoleForbidden, KeyLimitReached and KeyQuotaUsedUp.
     """
@@ -55,15 +55,15 @@ def enter(node: Node, method: str, path: str, key: bytes | None, stack: ExitStac
     account = None if role is None else node.gate.enter(role, key)
     account_var.set(account)
     if account is not None and path in ENDPOINTS:
-        node.gate.begin(account, stack)
+        node.gate.begin(account, held)
 
 
 def guard(app: "QuartTrio", node: Node) -> None:
     """Let requests in on the ordinary road."""
     from quart import request
 
-    from nodeagent.front.asgi import exit_stack
+    from nodeagent.front.asgi import releases
 
     @app.before_request
     async def let_in() -> None:
-        enter(node, request.method, request.path, given_key(dict(request.scope["headers"])), exit_stack())
+        enter(node, request.method, request.path, given_key(dict(request.scope["headers"])), releases())

@@ -12,7 +12,7 @@ Nothing here depends on the web framework: a request comes as an `InferenceReque
 """
 
 import logging
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 import trio
 from msgspec.structs import replace
@@ -37,6 +37,7 @@ from nodeagent.front.server_errors import ServerError, needs_translation
 from nodeagent.front.tallies import RequestTally, Tallies
 from nodeagent.front.waiting import Progress, WaitingBody
 from nodeagent.llama_server.relay import Upstream, UpstreamResponse
+from nodeagent.releases import Releases
 from nodeagent.scheduling.lease import Lease
 from nodeagent.scheduling.scheduler import Scheduler
 
@@ -54,37 +55,41 @@ class Inference:
         self.tallies = Tallies(activity)
         self.running = Running()
 
-    async def serve(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
+    async def serve(self, request: InferenceRequest, held: Releases) -> Answer:
         """Queue the request, send it to the server that it gets, and return once the answer's first bytes are here, or
         after its `ping_s`.
 
-        `exit_stack` gives back the place in the queue, the lease and the connection to the server when it closes. So
+        `held` gives back the place in the queue, the lease and the connection to the server when it closes. So
         the caller may be cancelled at any time. Raises a Refusal if the request can't be served, also by none of its
         fallbacks.
         """
         if request.answer is not None:
             return Answer(200, [("Content-Type", "application/json")], WholeBody(request.answer))
         try:
-            return await self._serve_once(request, exit_stack)
+            return await self._serve_once(request, held)
         except (BackendUnavailable, ModelLoadTimeout) as refusal:
             for instead in request.fallbacks:
                 logger.info("request %s: %s serves it instead: %s", request.request_id, instead.model_id, refusal)
                 with suppress(BackendUnavailable, ModelLoadTimeout, QueueFull, QueueTimeout):
-                    return await self._serve_once(instead, exit_stack)
+                    return await self._serve_once(instead, held)
             raise
 
-    async def _serve_once(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
+    async def _serve_once(self, request: InferenceRequest, held: Releases) -> Answer:
         """Serve the request by its own model. What one that is refused holds is given back at once."""
-        with ExitStack() as own:
-            answer = await self._serve_counted(request, own)
-            exit_stack.callback(own.pop_all().close)
-            return answer
-
-    async def _serve_counted(self, request: InferenceRequest, exit_stack: ExitStack) -> Answer:
-        tally = RequestTally(self.tallies, request)
-        exit_stack.callback(tally.close)
+        own = Releases()
         try:
-            answer = await self._serve(request, exit_stack, tally)
+            answer = await self._serve_counted(request, own)
+        except BaseException:
+            own.close()
+            raise
+        held.add(own.close)
+        return answer
+
+    async def _serve_counted(self, request: InferenceRequest, held: Releases) -> Answer:
+        tally = RequestTally(self.tallies, request)
+        held.add(tally.close)
+        try:
+            answer = await self._serve(request, held, tally)
         except Refusal as refusal:
             tally.refused(refusal)
             if tally.bodies is not None:
@@ -95,14 +100,14 @@ class Inference:
             return answer
         return replace(answer, body=NotedBody(answer.body, tally.bodies.answered(answer.headers).add))
 
-    async def _serve(self, request: InferenceRequest, exit_stack: ExitStack, tally: RequestTally) -> Answer:
+    async def _serve(self, request: InferenceRequest, held: Releases, tally: RequestTally) -> Answer:
         refuse_poison(request, self._poison)
         ticket = self._scheduler.admit(
             request.request_id, request.model_id, request.priority, request.conversation, slots=request.slots
         )
-        exit_stack.callback(ticket.close)
+        held.add(ticket.close)
         first_bytes = FirstBytes(request, ticket, self._scheduler, self._poison, tally)
-        exit_stack.callback(self.running.ended, self.running.add(first_bytes))
+        held.add(self.running.ended, self.running.add(first_bytes))
         if not request.ping_s:
             return await self._answer(first_bytes, *await first_bytes.wait())
         begun = None

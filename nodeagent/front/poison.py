@@ -38,10 +38,10 @@ class PoisonGuard:
 
     def blocked_s(self, body: bytes, now: float) -> float:
         """For how many more seconds this body is rejected; 0 if it is not."""
-        self._records = {digest: record for digest, record in self._records.items() if record.expires_at > now}
         if not self._records:
             return 0.0
-        record = self._records.get(_digest(body))
+        self._records = {digest: record for digest, record in self._records.items() if record.expires_at > now}
+        record = self._records.get(_digest(body)) if self._records else None
         return record.expires_at - now if record is not None and record.crashes >= _CRASHES_TO_BLOCK else 0.0
 
 

@@ -11,7 +11,7 @@ from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
 
 from nodeagent.errors import InvalidRequest, PathForbidden
-from nodeagent.front.asgi import exit_stack, on_half_close, request_id
+from nodeagent.front.asgi import on_half_close, releases, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Slots
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.half_close import HalfClose
@@ -63,7 +63,7 @@ def add_routes(admin: Blueprint, node: Node, inference: Inference) -> None:
             headers=forwardable([(name.lower(), value) for name, value in request.scope["headers"]]),
             body=body,
         )
-        answer = await inference.serve(asked, exit_stack())
+        answer = await inference.serve(asked, releases())
         return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
 
 

@@ -391,8 +391,9 @@ class DeviceServers:
 
     def _is_unnoted(self, child: ChildSnapshot, model_id: str) -> bool:
         """Whether the child has just run out of memory, and how much there was has not been noted yet."""
-        is_recent = trio.current_time() - child.since <= _NOTED_WITHIN_S
-        return is_recent and _ran_out(child) and self._noted.get(model_id) != child.generation
+        if not _ran_out(child) or self._noted.get(model_id) == child.generation:
+            return False
+        return trio.current_time() - child.since <= _NOTED_WITHIN_S
 
     def _with_figures(self, child: ChildSnapshot | None, reason: str) -> str:
         """The reason, with the figures if the device's memory ran out."""

@@ -1,10 +1,9 @@
 """The name of a server among the supervisor's children: its device and its model."""
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class ServerId:
+class ServerId(msgspec.Struct, frozen=True):
     """`str()` is the id of the child, `cpu:0/planner`; a device id has no slash, a model id may have one."""
 
     device_id: str

@@ -21,6 +21,7 @@ from nodeagent.errors import BackendUnavailable, ModelLoadTimeout, OutOfDeviceMe
 from nodeagent.scheduling.deadlines import Deadlines
 from nodeagent.scheduling.estimates import Backlog, LaneTimes, Running
 from nodeagent.scheduling.forecast import forecast
+from nodeagent.scheduling.in_flight import InFlight
 from nodeagent.scheduling.lease import Lease, Ticket, TicketState
 from nodeagent.scheduling.loads import Loading, Loads
 from nodeagent.scheduling.queueing import Grant, LaneSnapshot, Load, Policy, Priority, QueuedRequest, Wait, step
@@ -86,7 +87,7 @@ class Lane(Generic[E]):
         self._admitted = 0
         self._numbers = itertools.count()
         self._queue: RequestQueue[E] = RequestQueue(rules.max_pending, self._request_queued)
-        self._in_flight: list[Ticket[E]] = []
+        self._in_flight: InFlight[E] = InFlight()
         self._preload_held = False
         self._why_loaded: dict[str, str] = {}
         self._sharing: list[Lane[E]] = [self]
@@ -100,7 +101,7 @@ class Lane(Generic[E]):
         )
 
     def __repr__(self) -> str:
-        in_flight = sum(ticket.holder is None for ticket in self._in_flight)
+        in_flight = len(self._in_flight.requests)
         loading = f", loading {self.loading}" if self.loading else ""
         return (
             f"<Lane {self.device_id}: {in_flight} in flight, {self._admitted - in_flight} waiting, "
@@ -233,9 +234,9 @@ class Lane(Generic[E]):
     def nudge(self) -> None:
         """Make the lane look again; called after any change that it can't see itself (a server's state, say)."""
         self._queue.nudge()
-        for ticket in self._in_flight:
-            if ticket.holder is not None:
-                ticket.holder._queue.nudge()
+        for ticket in self._in_flight.holds:
+            assert ticket.holder is not None
+            ticket.holder._queue.nudge()
 
     # What others see of the lane.
 
@@ -265,7 +266,7 @@ class Lane(Generic[E]):
 
     def view(self) -> LaneView:
         """The load of the lane now, with that of the lanes that share its places."""
-        in_flight = sum(ticket.holder is None for lane in self._sharing for ticket in lane._in_flight)
+        in_flight = sum(len(lane._in_flight.requests) for lane in self._sharing)
         waiting = self.places_taken - in_flight
         self._queue.collect()
         in_order = [ticket.model_id for ticket in self._queue.waiting]
@@ -317,7 +318,7 @@ class Lane(Generic[E]):
         Those for models that span this device and others are in the queue of the first one.
         """
         now = trio.current_time()
-        in_flight = [ticket for lane in self._sharing for ticket in lane._in_flight if ticket.holder is None]
+        in_flight = [ticket for lane in self._sharing for ticket in lane._in_flight.requests]
         starts = [it for lane in self._sharing for it in lane.expected_starts() if it[0].holder is None]
         waiting = enumerate(sorted(starts, key=_start_order), start=1)
         return [
@@ -356,7 +357,7 @@ class Lane(Generic[E]):
     def _with_request(self, request: QueuedRequest) -> tuple[LaneSnapshot, int]:
         """The lane as if this request were queued too, in the place that the hold for its model had, and this place."""
         lane = self._snapshot(trio.current_time(), self._servers.views())
-        holds = [it.number for it in self._in_flight if it.holder is not None and it.model_id == request.model_id]
+        holds = [it.number for it in self._in_flight.holds if it.model_id == request.model_id]
         age_order = (request.admitted_at, holds[0] if holds else math.inf)
         place = sum(ticket.age_order <= age_order for ticket in self._queue.waiting)
         return replace(lane, waiting=(*lane.waiting[:place], request, *lane.waiting[place:])), place
@@ -379,7 +380,7 @@ class Lane(Generic[E]):
     @property
     def held_for(self) -> list[str]:
         """The models for which this device is held now."""
-        return [ticket.model_id for ticket in self._in_flight if ticket.holder is not None]
+        return [ticket.model_id for ticket in self._in_flight.holds]
 
     # The lane's own task.
 
@@ -460,7 +461,7 @@ class Lane(Generic[E]):
 
     def _use_spare_time(self, nursery: trio.Nursery, views: Sequence[ServerView[E]]) -> float:
         """No request can be granted and none needs a load: preload, unload what is idle, help other lanes."""
-        busy = {*self.wanted, *(ticket.model_id for ticket in self._in_flight)}
+        busy = {*self.wanted, *self._in_flight.models}
         if not busy and not self._preload_held:
             begun = self._loads.begin_preload(nursery, partial(self._stay_beside, views))
             if begun is not None:
@@ -505,7 +506,7 @@ class Lane(Generic[E]):
     def _snapshot(self, now: float, views: Sequence[ServerView[E]]) -> LaneSnapshot:
         """The lane as its policy sees it."""
         uses, load = self._server_uses(now, views), self._loads.current
-        hold = next((it for it in self._in_flight if it.holder is not None and not uses[it.model_id].ready), None)
+        hold = next((it for it in self._in_flight.holds if not uses[it.model_id].ready), None)
         held = hold is not None and load is None
         return LaneSnapshot(
             now=now,
@@ -530,15 +531,14 @@ class Lane(Generic[E]):
         """The servers by model. A model that spans this device and is about to be loaded is in use already."""
         held = {
             ticket.model_id: ServerUse(ready=False, slots=1, in_flight=0, beside_slots=1)
-            for ticket in self._in_flight
-            if ticket.holder is not None
+            for ticket in self._in_flight.holds
         }
         return held | {
             view.model_id: ServerUse(
                 ready=view.state is ServerState.READY and self._may_serve(view.model_id),
                 slots=view.slots,
-                in_flight=sum(min(it.slots, view.slots) for it in self._in_flight if it.model_id == view.model_id),
-                beside_slots=sum(not it.slots for it in self._in_flight if it.model_id == view.model_id),
+                in_flight=self._in_flight.slots_in_use(view.model_id, view.slots),
+                beside_slots=self._in_flight.without_slot(view.model_id),
                 held=self._loads.is_held(view.model_id) or self._is_closed(view.model_id),
                 since=view.since,
                 used_at=self._loads.used_at(view.model_id),
@@ -597,7 +597,7 @@ class Lane(Generic[E]):
             other.passed_since = other.passed_since if other.passed_since is not None else now
         self._queue.remove(ticket)
         ticket.state, ticket.granted_at, ticket.beside = TicketState.GRANTED, now, beside
-        self._in_flight.append(ticket)
+        self._in_flight.add(ticket)
         if ticket.holder is not None and ticket.passed_since is not None:
             ticket.holder.was_passed(ticket.model_id, ticket.passed_since)
         ticket.decided()
@@ -607,7 +607,7 @@ class Lane(Generic[E]):
         return [Running(it.model_id, now - (it.granted_at or now), it.slots) for it in self._in_flight]
 
     def _in_use(self, model_id: str) -> bool:
-        return any(ticket.model_id == model_id for ticket in self._in_flight)
+        return self._in_flight.uses(model_id)
 
     def _grant(self, index: int, reason: str, now: float, views: Sequence[ServerView[E]]) -> None:
         ticket = self._queue.waiting[index]
@@ -633,7 +633,7 @@ class Lane(Generic[E]):
         )
         ticket.state, ticket.granted_at = TicketState.GRANTED, now
         if ticket.counted:
-            self._in_flight.append(ticket)
+            self._in_flight.add(ticket)
         ticket.decided()
 
     def _return_lease(self, ticket: Ticket[E]) -> None:

@@ -1,12 +1,11 @@
 """One device in virtual time, whose servers answer by a script, and the `Inference` in front of it."""
 
-from contextlib import ExitStack
-
 from fakes.upstream import UpstreamServers
 from nodeagent.front.answer import Answer
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.inference import Inference
 from nodeagent.llama_server.relay import Upstream
+from nodeagent.releases import Releases
 from nodeagent.scheduling.lane import Lane, LaneRules
 from nodeagent.scheduling.scheduler import Scheduler
 
@@ -32,7 +31,7 @@ class InferenceNode:
 
     async def serve(self, request: InferenceRequest = REQUEST, chunks: list[bytes] | None = None) -> Answer:
         """Serve a request as a client that reads its whole answer; the answer's body goes into `chunks`."""
-        with ExitStack() as stack:
+        with Releases() as stack:
             answer = await self.inference.serve(request, stack)
             async for chunk in answer.body:
                 if chunks is not None:

@@ -1,7 +1,6 @@
 """Which keys are let in, and what the gate remembers, in virtual time and with its real files."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from nodeagent.errors import (
     StartupError,
     Unauthorized,
 )
+from nodeagent.releases import Releases
 
 ALICE, BOB = "alice's long secret", "bob's long secret"
 
@@ -87,7 +87,7 @@ async def test_limits_hold_while_requests_are_in_flight_and_over_a_change_of_the
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     gate = Gate("token", tmp_path, keyed(entry("alice", ALICE, concurrent_requests=1)))
-    with ExitStack() as stack:
+    with Releases() as stack:
         gate.begin(let_in(gate), stack)
         with pytest.raises(KeyLimitReached):
             gate.begin(let_in(gate), stack)
@@ -95,7 +95,7 @@ async def test_limits_hold_while_requests_are_in_flight_and_over_a_change_of_the
         gate.begin(let_in(gate), stack)
         with pytest.raises(KeyLimitReached):
             gate.begin(let_in(gate), stack)
-    with ExitStack() as stack:
+    with Releases() as stack:
         gate.begin(let_in(gate), stack)
         gate.replace(keyed(entry("alice", ALICE, concurrent_requests=2, requests_per_minute=9)))
     assert let_in(gate).meter.in_flight == 0
@@ -107,9 +107,9 @@ async def test_the_tokens_of_a_day_are_counted_by_its_date(tmp_path: Path) -> No
     gate = Gate("token", tmp_path, keyed(entry("alice", ALICE, tokens_per_day=10)), clock=lambda: day)
     let_in(gate).count_tokens(8, 2)
     with pytest.raises(KeyQuotaUsedUp):
-        gate.begin(let_in(gate), ExitStack())
+        gate.begin(let_in(gate), Releases())
     day = date(2026, 3, 3)
-    gate.begin(let_in(gate), ExitStack())
+    gate.begin(let_in(gate), Releases())
 
 
 async def test_a_removed_key_is_not_valid_any_more_and_without_any_nobody_is_let_in(
@@ -158,7 +158,7 @@ async def test_the_sums_outlast_the_agent(tmp_path: Path) -> None:
     gate = Gate("token", tmp_path, keys)
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(gate.run, lambda: keys, look_s=0.01, write_s=0.01))
-        gate.begin(let_in(gate), ExitStack())
+        gate.begin(let_in(gate), Releases())
         let_in(gate).count_tokens(5, 7)
         await until(lambda: sums_file(tmp_path).exists() and '"generated_tokens": 7' in sums_file(tmp_path).read_text())
         nursery.cancel_scope.cancel()

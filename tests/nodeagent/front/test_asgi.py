@@ -9,7 +9,7 @@ from trio.testing import MockClock
 
 from fakes.asgi import Exchange, Receive, Send, read_all
 from nodeagent.errors import ModelNotFound
-from nodeagent.front.asgi import exit_stack, request_id
+from nodeagent.front.asgi import releases, request_id
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -84,7 +84,7 @@ async def test_a_cancellation_passes_through_and_the_stack_closes(autojump_clock
     closed: list[str] = []
 
     async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        exit_stack().callback(closed.append, "stack")
+        releases().add(closed.append, "stack")
         await trio.sleep_forever()
 
     exchange = Exchange()
@@ -135,7 +135,7 @@ async def test_a_callback_that_fails_is_an_internal_error(caplog: pytest.LogCapt
         raise ValueError("a fault of ours")
 
     async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        exit_stack().callback(fail)
+        releases().add(fail)
         raise ModelNotFound("m", [])
 
     exchange = Exchange()
@@ -167,15 +167,15 @@ async def test_the_lifespan_is_the_applications_own() -> None:
 async def test_outside_of_a_request_there_is_no_id_and_no_stack() -> None:
     assert request_id() == ""
     with pytest.raises(LookupError):
-        exit_stack()
+        releases()
 
 
 @pytest.mark.parametrize("declared", [False, True])
-async def test_the_exit_stack_closes_before_the_client_can_have_the_whole_answer(declared: bool) -> None:
+async def test_what_it_holds_is_released_before_the_client_can_have_the_whole_answer(declared: bool) -> None:
     order: list[str] = []
 
     async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        exit_stack().callback(order.append, "closed")
+        releases().add(order.append, "closed")
         headers = [(b"content-length", b"8")] if declared else []
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})

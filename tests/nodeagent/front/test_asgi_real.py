@@ -12,7 +12,7 @@ from quart_trio import QuartTrio
 
 from fakes.serving import start_serving
 from nodeagent.errors import BackendCrashed, QueueFull
-from nodeagent.front.asgi import Front, exit_stack, on_half_close, request_id
+from nodeagent.front.asgi import Front, on_half_close, releases, request_id
 from nodeagent.front.half_close import HalfClose
 from nodeagent.front.server import AbortResponse
 from nodeagent.logs import request_id_var
@@ -35,19 +35,19 @@ class Log:
 
 
 def quart_app(log: Log) -> QuartTrio:
-    """Handlers that end in every way; each owns something by the exit stack."""
+    """Handlers that end in every way; each holds something."""
     app = QuartTrio(__name__, static_folder=None)
     app.config.update(RESPONSE_TIMEOUT=None, BODY_TIMEOUT=None, PROPAGATE_EXCEPTIONS=True)
 
     @app.before_request
     async def own() -> None:
-        exit_stack().callback(log.release)
+        releases().add(log.release)
         on_half_close(HalfClose.GRACE)
 
     @app.get("/id")
     async def identity() -> str:
         assert request.scope["nodeagent.request_id"] == request_id() == request_id_var.get()  # type: ignore[typeddict-item]
-        assert request.scope["nodeagent.exit_stack"] is exit_stack()  # type: ignore[typeddict-item]
+        assert request.scope["nodeagent.releases"] is releases()  # type: ignore[typeddict-item]
         return request_id()
 
     @app.post("/length")
@@ -148,13 +148,13 @@ async def test_an_invalid_request_id_is_replaced(given: str, client: httpx.Async
 
 
 @pytest.mark.parametrize("path", ["/id", "/nowhere", "/refused", "/fault"])
-async def test_the_exit_stack_closes_with_the_request(path: str, client: httpx.AsyncClient, log: Log) -> None:
+async def test_what_it_holds_is_released_with_the_request(path: str, client: httpx.AsyncClient, log: Log) -> None:
     answer = await client.get(path)
     assert log.released == [answer.headers["x-request-id"]]
 
 
 @pytest.mark.parametrize("end", ["abort", "fault", "refusal"])
-async def test_the_exit_stack_closes_when_a_stream_breaks(end: str, client: httpx.AsyncClient, log: Log) -> None:
+async def test_what_it_holds_is_released_when_a_stream_breaks(end: str, client: httpx.AsyncClient, log: Log) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         await client.get(f"/stream/{end}")
     with trio.fail_after(1):
@@ -163,7 +163,7 @@ async def test_the_exit_stack_closes_when_a_stream_breaks(end: str, client: http
 
 
 @pytest.mark.parametrize("path", ["/wait", "/stream/never"])
-async def test_the_exit_stack_closes_when_the_client_leaves(path: str, client: httpx.AsyncClient, log: Log) -> None:
+async def test_what_it_holds_is_released_when_the_client_leaves(path: str, client: httpx.AsyncClient, log: Log) -> None:
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.get, path)

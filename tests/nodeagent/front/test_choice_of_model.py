@@ -1,7 +1,6 @@
 """Which model a request gets: by role, with a fallback, within its own limits."""
 
 import json
-from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.openai import read_request
 from nodeagent.front.parameters import Parameters
 from nodeagent.front.seam import ModelCard, ModelDetails, Node, find_card
+from nodeagent.releases import Releases
 from nodeagent.scheduling.seam import Obstacle
 
 CARDS = [
@@ -164,8 +164,8 @@ async def test_if_no_fallback_can_be_served_either_the_models_own_reason_is_told
 
 
 async def test_a_full_queue_is_no_reason_for_another_model(node: InferenceNode, autojump_clock: MockClock) -> None:
-    with ExitStack() as held:
+    with Releases() as held:
         for number in range(4):
-            held.callback(node.scheduler.admit(f"q{number}", "a").close)
+            held.add(node.scheduler.admit(f"q{number}", "a").close)
         with pytest.raises(QueueFull):
             await node.serve(FIRST)

@@ -1,7 +1,6 @@
 """llama-server's answers in Ollama's format, and what becomes of those that break."""
 
 import json
-from contextlib import ExitStack
 from typing import Any, cast
 
 import pytest
@@ -19,6 +18,7 @@ from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.ollama_answers import EmbeddingsTranslator, LoadTranslator, TextTranslator
 from nodeagent.front.translation import Translator, Untranslatable
+from nodeagent.releases import Releases
 
 USAGE = {"prompt_tokens": 5, "completion_tokens": 3}
 TIMINGS = {"prompt_ms": 1.5, "predicted_ms": 20.0}
@@ -317,7 +317,7 @@ async def test_a_model_is_loaded_for_a_request_that_asks_for_nothing_else(
 
 async def test_an_answer_that_is_there_needs_no_server(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     node = await node_with(nursery)
-    with ExitStack() as stack:
+    with Releases() as stack:
         request = ollama(cast(Translator, None), answer=b"{}\n")
         answer = await node.inference.serve(request, stack)
         assert await answer.body.read() == b"{}\n"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from fakes.upstream import Act, UpstreamServers
 from nodeagent.errors import NoSuchRequest, RequestCancelled
 from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import InferenceRequest
+from nodeagent.releases import Releases
 
 EVENTS = (b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n")
 SLOW_STREAM = Act(chunks=EVENTS, chunk_s=10.0, event_stream=True)
@@ -40,7 +40,7 @@ class Client:
 
     async def ask(self, node: InferenceNode, request: InferenceRequest) -> None:
         try:
-            with ExitStack() as stack:
+            with Releases() as stack:
                 answer = await node.inference.serve(request, stack)
                 self.status = answer.status
                 async for chunk in answer.body:
@@ -150,7 +150,7 @@ async def test_it_is_ended_also_where_nothing_waits_for_its_server(
     node: InferenceNode, autojump_clock: MockClock
 ) -> None:
     node.servers.acts.append(SLOW_STREAM)
-    with ExitStack() as stack:
+    with Releases() as stack:
         answer = await node.inference.serve(replace(REQUEST, ping_s=5.0), stack)
         node.inference.running.cancel(1)  # between two comments
         assert (await answer.body.read()).startswith(b": ")

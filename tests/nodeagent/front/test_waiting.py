@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from fakes.upstream import EXIT_SHOWS_AFTER_S, Act, Loss, UpstreamServers
 from nodeagent.front.answer import Answer
 from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import InferenceRequest
+from nodeagent.releases import Releases
 
 PING_S = 15.0
 STREAM = replace(REQUEST, ping_s=PING_S)
@@ -38,7 +38,7 @@ async def receive(
 ) -> tuple[Answer, Received]:
     """Be a client that reads its whole answer."""
     received = [] if received is None else received
-    with ExitStack() as stack:
+    with Releases() as stack:
         answer = await node.inference.serve(request, stack)
         async for chunk in answer.body:
             received.append((round(trio.current_time(), 3), chunk))
