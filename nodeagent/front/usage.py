@@ -1,12 +1,12 @@
 """How many tokens an answer took, by what llama-server says in it. Pure.
 
 Its own format and OpenAI's chat have `timings` at the end; Anthropic's and OpenAI's others have `usage` only, which
-stands at the beginning for embeddings and reranking, and for Anthropic's streams in parts at both. Nothing is parsed:
-inside a string of JSON the quotes around these names would have backslashes.
+stands at the beginning for embeddings and reranking, and for Anthropic's streams in parts at both. No answer is parsed
+as a whole: inside a string of JSON the quotes around these names would have backslashes.
 """
 
 import re
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -14,10 +14,8 @@ import msgspec
 HEAD_BYTES: Final = 1024
 TAIL_BYTES: Final = 4096
 
-_NAMES: Final = (
-    b"cache_n|prompt_n|predicted_n|predicted_per_token_ms|"
-    b"prompt_tokens|completion_tokens|input_tokens|output_tokens|cached_tokens|cache_read_input_tokens"
-)
+_NAMES: Final = b"prompt_tokens|completion_tokens|input_tokens|output_tokens|cached_tokens|cache_read_input_tokens"
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 _TIMINGS: Final = b'"timings":{'
 _BACKSLASH: Final = ord("\\")
 _NUMBER: Final = re.compile(rb'"(' + _NAMES + rb')": ?([0-9]{1,15}(?:\.[0-9]{1,20})?)(?![0-9.])')
@@ -33,25 +31,44 @@ class Usage(msgspec.Struct, frozen=True):
     per_token_s: float | None = None
 
 
+class _Timings(msgspec.Struct):
+    """llama-server's, as far as they are used. They hold no other object."""
+
+    cache_n: _Count = 0
+    prompt_n: _Count = 0
+    predicted_n: _Count = 0
+    predicted_per_token_ms: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
+_OBJECT: Final = msgspec.json.Decoder(_Timings)
+
+
 def usage_of(head: bytes, tail: bytes) -> Usage:
     """The usage that an answer with this beginning and this end tells; zeros where it tells none."""
-    timings = tail.rfind(_TIMINGS)
-    # Most answers have them, and the rest of these need not be searched.
-    found = _numbers(tail[timings:]) if timings >= 0 else {**_numbers(head), **_numbers(tail)}
-    per_token_ms = found.get(b"predicted_per_token_ms")
-    if b"prompt_n" in found or b"predicted_n" in found:
-        return Usage(
-            int(found.get(b"prompt_n", 0)),
-            int(found.get(b"cache_n", 0)),
-            int(found.get(b"predicted_n", 0)),
-            None if per_token_ms is None else per_token_ms / 1000,
-        )
+    # Most answers have timings, and the rest of these need not be searched.
+    timings = _timings(tail)
+    if timings is not None:
+        per_token_ms = timings.predicted_per_token_ms
+        per_token_s = None if per_token_ms is None else per_token_ms / 1000
+        return Usage(timings.prompt_n, timings.cache_n, timings.predicted_n, per_token_s)
+    found = {**_numbers(head), **_numbers(tail)}
     generated = int(found.get(b"completion_tokens", found.get(b"output_tokens", 0)))
     prompt = int(found.get(b"prompt_tokens", found.get(b"input_tokens", 0)))
     if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens are without them
         return Usage(prompt, int(found[b"cache_read_input_tokens"]), generated)
     cached = min(prompt, int(found.get(b"cached_tokens", 0)))
     return Usage(prompt - cached, cached, generated)
+
+
+def _timings(tail: bytes) -> _Timings | None:
+    """The last timings there, None if there are none that can be read."""
+    start = tail.rfind(_TIMINGS)
+    if start < 0:
+        return None
+    try:
+        return _OBJECT.decode(tail[start + len(_TIMINGS) - 1 : tail.find(b"}", start) + 1])
+    except msgspec.DecodeError:
+        return None
 
 
 def _numbers(text: bytes) -> dict[bytes, float]:

@@ -15,6 +15,10 @@ NONE = Usage()
             b'"timings":{"cache_n":3,"prompt_n":5,"predicted_n":7,"predicted_per_token_ms":20.5}',
             Usage(5, 3, 7, 0.0205),
         ),
+        (b"", b'"timings":{"prompt_n":5,"predicted_n":1,"predicted_per_token_ms":null,"draft_n":2}}', Usage(5, 0, 1)),
+        (b'"prompt_tokens":8', b'"timings":{"prompt_n":-1},"usage":{"completion_tokens":7}', Usage(8, 0, 7)),
+        (b"", b'"timings":{"prompt_n":5', NONE),
+        (b"", b'"timings":{"prompt_n":1e300}', NONE),
         (b"", b'"usage":{"completion_tokens":7,"prompt_tokens":8,"total_tokens":15}', Usage(8, 0, 7)),
         (
             b"",
