@@ -12,6 +12,7 @@ from nodeagent.errors import BadAnswer, Refusal, RequestCancelled, UpstreamLost
 from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import FirstBytes, crashed, record_crash, stopped
 from nodeagent.front.refusals import error_event
+from nodeagent.front.response import Headers
 from nodeagent.front.translation import Translator, Untranslatable
 from nodeagent.llama_server.relay import Upstream, UpstreamResponse
 from nodeagent.scheduling.lease import Lease
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B")
 
 # nginx would buffer a stream, and caches might store it.
-STREAM_HEADERS = (("X-Accel-Buffering", "no"), ("Cache-Control", "no-cache"))
+STREAM_HEADERS = ((b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache"))
 
 
 class Body(Protocol):
@@ -40,11 +41,20 @@ class Body(Protocol):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """An answer whose first bytes are there."""
+    """An answer whose first bytes are there. The names of its headers are in lower case."""
 
     status: int
-    headers: list[tuple[str, str]]
+    headers: Headers
     body: Body
+
+    def headers_as_text(self) -> list[tuple[str, str]]:
+        """The headers as web frameworks have them."""
+        return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.headers]
+
+    @property
+    def content_type(self) -> str:
+        """The type of the body, "" if it is not known."""
+        return dict(self.headers).get(b"content-type", b"").decode("latin-1")
 
 
 class Chunks:
@@ -190,7 +200,7 @@ def body_of(first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamR
 
 
 async def translated_answer(
-    translator: Translator, lease: Lease[Upstream], headers: list[tuple[str, str]], body: AnswerBody
+    translator: Translator, lease: Lease[Upstream], headers: Headers, body: AnswerBody
 ) -> Answer:
     """An answer in another format. One that is not streamed is read to its end first, so that what goes wrong until
     then is a refusal. Raises Refusal."""
@@ -208,23 +218,23 @@ async def translated_answer(
         raise BadAnswer(lease.model_id, str(error)) from error
 
 
-def with_type(headers: list[tuple[str, str]], content_type: str) -> list[tuple[str, str]]:
+def with_type(headers: Headers, content_type: str) -> Headers:
     """The headers of an answer whose body is another one than the server's."""
-    others = [header for header in headers if header[0].lower() not in ("content-length", "content-type")]
-    return [("content-type", content_type), *others]
+    others = [header for header in headers if header[0] not in (b"content-length", b"content-type")]
+    return [(b"content-type", content_type.encode("ascii")), *others]
 
 
-def answer_headers(lease: Lease[Upstream], response: UpstreamResponse) -> list[tuple[str, str]]:
+def answer_headers(lease: Lease[Upstream], response: UpstreamResponse) -> Headers:
     """The server's headers, where the request was served, and how long each phase took up to the first byte."""
-    server_s = trio.current_time() - lease.granted_at
-    phases = {"queue": lease.queued_s, "load": lease.load_s, "server": server_s}
+    queue_ms, load_ms = lease.queued_s * 1000, lease.load_s * 1000
+    server_ms = (trio.current_time() - lease.granted_at) * 1000
     headers = [
         *response.headers,
-        ("X-Node-Model", lease.model_id),
-        ("X-Node-Device", lease.device_id),
-        ("X-Node-Queue-Ms", f"{lease.queued_s * 1000:.0f}"),
-        ("X-Node-Load-Ms", f"{lease.load_s * 1000:.0f}"),
+        (b"x-node-model", lease.model_id.encode("utf-8")),
+        (b"x-node-device", lease.device_id.encode("utf-8")),
+        (b"x-node-queue-ms", b"%.0f" % queue_ms),
+        (b"x-node-load-ms", b"%.0f" % load_ms),
         # In milliseconds: https://www.w3.org/TR/server-timing/
-        ("Server-Timing", ", ".join(f"{phase};dur={took_s * 1000:.1f}" for phase, took_s in phases.items())),
+        (b"server-timing", b"queue;dur=%.1f, load;dur=%.1f, server;dur=%.1f" % (queue_ms, load_ms, server_ms)),
     ]
     return [*headers, *STREAM_HEADERS] if response.event_stream else headers

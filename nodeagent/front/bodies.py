@@ -130,10 +130,9 @@ class KeptBodies:
             self.request = KeptBody(self._bodies, dict(headers).get(b"content-type", b"").decode("latin-1"))
             self.request.add(content)
 
-    def answered(self, headers: Iterable[tuple[str, str]]) -> "KeptBody":
-        """The answer begins, with these headers; what is returned takes its body."""
-        types = [value for name, value in headers if name.lower() == "content-type"]
-        self.answer = KeptBody(self._bodies, types[0] if types else "")
+    def answered(self, content_type: str) -> "KeptBody":
+        """The answer begins; what is returned takes its body."""
+        self.answer = KeptBody(self._bodies, content_type)
         return self.answer
 
     def end(self) -> None:

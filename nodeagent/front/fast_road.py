@@ -129,7 +129,7 @@ async def _relay(answer: Answer, exchange: Exchange, marks: Headers, held: Relea
     chunk = await body.read()
     if body.at_end:
         held.close()
-    await exchange.start(answer.status, [*_encoded(answer.headers), *marks], chunk, more=not body.at_end)
+    await exchange.start(answer.status, [*answer.headers, *marks], chunk, more=not body.at_end)
     while not body.at_end:
         chunk = await body.read()
         if body.at_end:

@@ -64,7 +64,7 @@ class Inference:
         fallbacks.
         """
         if request.answer is not None:
-            return Answer(200, [("Content-Type", "application/json")], WholeBody(request.answer))
+            return Answer(200, [(b"content-type", b"application/json")], WholeBody(request.answer))
         try:
             return await self._serve_once(request, held)
         except (BackendUnavailable, ModelLoadTimeout) as refusal:
@@ -94,11 +94,11 @@ class Inference:
             tally.refused(refusal)
             if tally.bodies is not None:
                 _status, headers, content = refusal_response(refusal, request.request_id, request.dialect)
-                tally.bodies.answered(headers).add(content)
+                tally.bodies.answered(dict(headers).get("content-type", "")).add(content)
             raise
         if tally.bodies is None:
             return answer
-        return replace(answer, body=NotedBody(answer.body, tally.bodies.answered(answer.headers).add))
+        return replace(answer, body=NotedBody(answer.body, tally.bodies.answered(answer.content_type).add))
 
     async def _serve(self, request: InferenceRequest, held: Releases, tally: RequestTally) -> Answer:
         refuse_poison(request, self._poison)
@@ -117,7 +117,8 @@ class Inference:
             return await self._answer(first_bytes, *begun)
         # The head goes out before the server has sent one.
         kind = "text/event-stream" if request.translator is None else request.translator.content_type
-        return Answer(200, [("Content-Type", kind), *STREAM_HEADERS], WaitingBody(first_bytes, self._progress))
+        headers = [(b"content-type", kind.encode("ascii")), *STREAM_HEADERS]
+        return Answer(200, headers, WaitingBody(first_bytes, self._progress))
 
     async def _answer(self, first_bytes: FirstBytes, lease: Lease[Upstream], response: UpstreamResponse) -> Answer:
         request = first_bytes.request

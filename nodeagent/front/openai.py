@@ -44,7 +44,7 @@ def blueprint(node: Node, inference: Inference) -> "Blueprint":
         headers = [(name.lower(), value) for name, value in request.scope["headers"]]
         valid = read_request(node, request_id=request_id(), path=request.path, headers=headers, body=body)
         answer = await inference.serve(valid, releases())
-        return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
+        return Response(answer.body, status=answer.status, headers=Headers(answer.headers_as_text()))
 
     for path in ENDPOINTS:
         routes.post(path, endpoint=path.replace("/", "_"))(infer)

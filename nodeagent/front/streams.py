@@ -14,4 +14,5 @@ def follows() -> bool:
 
 def stream_response(source: AsyncIterator[bytes], content_type: str) -> Response:
     """The response whose body comes piece by piece; it ends with its source, or when the client leaves."""
-    return Response(source, content_type=content_type, headers=dict(STREAM_HEADERS))
+    headers = {name.decode("ascii"): value.decode("ascii") for name, value in STREAM_HEADERS}
+    return Response(source, content_type=content_type, headers=headers)

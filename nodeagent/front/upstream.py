@@ -64,7 +64,7 @@ def add_routes(admin: Blueprint, node: Node, inference: Inference) -> None:
             body=body,
         )
         answer = await inference.serve(asked, releases())
-        return Response(answer.body, status=answer.status, headers=Headers(answer.headers))
+        return Response(answer.body, status=answer.status, headers=Headers(answer.headers_as_text()))
 
 
 def split(node: Node, where: str) -> tuple[ModelCard, str]:

@@ -30,10 +30,10 @@ def forwardable(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, byt
     return [(name, value) for name, value in headers if name in _FORWARDED]
 
 
-def returnable(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    """Of a child's response headers, those that are sent to the client; names are lower case."""
+def returnable(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Of a child's response headers (with names in lower case), those that are sent to the client."""
     return [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in headers
-        if name not in _OF_CONNECTION and name not in _OF_CHILD and not name.startswith(_CORS)
+        header
+        for header in headers
+        if header[0] not in _OF_CONNECTION and header[0] not in _OF_CHILD and not header[0].startswith(_CORS)
     ]

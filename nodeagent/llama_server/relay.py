@@ -238,14 +238,14 @@ class _Connection:
 class UpstreamResponse:
     """A child's response, from its head on.
 
-    `headers` are those that may be sent to a client. `event_stream` means that the body is server-sent events; then
-    each chunk ends where an event ends. A body that only the end of the connection ends counts as incomplete:
-    llama-server sends lengths or chunks. What changes: everything, in `next_chunk` and `close`.
+    `headers` are those that may be sent to a client, with names in lower case. `event_stream` means that the body is
+    server-sent events; then each chunk ends where an event ends. A body that only the end of the connection ends counts
+    as incomplete: llama-server sends lengths or chunks. What changes: everything, in `next_chunk` and `close`.
     """
 
     def __init__(self, upstream: Upstream, connection: _Connection) -> None:
         self.status = 0
-        self.headers: list[tuple[str, str]] = []
+        self.headers: list[tuple[bytes, bytes]] = []
         self.event_stream = False
         self._upstream = upstream
         self._connection: _Connection | None = connection

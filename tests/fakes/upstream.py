@@ -99,7 +99,7 @@ class FakeResponse(UpstreamResponse):
         super().__init__(upstream, cast(Any, None))
         upstream.in_flight += 1
         self.status = act.status
-        self.headers = [("content-type", "text/event-stream" if act.event_stream else "application/json")]
+        self.headers = [(b"content-type", b"text/event-stream" if act.event_stream else b"application/json")]
         self.event_stream = act.event_stream
         self._fake = upstream
         self._act = act

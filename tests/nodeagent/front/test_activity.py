@@ -107,7 +107,7 @@ async def test_one_record_is_shown_with_its_bodies_and_the_list_only_says_that_t
     activity.bodies.limit(Limits(100, 1000))
     kept = KeptBodies(activity.bodies)
     kept.requested([(b"content-type", b"application/json")], '{"a": "ä"}'.encode())
-    kept.answered([("Content-Type", "text/event-stream")]).add(b"data: secret\n\n")
+    kept.answered("text/event-stream").add(b"data: secret\n\n")
     add(activity)
     add(activity, kept=kept)
     listed = (await asked(activity)).content["activity"]

@@ -2,14 +2,13 @@
 
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.inference_node import REQUEST, InferenceNode
@@ -19,6 +18,7 @@ from nodeagent.front.bodies import Bodies, KeptBodies, KeptBody, Limits, shown
 from nodeagent.front.exchange import AbortResponse
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.ollama_answers import TextTranslator
+from nodeagent.releases import Releases
 
 MIB = 2**20
 TEXT = "text/plain; charset=utf-8"
@@ -100,7 +100,7 @@ def test_turned_off_they_are_forgotten_also_those_in_progress_and_less_room_forg
     bodies.limit(Limits(40, 50))
     assert (1 in bodies, 2 in bodies, bodies.held_bytes) == (False, True, 30)
     begun = KeptBodies(bodies)
-    answer = begun.answered([("content-type", "text/plain")])
+    answer = begun.answered("text/plain")
     answer.add(bytes(10))
     bodies.limit(None)
     answer.add(bytes(10))
@@ -133,7 +133,7 @@ def test_all_together_hold_no_more_than_they_may_at_any_time(
         elif client not in in_progress:
             kept = KeptBodies(bodies)
             kept.requested([(b"content-type", b"text/plain")], bytes(size))
-            in_progress[client] = kept, kept.answered([("content-type", "text/plain")])
+            in_progress[client] = kept, kept.answered("text/plain")
         else:
             in_progress[client][1].add(bytes(size))
         assert sum(held()) == bodies.held_bytes <= together
@@ -188,8 +188,8 @@ async def test_a_stream_is_kept_with_its_comments_and_the_event_that_ends_it(
 
 async def test_an_answer_is_kept_as_far_as_its_client_got_it(node: InferenceNode, autojump_clock: MockClock) -> None:
     node.servers.acts.append(Act(chunks=(b"data: 1\n\n", b"data: 2\n\n"), event_stream=True))
-    with ExitStack() as stack:
-        answer = await node.inference.serve(REQUEST, stack)
+    with Releases() as held:
+        answer = await node.inference.serve(REQUEST, held)
         await answer.body.read()
     assert last(node)[1] == "data: 1\n\n"
 

@@ -148,7 +148,7 @@ async def test_a_model_that_cant_be_served_is_replaced_by_the_first_of_its_fallb
     node.servers.acts.append(Act())
     answer = await node.serve(FIRST)
     node.assert_nothing_is_held()
-    assert dict(answer.headers)["X-Node-Model"] == "c"
+    assert dict(answer.headers)[b"x-node-model"] == b"c"
     assert "c serves it instead: " in caplog.text
     activity = node.inference.tallies.activity.newest(lambda _: True, limit=9)
     assert [(record.model_id, record.status) for record in activity] == [("c", 200), ("b", 503), ("a", 503)]

@@ -233,7 +233,7 @@ async def test_a_stream_is_translated_as_it_comes(nursery: trio.Nursery, autojum
     node = await node_with(nursery, Act(chunks=chunks, chunk_s=1.0, event_stream=True))
     received: list[bytes] = []
     answer = await node.serve(ollama(text()), received)
-    assert ("content-type", "application/x-ndjson") in answer.headers
+    assert (b"content-type", b"application/x-ndjson") in answer.headers
     assert [lines(it)[0]["message"]["content"] for it in received] == ["a", "b", ""]
     assert lines(received[-1])[0]["done"]
     node.assert_nothing_is_held()
@@ -243,7 +243,7 @@ async def test_a_stream_that_waits_says_nothing_in_lines(nursery: trio.Nursery, 
     node = await node_with(nursery, Act(chunks=(delta(content="a"), END), chunk_s=25.0, event_stream=True))
     received: list[bytes] = []
     answer = await node.serve(ollama(text(), ping_s=10.0), received)
-    assert answer.headers[0] == ("Content-Type", "application/x-ndjson")
+    assert answer.headers[0] == (b"content-type", b"application/x-ndjson")
     assert [lines(it)[0]["message"]["content"] for it in received] == ["", "", "a", ""]
     node.assert_nothing_is_held()
 
@@ -290,7 +290,7 @@ async def test_a_servers_error_keeps_its_status_and_gets_ollamas_shape(
     received: list[bytes] = []
     answer = await node.serve(ollama(text(streams=streams)), received)
     assert (answer.status, json.loads(b"".join(received))) == (400, {"error": "too long"})
-    assert ("content-type", "application/json") in answer.headers
+    assert (b"content-type", b"application/json") in answer.headers
 
 
 async def test_an_answer_that_is_not_streamed_is_an_error_of_its_own_if_it_breaks(

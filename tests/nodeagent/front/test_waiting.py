@@ -70,9 +70,9 @@ async def test_a_stream_whose_model_loads_says_so_until_it_begins(
     answer, received = await receive(node, replace(STREAM, ping_s=10.0))
     assert answer.status == 200
     assert dict(answer.headers) == {
-        "Content-Type": "text/event-stream",
-        "X-Accel-Buffering": "no",
-        "Cache-Control": "no-cache",
+        b"content-type": b"text/event-stream",
+        b"x-accel-buffering": b"no",
+        b"cache-control": b"no-cache",
     }
     loading = b": loading a\n\n"
     assert received == [(10.0, loading), (20.0, loading), (25.0, EVENTS[0]), (25.0, EVENTS[1])]
@@ -86,7 +86,7 @@ async def test_a_stream_that_begins_in_time_has_no_comment_and_says_where_it_was
     node.servers.fake.load_s = 14.0
     node.servers.acts.append(ANSWER)
     answer, received = await receive(node)
-    assert dict(answer.headers)["X-Node-Device"] == "cpu:0"
+    assert dict(answer.headers)[b"x-node-device"] == b"cpu:0"
     assert received == [(14.0, EVENTS[0]), (14.0, EVENTS[1])]
 
 
@@ -97,7 +97,7 @@ async def test_nothing_is_said_before_an_answer_that_is_no_stream_nor_if_that_is
     node.servers.fake.load_s = 29.0
     node.servers.acts.append(ANSWER)
     answer, received = await receive(node, request_)
-    assert dict(answer.headers)["X-Node-Load-Ms"] == "29000"
+    assert dict(answer.headers)[b"x-node-load-ms"] == b"29000"
     assert [chunk for _at, chunk in received] == list(EVENTS)
 
 

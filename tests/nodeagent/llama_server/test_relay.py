@@ -30,10 +30,10 @@ async def test_responses_are_the_same_however_they_are_cut(size: int, nursery: t
     with trio.fail_after(10):
         plain = await ask(await serving(nursery, answering(PLAIN, size=size)))
         assert (plain.status, plain.event_stream) == (200, False)
-        assert plain.headers == [("content-type", "application/json"), ("content-length", "11")]
+        assert plain.headers == [(b"content-type", b"application/json"), (b"content-length", b"11")]
         assert await body_of(plain) == b"hello world"
         events = await ask(await serving(nursery, answering(CHUNKED, size=size)))
-        assert events.headers == [("content-type", "text/event-stream")]
+        assert events.headers == [(b"content-type", b"text/event-stream")]
         assert events.event_stream
         chunks = []
         while (chunk := await events.next_chunk()) is not None:

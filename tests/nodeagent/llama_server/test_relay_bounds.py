@@ -98,6 +98,6 @@ async def test_trailers_are_dropped(nursery: trio.Nursery) -> None:
     with trio.fail_after(5):
         response = await ask(upstream)
         await body_of(response)
-    assert "x-late" not in dict(response.headers)
+    assert b"x-late" not in dict(response.headers)
     assert "1 idle connections" in repr(upstream)
     finish(nursery)
