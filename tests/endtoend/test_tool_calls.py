@@ -116,7 +116,7 @@ def test_the_anthropic_client_gets_a_call_and_gives_its_result(claude: anthropic
     asked: dict[str, Any] = {"model": "tools", "max_tokens": 500, "tools": [ANTHROPIC_TOOL], "tool_choice": choice}
     message = claude.messages.create(**asked, messages=ASK)
     assert message.stop_reason == "tool_use"
-    [use] = [block for block in message.content if block.type == "tool_use"]
+    [use] = uses(message)
     assert use.name == "is_hot"
     assert_fits(use.input)
     result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "yes"}]}
@@ -136,10 +136,15 @@ def test_the_anthropic_clients_streamed_call_is_that_of_the_whole_message(claude
         pieces = [event.partial_json for event in stream if event.type == "input_json"]
         final = stream.get_final_message()
     assert len(pieces) > 2
-    calls = [[(use.name, use.input) for use in it.content if use.type == "tool_use"] for it in (whole, final)]
-    assert calls[0] == calls[1] != []
-    assert json.loads("".join(pieces)) == calls[1][0][1]
+    [use] = uses(final)
+    assert (use.name, use.input) == (uses(whole)[0].name, uses(whole)[0].input)
+    assert json.loads("".join(pieces)) == use.input
     assert final.stop_reason == "tool_use"
+
+
+def uses(message: Any) -> list[Any]:
+    """The calls in a message."""
+    return [block for block in message.content if block.type == "tool_use"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,7 +17,7 @@ SLOW      1.3 MB   65 ms     60
 ========  =======  ========  ========
 
 TOOLS makes a call of a tool whenever the request has one, and then ends. A grammar of the server's makes the call
-well-formed, and holds what it says to a JSON schema. Give it only enums and booleans: in a free string it goes on and on.
+well-formed, and holds what it says to a JSON schema. Give it only enums and booleans: a free string does not end.
 
 SLOW's context of 8,192 tokens thus lasts for two minutes; even on a machine ten times as fast, for twelve seconds.
 """
