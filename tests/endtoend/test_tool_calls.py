@@ -119,8 +119,8 @@ def test_the_anthropic_client_gets_a_call_and_gives_its_result(claude: anthropic
     [use] = uses(message)
     assert use.name == "is_hot"
     assert_fits(use.input)
-    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "yes"}]}
-    said = {"role": "assistant", "content": [block.to_dict() for block in message.content]}
+    result: Any = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "yes"}]}
+    said: Any = {"role": "assistant", "content": [block.to_dict() for block in message.content]}
     after = claude.messages.create(**asked, messages=[*ASK, said, result])
 
     def prompt_tokens(usage: anthropic.types.Usage) -> int:
