@@ -62,7 +62,8 @@ class TinyModel:
 
     `title` is the name in the file, if that is not `name`.
     `pooling` "mean" makes one that serves embeddings, "rank" one that reranks. One that `calls_tools` says nothing but
-    the beginning of a call, as a token of its own, and what a grammar has it say.
+    the beginning of a call, as a token of its own, and what a grammar has it say. One that `infills` has the tokens
+    that mark what is before and behind a gap: three control characters.
     """
 
     name: str
@@ -77,6 +78,7 @@ class TinyModel:
     ctx_train: int = 4096
     pooling: Literal["mean", "rank"] | None = None
     calls_tools: bool = False
+    infills: bool = False
 
     @property
     def architecture(self) -> str:
@@ -91,6 +93,7 @@ SLOW: Final = TinyModel(name="slow", seed=3, layers=40, width=32, heads=2, heads
 EMBEDDER: Final = TinyModel(name="embedder", seed=4, pooling="mean")
 RERANKER: Final = TinyModel(name="reranker", seed=5, pooling="rank")
 TOOLS: Final = TinyModel(name="tools", seed=7, calls_tools=True)
+INFILL: Final = TinyModel(name="infill", seed=8, infills=True)
 
 
 def write_model(model: TinyModel, folder: Path) -> Path:
@@ -138,6 +141,9 @@ def add_vocabulary(writer: gguf.GGUFWriter, model: TinyModel) -> None:
         kinds.append(gguf.TokenType.USER_DEFINED)
         # The server checks its grammar against the beginning of the answer, which has no space before it.
         writer.add_add_space_prefix(False)
+    if model.infills:
+        for number, mark in enumerate(("pre", "suf", "mid"), start=1):
+            writer.add_uint32(f"tokenizer.ggml.fim_{mark}_token_id", len(_CONTROL_TOKENS) + number)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
