@@ -6,6 +6,7 @@ import trio
 
 from fakes.gates import open_gate
 from fakes.upstream import UpstreamServers
+from nodeagent.access.gate import Gate
 from nodeagent.front.app import create_app
 from nodeagent.front.asgi import Front
 from nodeagent.front.fast_road import FastRoad
@@ -28,8 +29,10 @@ class OneModelNode:
     cors_origins = ()
     host_names = {"n"}
 
-    def __init__(self, servers: UpstreamServers, *, road: str = "fast", max_pending: int = 4) -> None:
-        self.gate = open_gate()
+    def __init__(
+        self, servers: UpstreamServers, *, road: str = "fast", max_pending: int = 4, gate: Gate | None = None
+    ) -> None:
+        self.gate = gate or open_gate()
         self.servers = servers
         rules = LaneRules(max_pending=max_pending, queue_timeout_s=100, startup_timeout_s=30)
         self.lane: Lane[Upstream] = Lane("cpu:0", servers, rules)
