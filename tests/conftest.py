@@ -114,6 +114,17 @@ def reranker_model(models_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tools_model(models_dir: Path) -> Path:
+    """It calls a tool whenever it is given one, and keeps to a schema."""
+    return tiny_models.write_model(tiny_models.TOOLS, models_dir)
+
+
+@pytest.fixture(scope="session")
+def infill_model(models_dir: Path) -> Path:
+    return tiny_models.write_model(tiny_models.INFILL, models_dir)
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real chat model that the demo runs (98 MB, fetched once into the user's cache)."""
     # Imported here, so that a test of something else runs although the demo's imports are broken.

@@ -39,11 +39,11 @@ class Upstream:
 
     `closed` is set once that generation is gone. `ends_as_asked` means that it was asked to stop, so no request is to
     blame for its end. Nor is one if `blameless_end` is set: why it ended, where no request can be the cause (out of
-    memory, say); it is known when `closed` is set. `in_flight` counts the requests that were sent and not closed;
-    `bytes_received` is the total of all responses. `slot_ctx_size` is the context of one slot in tokens, None until it
-    was asked for. What changes: these, and `_idle`, the idle connections with the
-    times since when, the oldest first. There are no more of them than there were requests in flight at once, so no more
-    than the server has slots.
+    memory, say); it is known when `closed` is set. `in_flight` counts the requests that were sent and not closed,
+    `awaited` those of them of which bytes are waited for, not those whose client does not read. `bytes_received` is the
+    total of all responses. `slot_ctx_size` is the context of one slot in tokens, None until it was asked for. What
+    changes: these, and `_idle`, the idle connections with the times since when, the oldest first. There are no more of
+    them than there were requests in flight at once, so no more than the server has slots.
     """
 
     def __init__(self, address: str, api_key: str, *, idle_max_s: float = _IDLE_MAX_S) -> None:
@@ -54,6 +54,7 @@ class Upstream:
         self.ends_as_asked = False
         self.blameless_end: str | None = None
         self.in_flight = 0
+        self.awaited = 0
         self.bytes_received = 0
         self.slot_ctx_size: int | None = None
         self._ip, _, port = address.rpartition(":")
@@ -363,10 +364,13 @@ class UpstreamResponse:
         """Feed the parser with what has arrived; it calls the methods below."""
         assert self._connection is not None, "the response is closed"
         address = self._upstream.address
+        self._upstream.awaited += 1
         try:
             data = await self._connection.receive()
         except (OSError, trio.ClosedResourceError) as error:
             self._lost(f"the connection broke: {error!r}")
+        finally:
+            self._upstream.awaited -= 1
         if not data:
             self._lost("closed the connection before the response was complete")
         self._upstream.bytes_received += len(data)

@@ -1,8 +1,9 @@
-"""Finds a server that has stalled: it answers `/health`, has requests in flight, and makes no progress on them.
+"""Finds a server that has stalled: it answers `/health`, its answers are waited for, and it makes no progress on them.
 
 Signs of progress, each enough by itself: a byte of a response; the counts of `/slots` (prompt tokens processed, tokens
 decoded) change; on a CPU device the process uses CPU time. A server that shows none of them for `stall_timeout_s` is
 replaced. Clients that give up and retry are no sign of progress, and the time between their requests does not count.
+Nor does the time in which the agent waits for nothing of the server, since clients don't read what it has sent.
 
 A long prompt evaluation is not mistaken for a stall: on a CPU it uses CPU time, and on a GPU the counts change with
 each batch. What can't be distinguished is a single batch on a GPU that takes longer than the time-out, or several that
@@ -44,10 +45,11 @@ Counts = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """A server at `at` (`trio.current_time()`). `counts` and `cpu_s` are None if unknown."""
+    """A server at `at` (`trio.current_time()`). `awaited` counts the requests of which something more is waited for;
+    `counts` and `cpu_s` are None if unknown."""
 
     at: float
-    in_flight: int
+    awaited: int
     bytes_received: int
     counts: Counts | None = None
     cpu_s: float | None = None
@@ -66,11 +68,11 @@ class StallDetector:
         before, self._last = self._last, now
         if before is None or self._has_progressed(before, now):
             self._stalled_s = 0.0
-        elif before.in_flight and now.in_flight and now.at - before.at <= _GAP_MAX_S:
+        elif before.awaited and now.awaited and now.at - before.at <= _GAP_MAX_S:
             self._stalled_s += now.at - before.at
         if now.counts is not None:  # no answer is no evidence, for or against
             self._counts = now.counts
-        return self._stalled_s if now.in_flight else 0.0
+        return self._stalled_s if now.awaited else 0.0
 
     def _has_progressed(self, before: Observation, now: Observation) -> bool:
         if now.bytes_received != before.bytes_received:
@@ -102,7 +104,7 @@ async def observe(worker: Worker, *, with_counts: bool) -> Observation:
     """Observe a server; `with_counts` asks it for its slots, which is not free."""
     return Observation(
         at=trio.current_time(),
-        in_flight=worker.upstream.in_flight,
+        awaited=worker.upstream.awaited,
         bytes_received=worker.upstream.bytes_received,
         counts=await _counts(worker.upstream) if with_counts else None,
         cpu_s=_cpu_s(worker.pid) if worker.counts_cpu else None,
@@ -142,7 +144,7 @@ async def watch(
             stalled_s[key] = detectors[key].add(observation)
             if stalled_s[key] >= worker.stall_timeout_s:
                 silent = f"no sign of progress for {stalled_s[key]:.0f} s"
-                reason = f"{silent} with {observation.in_flight} requests in flight (stall_timeout_s)"
+                reason = f"{silent} with {observation.awaited} requests in flight (stall_timeout_s)"
                 fail(worker.child_id, worker.generation, reason)
         stalled_s = {key: stalled_s[key] for key in current}
 
@@ -150,7 +152,7 @@ async def watch(
 def _nothing_seen(worker: Worker) -> Observation:
     """An observation without an answer of the server: what the agent itself counts."""
     upstream = worker.upstream
-    return Observation(at=trio.current_time(), in_flight=upstream.in_flight, bytes_received=upstream.bytes_received)
+    return Observation(at=trio.current_time(), awaited=upstream.awaited, bytes_received=upstream.bytes_received)
 
 
 class _NextToken(msgspec.Struct):

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """A llama-server with a fault: speaks its protocol up to the point where the fault shows.
 
-faulty_server.py exit | never-ready | crash-on-chat | hang-on-chat | flood | flood-lines  [llama-server's flags]
+faulty_server.py exit | never-ready | crash-on-chat | hang-on-chat | flood | flood-lines | torrent  [flags]
+
+`torrent` answers with a stream of `max_tokens` events of 4 KiB, as fast as they are read.
 """
 
 import http.server
@@ -9,6 +11,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 
 
 def main() -> None:
@@ -20,6 +23,7 @@ def main() -> None:
         print("loading for ever", file=sys.stderr, flush=True)
         time.sleep(3600)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler(behaviour, alias))
+    server.socket.listen(128)
     print(f"listening on http://127.0.0.1:{server.server_port}", file=sys.stderr, flush=True)
     server.serve_forever()
 
@@ -32,7 +36,7 @@ def handler(behaviour: str, alias: str) -> type[http.server.BaseHTTPRequestHandl
             self._answer(answers[self.path])
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
             if behaviour == "crash-on-chat":
                 os._exit(9)
             if behaviour == "hang-on-chat":
@@ -43,7 +47,20 @@ def handler(behaviour: str, alias: str) -> type[http.server.BaseHTTPRequestHandl
             if behaviour == "flood-lines":
                 for _ in range(64):
                     os.write(2, b"a\n" * 2**13)
-            self._answer({"choices": [], "model": alias})
+            if behaviour == "torrent":
+                self._stream(json.loads(body)["max_tokens"])
+            else:
+                self._answer({"choices": [], "model": alias})
+
+        def _stream(self, events: int) -> None:
+            self.wfile.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
+            event = b"data: " + b"x" * 4096 + b"\n\n"
+            with suppress(OSError):  # its client has left
+                for _ in range(events):
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+                self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
         def _answer(self, said: object) -> None:
             content = json.dumps(said).encode()

@@ -13,7 +13,7 @@ from nodeagent.llama_server.relay import Upstream
 from nodeagent.llama_server.stall_watch import OBSERVE_INTERVAL_S, Observation, StallDetector, Worker, observe, watch
 
 COUNTS = ((1, 100, 5),)
-STILL = Observation(at=0, in_flight=1, bytes_received=10, counts=COUNTS, cpu_s=7.0)
+STILL = Observation(at=0, awaited=1, bytes_received=10, counts=COUNTS, cpu_s=7.0)
 
 
 def stalled_s(*changes: dict[str, object]) -> float:
@@ -49,8 +49,8 @@ def test_an_observation_without_counts_is_no_evidence_for_or_against() -> None:
 
 
 def test_clients_that_give_up_and_retry_are_no_sign_of_progress() -> None:
-    gone: dict[str, object] = {"in_flight": 0}
-    assert stalled_s({}, {}, {"in_flight": 2}, {"in_flight": 3}, {}) == 20
+    gone: dict[str, object] = {"awaited": 0}
+    assert stalled_s({}, {}, {"awaited": 2}, {"awaited": 3}, {}) == 20
     assert stalled_s({}, {}, {}, gone) == 0
     assert stalled_s({}, {}, {}, gone, gone, gone, {}, {}) == 15
     assert stalled_s({}, {}, {}, gone, {"bytes_received": 11}, {"bytes_received": 11}) == 5
@@ -64,7 +64,7 @@ def test_a_long_gap_between_two_observations_is_no_evidence() -> None:
 
 
 def test_a_server_without_requests_never_stalls() -> None:
-    idle: list[dict[str, object]] = [{"in_flight": 0}] * 50
+    idle: list[dict[str, object]] = [{"awaited": 0}] * 50
     assert stalled_s(*idle) == 0
 
 
@@ -84,11 +84,11 @@ def worker(upstream: Upstream, *, generation: int = 3, pid: int = 1, counts_cpu:
 
 
 async def watched(
-    seen_at: Callable[[float, bool], Observation], seconds: float, *, in_flight: int = 0
+    seen_at: Callable[[float, bool], Observation], seconds: float, *, awaited: int = 0
 ) -> list[tuple[float, str]]:
     failed: list[tuple[float, str]] = []
     watched = worker(Upstream("127.0.0.1:1", "key"))
-    watched.upstream.in_flight = in_flight
+    watched.upstream.awaited = awaited
 
     async def observe(_worker: Worker, *, with_counts: bool) -> Observation:
         return seen_at(trio.current_time(), with_counts)
@@ -104,7 +104,7 @@ async def watched(
 
 async def test_a_stalled_server_is_failed_at_its_timeout_and_once(autojump_clock: MockClock) -> None:
     def hung(now: float, with_counts: bool) -> Observation:
-        return Observation(at=now, in_flight=1, bytes_received=10, counts=COUNTS if with_counts else None)
+        return Observation(at=now, awaited=1, bytes_received=10, counts=COUNTS if with_counts else None)
 
     [(at, reason)] = await watched(hung, 1000)
     assert at == pytest.approx(125)
@@ -116,7 +116,7 @@ async def test_a_long_prompt_evaluation_on_a_gpu_is_no_stall(autojump_clock: Moc
         # A batch takes 100 s, and meanwhile the server does not answer.
         in_batch = now % 100 > 6
         counts = None if in_batch or not with_counts else ((1, 512 * int(now // 100), 0),)
-        return Observation(at=now, in_flight=1, bytes_received=10, counts=counts)
+        return Observation(at=now, awaited=1, bytes_received=10, counts=counts)
 
     assert await watched(evaluating, 3600) == []
 
@@ -126,7 +126,7 @@ async def test_the_server_is_not_asked_for_its_slots_while_bytes_flow(autojump_c
 
     def flowing(now: float, with_counts: bool) -> Observation:
         asked.append(with_counts)
-        return Observation(at=now, in_flight=1, bytes_received=int(now))
+        return Observation(at=now, awaited=1, bytes_received=int(now))
 
     assert await watched(flowing, 300) == []
     assert asked[0]
@@ -138,13 +138,13 @@ async def test_a_server_that_can_not_be_observed_does_not_keep_another_from_bein
     error: type[Exception] | None, autojump_clock: MockClock
 ) -> None:
     strange, hung = Upstream("127.0.0.1:1", "key"), Upstream("127.0.0.1:2", "key")
-    hung.in_flight = 1
+    hung.awaited = 1
     both = [worker(strange), dataclasses.replace(worker(hung), child_id="gpu:1/m")]
     failed = []
 
     async def observe(seen: Worker, *, with_counts: bool) -> Observation:
         if seen.upstream is hung:
-            return Observation(at=trio.current_time(), in_flight=1, bytes_received=0, counts=COUNTS)
+            return Observation(at=trio.current_time(), awaited=1, bytes_received=0, counts=COUNTS)
         if error is not None:
             raise error("unforeseen")
         await trio.sleep_forever()
@@ -159,7 +159,7 @@ async def test_a_server_that_answers_nothing_readable_is_failed_while_it_is_busy
     def unreadable(_now: float, _with_counts: bool) -> Observation:
         raise UnicodeError("unforeseen")
 
-    [(at, _reason)] = await watched(unreadable, 1000, in_flight=1)
+    [(at, _reason)] = await watched(unreadable, 1000, awaited=1)
     assert at == pytest.approx(125)
 
 
@@ -173,7 +173,7 @@ async def test_a_new_generation_starts_from_zero(autojump_clock: MockClock) -> N
         return [worker(upstream, generation=int(generation))] if second > OBSERVE_INTERVAL_S else []
 
     async def hung(_worker: Worker, *, with_counts: bool) -> Observation:
-        return Observation(at=trio.current_time(), in_flight=1, bytes_received=0, counts=COUNTS)
+        return Observation(at=trio.current_time(), awaited=1, bytes_received=0, counts=COUNTS)
 
     began = trio.current_time()
     with trio.move_on_after(1000):
@@ -195,11 +195,11 @@ async def test_the_counts_of_all_slots_are_observed(nursery: trio.Nursery) -> No
         return response(SLOTS)
 
     upstream = Upstream(await start_http_stub(nursery, respond), "key")
-    upstream.in_flight, upstream.bytes_received = 2, 100
+    upstream.awaited, upstream.bytes_received = 2, 100
     with trio.fail_after(5):
         with_counts = await observe(worker(upstream), with_counts=True)
         assert (with_counts.counts, with_counts.cpu_s) == (((7, 512, 3), (0, 0, 0)), None)
-        assert (with_counts.in_flight, with_counts.bytes_received) == (2, 100)
+        assert (with_counts.awaited, with_counts.bytes_received) == (2, 100)
         assert (await observe(worker(upstream), with_counts=False)).counts is None
     assert requests == ["GET /slots HTTP/1.1"]
     nursery.cancel_scope.cancel()
