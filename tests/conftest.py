@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+import certifi
 import pytest
 from hypothesis import settings
 
@@ -68,6 +69,17 @@ def pytest_configure(config: pytest.Config) -> None:
     guard = _KindGuard()
     config.pluginmanager.register(guard)
     sys.addaudithook(guard.audit)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Generator[None, None, None]:
+    """Each client of httpx reads all authorities that certifi knows, 50 ms of CPU time; no test asks beyond loopback."""
+    first, end, _others = Path(certifi.where()).read_text(encoding="utf-8").partition("-----END CERTIFICATE-----\n")
+    bundle = tmp_path_factory.mktemp("authorities") / "one.pem"
+    bundle.write_text(first[first.index("-----BEGIN") :] + end, encoding="ascii")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifi, "where", lambda: str(bundle))
+        yield
 
 
 @pytest.fixture(scope="session")

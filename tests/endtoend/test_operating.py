@@ -34,9 +34,45 @@ def agent(config: Path) -> Iterator[AgentProcess]:
 
 
 @pytest.fixture
-def operator(agent: AgentProcess, config: Path) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {_token(config)}"}
-    with httpx.Client(base_url=agent.base_url, headers=headers, timeout=30, trust_env=False) as http:
+def operator(agent: AgentProcess) -> Iterator[httpx.Client]:
+    with operator_of(agent) as http:
+        yield http
+
+
+def operator_of(agent: AgentProcess) -> httpx.Client:
+    return httpx.Client(base_url=agent.base_url, headers=agent.operator_headers(), timeout=30, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def shared_config(
+    llama_server: Path, tiny_model: Path, slow_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    models: list[dict[str, Any]] = [
+        {"model_id": "tiny", "path": str(tiny_model)},
+        {"model_id": "slow", "path": str(slow_model), "threads": 1},
+    ]
+    return write_config(tmp_path_factory.mktemp("shared"), llama_server, models)
+
+
+@pytest.fixture(scope="module")
+def shared_agent(shared_config: Path) -> Iterator[AgentProcess]:
+    with running_agent(shared_config) as agent:
+        yield agent
+
+
+@pytest.fixture
+def idle_agent(shared_agent: AgentProcess) -> AgentProcess:
+    """One for all tests that leave its configuration as it was, without a model that is loaded, and in service."""
+    with operator_of(shared_agent) as http:
+        for order in ("models/tiny/unload", "models/slow/unload", "undrain"):
+            assert http.post(f"/v1/node/{order}", json={"force": True} if "unload" in order else None).is_success
+    shared_agent.forget_lines()
+    return shared_agent
+
+
+@pytest.fixture
+def idle_operator(idle_agent: AgentProcess) -> Iterator[httpx.Client]:
+    with operator_of(idle_agent) as http:
         yield http
 
 
@@ -75,20 +111,24 @@ def test_models_are_loaded_restarted_and_unloaded_by_the_command_line(agent: Age
     assert "load_model: loading model" in command(config, "logs", "cpu:0").stdout
 
 
-def test_a_load_can_be_begun_without_waiting_for_it(agent: AgentProcess, config: Path, operator: httpx.Client) -> None:
-    assert said(config, "load", "tiny", "--no-wait", "--device", "cpu:0")["state"] == "starting"
-    agent.wait_for_line(lambda line: "cpu:0/tiny is ready" in line["message"])
-    assert operator.post("/v1/node/models/slow/load", json={"wait": False}).status_code == 202
-    agent.wait_for_line(lambda line: "cpu:0/slow is ready" in line["message"])
+def test_a_load_can_be_begun_without_waiting_for_it(
+    idle_agent: AgentProcess, shared_config: Path, idle_operator: httpx.Client
+) -> None:
+    assert said(shared_config, "load", "tiny", "--no-wait", "--device", "cpu:0")["state"] == "starting"
+    idle_agent.wait_for_line(lambda line: "cpu:0/tiny is ready" in line["message"])
+    assert idle_operator.post("/v1/node/models/slow/load", json={"wait": False}).status_code == 202
+    idle_agent.wait_for_line(lambda line: "cpu:0/slow is ready" in line["message"])
 
 
-def test_what_can_not_be_done_is_said_in_one_line_with_exit_code_1(agent: AgentProcess, config: Path) -> None:
+def test_what_can_not_be_done_is_said_in_one_line_with_exit_code_1(
+    idle_agent: AgentProcess, shared_config: Path
+) -> None:
     for arguments, words in (
         (("load", "huge"), "'huge' is not served here"),
         (("load", "tiny", "--device", "gpu:7"), "no device 'gpu:7' here, only: cpu:0"),
         (("logs", "gpu:7"), "no device 'gpu:7'"),
     ):
-        ended = command(config, *arguments)
+        ended = command(shared_config, *arguments)
         assert ended.returncode == 1
         assert words in ended.stderr
         assert len(ended.stderr.strip().splitlines()) == 1
@@ -100,14 +140,14 @@ def test_the_command_line_says_so_where_no_agent_runs(config: Path) -> None:
     assert "no agent has run" in ended.stderr
 
 
-def test_unloading_waits_for_a_stream_and_force_ends_it(agent: AgentProcess, operator: httpx.Client) -> None:
+def test_unloading_waits_for_a_stream_and_force_ends_it(idle_agent: AgentProcess, idle_operator: httpx.Client) -> None:
     body = {"model": "slow", "messages": HELLO, "max_tokens": 150, "stream": True}
 
     def stream(tokens: int, begun: threading.Event) -> str:
         text = ""
         with httpx.stream(
             "POST",
-            f"{agent.base_url}/v1/chat/completions",
+            f"{idle_agent.base_url}/v1/chat/completions",
             json=body | {"max_tokens": tokens},
             timeout=60,
             trust_env=False,
@@ -121,18 +161,18 @@ def test_unloading_waits_for_a_stream_and_force_ends_it(agent: AgentProcess, ope
         begun = threading.Event()
         text = pool.submit(stream, 150, begun)
         assert begun.wait(30)
-        assert operator.post("/v1/node/models/slow/unload").json()["unloaded_from"] == ["cpu:0"]
+        assert idle_operator.post("/v1/node/models/slow/unload").json()["unloaded_from"] == ["cpu:0"]
         assert text.done()
         assert text.result().rstrip().endswith("data: [DONE]")
         begun.clear()
         text = pool.submit(stream, 5000, begun)
         assert begun.wait(30)
-        assert operator.post("/v1/node/models/slow/unload", json={"force": True}).status_code == 200
+        assert idle_operator.post("/v1/node/models/slow/unload", json={"force": True}).status_code == 200
         with pytest.raises(httpx.RemoteProtocolError):
             text.result(5)
 
 
-def test_only_operators_may_and_no_web_page(agent: AgentProcess, operator: httpx.Client) -> None:
+def test_only_operators_may_and_no_web_page(idle_agent: AgentProcess, idle_operator: httpx.Client) -> None:
     paths = [
         ("POST", "/v1/node/models/tiny/load"),
         ("POST", "/v1/node/models/tiny/unload"),
@@ -148,24 +188,24 @@ def test_only_operators_may_and_no_web_page(agent: AgentProcess, operator: httpx
         for headers, status in (
             ({}, 401),
             ({"Authorization": "Bearer wrong"}, 401),
-            (dict(operator.headers) | {"Origin": "http://evil.example"}, 403),
-            (dict(operator.headers) | {"Sec-Fetch-Site": "same-origin", "Host": "evil.example"}, 403),
+            (dict(idle_operator.headers) | {"Origin": "http://evil.example"}, 403),
+            (dict(idle_operator.headers) | {"Sec-Fetch-Site": "same-origin", "Host": "evil.example"}, 403),
         ):
-            answer = httpx.request(method, agent.base_url + path, headers=headers, timeout=30, trust_env=False)
+            answer = httpx.request(method, idle_agent.base_url + path, headers=headers, timeout=30, trust_env=False)
             assert answer.status_code == status, (method, path)
-    assert agent.children() == []
-    assert httpx.get(f"{agent.base_url}/v1/node/queue", trust_env=False).status_code == 200
+    assert idle_agent.children() == []
+    assert httpx.get(f"{idle_agent.base_url}/v1/node/queue", trust_env=False).status_code == 200
 
 
-def test_the_token_is_readable_by_its_user_alone(agent: AgentProcess, config: Path) -> None:
-    token = config.parent / "state" / "admin.token"
+def test_the_token_is_readable_by_its_user_alone(idle_agent: AgentProcess, shared_config: Path) -> None:
+    token = shared_config.parent / "state" / "admin.token"
     assert token.stat().st_mode & 0o777 == 0o600
     assert len(token.read_text().strip()) >= 43  # 32 bytes
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"force": "yes"}', b'{"frce": true}'])
-def test_a_malformed_order_changes_nothing(operator: httpx.Client, body: bytes) -> None:
-    assert operator.post("/v1/node/models/tiny/unload", content=body).status_code == 400
+def test_a_malformed_order_changes_nothing(idle_operator: httpx.Client, body: bytes) -> None:
+    assert idle_operator.post("/v1/node/models/tiny/unload", content=body).status_code == 400
 
 
 def test_events_tell_every_transition_and_resume_where_a_reader_left(
@@ -199,21 +239,21 @@ def read_events(operator: httpx.Client, *, until: Any, after: int = 0) -> list[d
     raise AssertionError("the stream of events ended")
 
 
-def test_logs_follow(agent: AgentProcess, operator: httpx.Client) -> None:
-    operator.post("/v1/node/models/tiny/load")
-    with operator.stream("GET", "/v1/node/devices/cpu:0/logs", params={"lines": 1, "follow": "true"}) as answer:
+def test_logs_follow(idle_agent: AgentProcess, idle_operator: httpx.Client) -> None:
+    idle_operator.post("/v1/node/models/tiny/load")
+    with idle_operator.stream("GET", "/v1/node/devices/cpu:0/logs", params={"lines": 1, "follow": "true"}) as answer:
         lines = answer.iter_lines()
         next(lines)
-        chat(agent, "tiny")
+        chat(idle_agent, "tiny")
         assert any("launch_slot" in line for line, _ in zip(lines, range(20), strict=False))
 
 
-def test_drain_refuses_new_requests_until_undrain(agent: AgentProcess, config: Path) -> None:
-    assert command(config, "drain").stdout == "the node is draining (drained by an operator)\n"
-    assert chat(agent, "tiny").json()["error"]["code"] == "draining"
-    assert httpx.get(f"{agent.base_url}/readyz?drain=404", trust_env=False).status_code == 404
-    assert command(config, "undrain").stdout == "the node is ready\n"
-    assert chat(agent, "tiny").status_code == 200
+def test_drain_refuses_new_requests_until_undrain(idle_agent: AgentProcess, shared_config: Path) -> None:
+    assert command(shared_config, "drain").stdout == "the node is draining (drained by an operator)\n"
+    assert chat(idle_agent, "tiny").json()["error"]["code"] == "draining"
+    assert httpx.get(f"{idle_agent.base_url}/readyz?drain=404", trust_env=False).status_code == 404
+    assert command(shared_config, "undrain").stdout == "the node is ready\n"
+    assert chat(idle_agent, "tiny").status_code == 200
 
 
 def rewrite(config: Path, **keys: Any) -> None:
@@ -285,20 +325,20 @@ def test_an_idle_model_is_unloaded(llama_server: Path, tiny_model: Path, tmp_pat
 
 
 def test_a_forced_unload_ends_a_request_for_good_and_blames_it_for_nothing(
-    agent: AgentProcess, operator: httpx.Client
+    idle_agent: AgentProcess, idle_operator: httpx.Client
 ) -> None:
     for _time in range(2):
-        assert operator.post("/v1/node/models/slow/load").status_code == 200
+        assert idle_operator.post("/v1/node/models/slow/load").status_code == 200
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(chat, agent, "slow", 200)
-            while not _in_flight(agent):
+            asked = pool.submit(chat, idle_agent, "slow", 200)
+            while not _in_flight(idle_agent):
                 pass
-            assert operator.post("/v1/node/models/slow/unload", json={"force": True}).status_code == 200
+            assert idle_operator.post("/v1/node/models/slow/unload", json={"force": True}).status_code == 200
             answer = asked.result(20)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_unavailable")
         assert answer.headers["retry-after"] == "1"
-        assert agent.children() == []
-    assert chat(agent, "slow", 200).status_code == 200
+        assert idle_agent.children() == []
+    assert chat(idle_agent, "slow", 200).status_code == 200
 
 
 def _in_flight(agent: AgentProcess) -> int:
@@ -307,13 +347,13 @@ def _in_flight(agent: AgentProcess) -> int:
 
 
 def test_a_load_of_a_model_that_is_ready_does_not_wait_for_the_request_on_it(
-    agent: AgentProcess, operator: httpx.Client
+    idle_agent: AgentProcess, idle_operator: httpx.Client
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(chat, agent, "slow", 300)
-        while not _in_flight(agent):
+        asked = pool.submit(chat, idle_agent, "slow", 300)
+        while not _in_flight(idle_agent):
             pass
-        assert operator.post("/v1/node/models/slow/load").status_code == 200
+        assert idle_operator.post("/v1/node/models/slow/load").status_code == 200
         assert not asked.done()
         assert asked.result(30).status_code == 200
 

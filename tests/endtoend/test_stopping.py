@@ -29,10 +29,11 @@ trap '' TERM
 {binary} "$@"
 sleep 60
 """
-# The driver of a host that takes its time: the agent asks it as it starts.
+# The driver of a host that takes its time: the agent asks it as it starts. It answers once the file `go` is there, or
+# its folder is not any more.
 SLOW_SMI = """#!/bin/sh
 touch {folder}/asked
-sleep 4
+while [ -e {folder}/asked ] && ! [ -e {folder}/go ]; do sleep 0.02; done
 """
 
 
@@ -114,9 +115,15 @@ def starting_agent(llama_server: Path, models: list[dict[str, Any]], folder: Pat
         wait_until((folder / "asked").exists)
         yield agent
     finally:
+        let_driver_answer(folder)
         if agent.process.poll() is None:
             agent.process.kill()
             agent.wait_exit()
+
+
+def let_driver_answer(folder: Path) -> None:
+    """Have the driver of a starting agent answer."""
+    (folder / "go").touch()
 
 
 def test_a_signal_during_the_start_ends_it_in_good_order(
@@ -125,6 +132,7 @@ def test_a_signal_during_the_start_ends_it_in_good_order(
     with starting_agent(llama_server, slow, tmp_path) as agent:
         agent.signal(signum)
         agent.wait_for_line(lambda line: line["message"] == f"{signum.name}: stopping before the start was complete")
+        let_driver_answer(tmp_path)
         assert agent.wait_exit() == 0
         assert_no_traceback(agent)
 
@@ -152,9 +160,10 @@ def test_signals_at_any_moment_of_the_start_leave_no_traceback_and_no_server(
     llama_server: Path, tiny_model: Path, tmp_path: Path, signum: signal.Signals, count: int
 ) -> None:
     models = [{"model_id": "tiny", "path": str(tiny_model), "preload": True}]
-    for step in range(8):
+
+    def signal_at(step: int) -> None:
         agent = AgentProcess(write_config(tmp_path / str(step), llama_server, models))
-        wait_until(lambda pid=agent.process.pid: imports_something(pid))  # type: ignore[misc]
+        wait_until(lambda: imports_something(agent.process.pid))
         time.sleep(0.15 * step)
         children = agent.children()
         for _ in range(count):
@@ -165,6 +174,9 @@ def test_signals_at_any_moment_of_the_start_leave_no_traceback_and_no_server(
         assert code in (0, 128 + signum, -signum), (code, agent.lines[-5:])
         assert_gone(children)
         assert_no_traceback(agent)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(signal_at, range(8)))
 
 
 # While it serves, drains and stops its servers.

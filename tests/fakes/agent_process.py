@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,12 @@ class AgentProcess:
             assert line is not None, f"the agent ended with {self.process.wait()}; its log ends: {self._tail()}"
             if wanted(line):
                 return line
+
+    def forget_lines(self) -> None:
+        """What has been logged so far is waited for no more."""
+        with suppress(queue.Empty):
+            while True:
+                self._fresh.get_nowait()
 
     def children(self) -> list[psutil.Process]:
         """The llama-servers that run under the agent; none once it has ended."""
