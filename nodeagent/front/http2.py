@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from nodeagent.front.connection import Connection
 
 logger = logging.getLogger(__name__)
+# It would log every header, keys too.
+logging.getLogger("hpack").setLevel(logging.WARNING)
 
 # At once. More than clients open before they know (100); those of requests that are ending count too, for the second.
 _STREAMS_MAX: Final = 128
@@ -54,7 +56,7 @@ _WINDOW_BYTES: Final = 2**20
 # What h2 has as the window of the connection until it is opened.
 _FIRST_WINDOW_BYTES: Final = 2**16 - 1
 # So much of what has been read is handled before other tasks get their turn: frames may be tiny.
-_SLICE_BYTES: Final = 2**13
+_SLICE_BYTES: Final = 2**14
 # What may wait for a client that does not read, until nothing more is read from it.
 _UNSENT_MAX_BYTES: Final = 2**17
 # Clients may ask for more; each response would add to it.
