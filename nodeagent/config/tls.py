@@ -10,12 +10,12 @@ from nodeagent.errors import ConfigError
 def tls_context(config: NodeConfig) -> ssl.SSLContext | None:
     """The TLS of the node's address, None without `tls_cert`. Reads the files; blocks on the disk.
 
-    TLS 1.2 and 1.3, HTTP/1.1. Raises ConfigError if a file can't be used.
+    TLS 1.2 and 1.3; HTTP/2 for clients that ask for it, else HTTP/1.1. Raises ConfigError if a file can't be used.
     """
     if config.tls_cert is None or config.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols(["h2", "http/1.1"])
     for key in ("tls_cert", "tls_key", "tls_client_ca"):
         file = getattr(config, key)
         try:

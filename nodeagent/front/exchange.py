@@ -6,6 +6,7 @@ is done for a request for inference.
     connection ──body, end_of_body──> Exchange ──receive──> its handler ──start, write──> connection
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ import trio
 from nodeagent.front.half_close import HalfClose
 from nodeagent.front.protocol import RequestHead
 from nodeagent.front.response import Headers, ResponseWriter
+
+logger = logging.getLogger(__name__)
 
 
 class AbortResponse(Exception):
@@ -31,7 +34,7 @@ class Peer:
 
 
 class Line(Protocol):
-    """What an exchange needs of its connection."""
+    """What an exchange needs of its connection, or of its stream of HTTP/2."""
 
     peer: Peer
     half_closed: trio.Event
@@ -41,7 +44,7 @@ class Line(Protocol):
         """Whether the connection is to end after this response."""
 
     async def write(self, data: bytes) -> None:
-        """Write all of it, or end the connection."""
+        """Write what the response has returned, all of it, or end the connection (of HTTP/2: the stream)."""
 
     def on_half_close(self, policy: HalfClose) -> None:
         """Set how long the request goes on after the end of the client's input."""
@@ -54,12 +57,14 @@ class Exchange:
     response in `start` and `write` (called by the handler).
     """
 
-    def __init__(self, head: RequestHead, path: bytes, handler: "Handler", line: Line) -> None:
+    def __init__(
+        self, head: RequestHead, path: bytes, handler: "Handler", line: Line, response: ResponseWriter
+    ) -> None:
         self.request = head
         self.path = path
         self.handler = handler
         self.line = line
-        self.response = ResponseWriter.to(head)
+        self.response = response
         self._pieces: list[bytes] = []
         self._body_ended = False
         self._more: trio.Event | None = None
@@ -78,6 +83,15 @@ class Exchange:
         if self._more is not None:
             self._more.set()
 
+    async def serve(self) -> None:
+        """Run the handler. An answer that is incomplete after that must not look complete to the client."""
+        try:
+            await self.handler(self)
+        except* AbortResponse as group:
+            logger.debug("%s: answer aborted: %s", self.line.peer.name, group.exceptions)
+        except* Exception:
+            logger.exception("%s: %s %r failed", self.line.peer.name, self.request.method, self.request.target)
+
     # What the handler calls.
 
     def whole_body(self) -> bytes | None:
@@ -92,7 +106,7 @@ class Exchange:
         if not self._pieces and not self._body_ended:
             self._more = trio.Event()
             if self.request.expects_continue and not self.response.started:
-                await self.line.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await self.line.write(self.response.proceed())
             await self._more.wait()
             self._more = None
         pieces, self._pieces = self._pieces, []

@@ -40,12 +40,13 @@ class OrdinaryRequest:
         self,
         head: RequestHead,
         line: OrdinaryLine,
+        response: ResponseWriter,
         nursery: trio.Nursery,
         app: ASGIApp,
         config: Config,
     ) -> None:
         self._closed = False
-        self.response = ResponseWriter.to(head)
+        self.response = response
         self._head = head
         self._line = line
         self._nursery = nursery
@@ -65,7 +66,7 @@ class OrdinaryRequest:
         """Start the application."""
         head = self._head
         if head.expects_continue:
-            await self._line.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await self._line.write(self.response.proceed())
         await self._stream.handle(
             Request(
                 stream_id=_STREAM_ID,

@@ -14,11 +14,12 @@ import trio
 
 from nodeagent.front.exchange import ASGIApp
 from nodeagent.front.protocol import RequestHead
+from nodeagent.front.response import ResponseWriter
 
 if TYPE_CHECKING:
     from nodeagent.front.ordinary import OrdinaryLine, OrdinaryRequest
 
-    Make = Callable[[RequestHead, OrdinaryLine, trio.Nursery], OrdinaryRequest]
+    Make = Callable[[RequestHead, OrdinaryLine, ResponseWriter, trio.Nursery], OrdinaryRequest]
 
 
 _MODULE = "nodeagent.front.ordinary"
@@ -32,14 +33,16 @@ class OrdinaryRoad:
         self._opening = trio.Lock()
         self._make: Make | None = None
 
-    async def request(self, head: RequestHead, line: "OrdinaryLine", nursery: trio.Nursery) -> "OrdinaryRequest":
+    async def request(
+        self, head: RequestHead, line: "OrdinaryLine", response: ResponseWriter, nursery: trio.Nursery
+    ) -> "OrdinaryRequest":
         """An ordinary request with this head, whose application runs in that nursery."""
         if self._make is None:
             async with self._opening:
                 if _MODULE not in sys.modules:
                     await trio.to_thread.run_sync(import_module, _MODULE)
                 self._make = _make_for(self._app)
-        return self._make(head, line, nursery)
+        return self._make(head, line, response, nursery)
 
 
 class LazyApp:

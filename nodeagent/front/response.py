@@ -15,7 +15,7 @@ from nodeagent.front.protocol import RequestHead
 
 Headers = list[tuple[bytes, bytes]]
 
-_BODILESS_STATUSES: Final = frozenset({204, 304})
+BODILESS_STATUSES: Final = frozenset({204, 304})
 _PHRASES: Final = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 # The framing is ours alone.
 _FRAMING: Final = frozenset({b"connection", b"transfer-encoding"})
@@ -49,6 +49,10 @@ class ResponseWriter:
         """Whether the response is incomplete and ends with its connection, so that only a reset shows that."""
         return self.started and not self.complete and self._version == "1.0"
 
+    def proceed(self) -> bytes:
+        """What tells a client that waits for it to send the body."""
+        return b"HTTP/1.1 100 Continue\r\n\r\n"
+
     def head(self, status: int, headers: Headers, *, close: bool) -> bytes:
         """The head. `close` ends the connection after this response, as a header `connection: close` does.
 
@@ -64,15 +68,15 @@ class ResponseWriter:
                 lines.append(name + b": " + value)
             elif name == b"connection" and value.lower() == b"close":
                 close = True
-        lines.append(_date_line())
-        self._bodiless = self._is_head or status in _BODILESS_STATUSES
+        lines.append(date_line())
+        self._bodiless = self._is_head or status in BODILESS_STATUSES
         if self._left_bytes is None and not self._bodiless and self._version == "1.1":
             self._chunked = True
             lines.append(b"transfer-encoding: chunked")
         if close or not self.keep_alive:
             self.keep_alive = False
             lines.append(b"connection: close")
-        if _breaks(lines):
+        if breaks(lines):
             raise ValueError(f"a header has a line break or a NUL: {headers!r:.200}")
         self.started = True
         return b"\r\n".join([*lines, b"", b""])
@@ -99,7 +103,8 @@ class ResponseWriter:
         return b"0\r\n\r\n" if self._chunked else b""
 
 
-def _breaks(lines: list[bytes]) -> bool:
+def breaks(lines: list[bytes]) -> bool:
+    """Whether these would be more lines than they should."""
     joined = b"".join(lines)
     return b"\n" in joined or b"\r" in joined or b"\0" in joined
 
@@ -107,7 +112,7 @@ def _breaks(lines: list[bytes]) -> bool:
 _date: tuple[int, bytes] = (0, b"")
 
 
-def _date_line() -> bytes:
+def date_line() -> bytes:
     """The header `date` (RFC 9110, 6.6.1), made once a second."""
     global _date
     now = int(time.time())

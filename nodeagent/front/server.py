@@ -1,4 +1,4 @@
-"""The HTTP/1.1 server under the front: its listeners, and the graceful shutdown.
+"""The HTTP server under the front: its listeners, and the graceful shutdown.
 
 hypercorn speaks ASGI; the connections are our own (`front/connection.py`).
 """
@@ -162,7 +162,7 @@ class _Server:
         others = (it for it in self._connections if it.socket.fileno() != spare)
         longest = min(others, key=lambda it: it.idle_until, default=None)
         if longest is not None:
-            longest.drain()  # does nothing to one that serves a request
+            longest.end_if_idle()
 
     def drain(self) -> None:
         """End the idle connections now, and each other one after its current answer."""

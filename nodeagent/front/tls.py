@@ -1,4 +1,4 @@
-"""TLS on one connection: bytes in, bytes out. The connection reads and writes the socket itself (`connection.py`)."""
+"""TLS on one connection: bytes in, bytes out. `transport.py` reads and writes the socket."""
 
 import ssl
 from collections.abc import Callable
@@ -36,6 +36,11 @@ class Tls:
         except ssl.SSLWantReadError:
             return False, self._outgoing.read()
         return True, self._outgoing.read()
+
+    @property
+    def speaks_http2(self) -> bool:
+        """Whether the client has agreed on HTTP/2 (by ALPN), once hands are shaken."""
+        return self._object.selected_alpn_protocol() == "h2"
 
     @property
     def lacks_certificate(self) -> bool:

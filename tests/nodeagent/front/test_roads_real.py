@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import trio
 
+from fakes import http2_client
 from fakes.gates import open_gate
 from fakes.serving import Peer, Served, start_serving
 from fakes.upstream import Act, Loss, UpstreamServers
@@ -46,6 +47,8 @@ OLLAMAS_STREAM = (
     b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n',
 )
 ROADS = ["fast", "ordinary"]
+# The same by HTTP/2.
+ALL_ROADS = [*ROADS, "fast by HTTP/2", "ordinary by HTTP/2"]
 
 
 class OneModel:
@@ -84,13 +87,16 @@ class OneModel:
 class Road:
     """The front with that node, whose inference takes one of the two roads."""
 
-    def __init__(self, node: OneModel, served: Served, front: Front) -> None:
+    def __init__(self, node: OneModel, served: Served, front: Front, *, speaks_http2: bool) -> None:
         self.node = node
         self.served = served
         self.front = front
+        self.speaks_http2 = speaks_http2
 
     async def ask(self, request: bytes) -> tuple[bytes, dict[str, str], bytes]:
         """The status line, the headers and the body of what is answered until the connection closes."""
+        if self.speaks_http2:
+            return await http2_client.ask(self.served.port, request)
         head, _, body = (await self.served.ask(request)).partition(b"\r\n\r\n")
         status, *lines = head.split(b"\r\n")
         return status, dict(line.decode().lower().split(": ", 1) for line in lines), body
@@ -108,9 +114,12 @@ async def start(nursery: trio.Nursery, road: str, *, stream_ping_s: float = 0.0,
     this = cast(Node, node)
     front = Front(create_app(this, inference), max_request_bytes=MAX_BYTES, node_id="box-a")
     options: dict[str, Any] = {}
-    if road == "fast":
+    if road.startswith("fast"):
         options["find_handler"] = FastRoad(this, front, inference).find_handler
-    return Road(node, await start_serving(nursery, front, **options), front)
+    if speaks_http2 := road.endswith("HTTP/2"):
+        context = http2_client.server_context()
+        options["find_tls"] = lambda: context
+    return Road(node, await start_serving(nursery, front, **options), front, speaks_http2=speaks_http2)
 
 
 def post(
@@ -212,7 +221,7 @@ CHUNKED = (
 async def test_both_roads_give_the_same_answer(request_: bytes, act: Act, status: int, nursery: trio.Nursery) -> None:
     answers = []
     sent = []
-    for road in ROADS:
+    for road in ALL_ROADS:
         with trio.fail_after(5):
             this = await start(nursery, road)
             this.node.servers.acts.append(act)
@@ -225,8 +234,8 @@ async def test_both_roads_give_the_same_answer(request_: bytes, act: Act, status
             headers.pop("content-length", None)  # the durations have as many digits as they need
         answers.append((line, comparable(headers), body))
         sent.append([(one.path, one.headers, one.body) for one in this.node.servers.sent])
-    assert answers[0] == answers[1]
-    assert sent[0] == sent[1]
+    assert answers == answers[:1] * len(ALL_ROADS)
+    assert sent == sent[:1] * len(ALL_ROADS)
     assert {path for path, _headers, _body in sent[0]} <= set(ENDPOINTS)
     nursery.cancel_scope.cancel()
 
@@ -254,7 +263,7 @@ async def test_both_roads_ask_for_the_same_key(
     headers: dict[str, str], status: int, code: str | None, nursery: trio.Nursery
 ) -> None:
     answers = []
-    for road in ROADS:
+    for road in ALL_ROADS:
         this = await start(nursery, road, gate=gate_with_keys())
         with trio.fail_after(5):
             line, found, body = await this.ask(post(**cast(Any, headers)))
@@ -264,10 +273,10 @@ async def test_both_roads_ask_for_the_same_key(
         if code is not None:
             assert json.loads(body)["error"]["code"] == code
             assert this.node.servers.sent == [], "a refused request reached a server"
-        answers.append((line, comparable(found), body.replace(found["x-request-id"].encode(), b"ID")))
+        answers.append((line, comparable(found), whole(body).replace(found["x-request-id"].encode(), b"ID")))
         sent = [name for one in this.node.servers.sent for name, _value in one.headers]
         assert not {b"authorization", b"x-api-key"} & set(sent), "the client's key reached the server"
-    assert answers[0] == answers[1]
+    assert answers == answers[:1] * len(ALL_ROADS)
     nursery.cancel_scope.cancel()
 
 
@@ -351,7 +360,7 @@ async def test_both_roads_give_the_same_health(
     target: str, method: str, status: NodeStatus, nursery: trio.Nursery
 ) -> None:
     answers = []
-    for road in ROADS:
+    for road in ALL_ROADS:
         for more in ("", "Origin: https://evil.example\r\nSec-Fetch-Site: none\r\n"):
             this = await start(nursery, road)
             this.node.status = status
@@ -359,7 +368,7 @@ async def test_both_roads_give_the_same_health(
                 head = f"{method} {target} HTTP/1.1\r\nHost: evil.example\r\n{more}Connection: close\r\n\r\n"
                 line, headers, body = await this.ask(head.encode())
             answers.append((line, comparable(headers), body.replace(headers["x-request-id"].encode(), b"ID")))
-    assert answers[:2] == answers[2:]
+    assert answers == answers[:2] * len(ALL_ROADS)
     assert answers[1][0].startswith(b"HTTP/1.1 403"), "a foreign page under a foreign name"
     nursery.cancel_scope.cancel()
 
@@ -386,7 +395,7 @@ async def test_both_roads_give_the_same_looks_and_details_to_operators_alone(
     target: str, method: str, headers: str, status: int, for_operators: bool, nursery: trio.Nursery
 ) -> None:
     answers = []
-    for road in ROADS:
+    for road in ALL_ROADS:
         this = await start(nursery, road)
         with trio.fail_after(5):
             line, fields, body = await this.ask(
@@ -395,7 +404,7 @@ async def test_both_roads_give_the_same_looks_and_details_to_operators_alone(
         assert line.startswith(b"HTTP/1.1 %d" % status)
         assert "access-control-allow-origin" not in fields
         answers.append((line, comparable(fields), json.loads(body or b"{}")))
-    assert answers[0] == answers[1]
+    assert answers == answers[:1] * len(ALL_ROADS)
     if method == "GET" and "inventory" in target:
         assert answers[0][2] == {"for_operators": for_operators}
     nursery.cancel_scope.cancel()
@@ -421,7 +430,8 @@ def whole(body: bytes) -> bytes:
     """The body without the frames of its chunks, with a mark where its last chunk is missing."""
     if not re.match(rb"[0-9a-f]+\r\n", body):
         return body
-    return re.sub(rb"(?:^|\r\n)[0-9a-f]+\r\n", b"", body) + (b"" if body.endswith(b"\r\n0\r\n\r\n") else b"<truncated>")
+    mark = b"" if body.endswith(b"\r\n0\r\n\r\n") else b"<truncated>"
+    return re.sub(rb"(?:^|\r\n)[0-9a-f]+\r\n", b"", body).removesuffix(b"\r\n") + mark
 
 
 @pytest.mark.parametrize(
@@ -435,7 +445,7 @@ def whole(body: bytes) -> bytes:
 )
 async def test_both_roads_keep_the_line_of_a_waiting_stream_open(act: Act, nursery: trio.Nursery) -> None:
     answers = []
-    for road in ROADS:
+    for road in ALL_ROADS:
         with trio.fail_after(10):
             this = await start(nursery, road, stream_ping_s=0.1)
             this.node.servers.fake.load_s = 0.5
@@ -448,7 +458,7 @@ async def test_both_roads_keep_the_line_of_a_waiting_stream_open(act: Act, nurse
         assert said.startswith(b": loading a\n\n")
         # How many comments there are, and whether one comes later, depends on the machine.
         answers.append((line, comparable(headers), re.sub(rb"(?m)^: .*\n\n", b"", said)))
-    assert answers[0] == answers[1]
+    assert answers == answers[:1] * len(ALL_ROADS)
     assert answers[0][2].rstrip().endswith(b"data: [DONE]" if act is STREAM else b"<truncated>")
     assert (b'data: {"error"' in answers[0][2]) == (act is not STREAM)
     nursery.cancel_scope.cancel()

@@ -1,0 +1,60 @@
+"""How one response is written as HTTP/2: with the checks of HTTP/1.1, but what is to be sent waits here until there is
+room for it (`http2_stream.py`). No I/O.
+"""
+
+from collections import deque
+from typing import Final
+
+from nodeagent.front.protocol import RequestHead
+from nodeagent.front.response import BODILESS_STATUSES, Headers, ResponseWriter, breaks, date_line
+
+# HTTP/2 has no such headers (RFC 9113, 8.2.2).
+_OF_CONNECTION: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+
+
+class Http2Response(ResponseWriter):
+    """A response that waits to be sent: no method returns anything to write.
+
+    `fields` are its head, from its start on, and `waiting` what is to be sent of its body, which the stream takes away.
+    `proceeds` is whether the client was or is to be told to send its body.
+    """
+
+    def __init__(self, request: RequestHead) -> None:
+        super().__init__(http_version=request.http_version, is_head=request.method == "HEAD", keep_alive=True)
+        self.fields: Headers = []
+        self.waiting: deque[memoryview] = deque()
+        self.proceeds = False
+
+    def proceed(self) -> bytes:
+        self.proceeds = True
+        return b""
+
+    def head(self, status: int, headers: Headers, *, close: bool) -> bytes:
+        assert not self.started, "the response has begun"
+        fields = [(b":status", b"%d" % status)]
+        for name, value in headers:
+            name = name.lower()
+            if name == b"content-length":
+                self._left_bytes = int(value)
+            if name not in _OF_CONNECTION:
+                fields.append((name, value))
+        fields.append((b"date", date_line().removeprefix(b"date: ")))
+        if breaks([part for field in fields for part in field]):
+            raise ValueError(f"a header has a line break or a NUL: {headers!r:.200}")
+        self._bodiless = self._is_head or status in BODILESS_STATUSES
+        self.fields = fields
+        self.started = True
+        return b""
+
+    def body(self, data: bytes) -> bytes:
+        if data := super().body(data):
+            self.waiting.append(memoryview(data))
+        return b""
+
+    def take(self, most: int) -> memoryview:
+        """The next bytes to send of the body."""
+        piece = self.waiting.popleft()
+        if len(piece) > most:
+            self.waiting.appendleft(piece[most:])
+            piece = piece[:most]
+        return piece

@@ -1,0 +1,550 @@
+"""HTTP/2 on real sockets: what clients get, and what they can do to it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+import trustme
+from h2.errors import ErrorCodes
+from h2.events import StreamReset
+from trio.testing import wait_all_tasks_blocked
+
+from fakes.asgi import Held, Receive, Send, Torrent, hello, read_all
+from fakes.http2_client import (
+    AUTHORITY,
+    GET,
+    POST,
+    Answer,
+    client_context,
+    connected,
+    server_context,
+)
+from fakes.serving import Served, quart_app, start_serving
+from nodeagent.front.asgi import Front
+from nodeagent.front.exchange import AbortResponse, Exchange, Handler
+from nodeagent.front.server import ASGIApp
+
+LONG = b"x" * 3_000_000
+
+
+async def serving(nursery: trio.Nursery, app: ASGIApp | None = None, **options: Any) -> Served:
+    context = server_context()
+    front = app or Front(quart_app(), max_request_bytes=2**20)
+    return await start_serving(nursery, front, **{"find_tls": lambda: context, **options})
+
+
+def all_by(handler: Handler) -> Any:
+    """Every request takes the fast road."""
+    return lambda _method, _path: handler
+
+
+async def count_body(exchange: Exchange) -> None:
+    size, more = 0, True
+    while more:
+        message = await exchange.receive()
+        size, more = size + len(message["body"]), message["more_body"]
+    await exchange.start(200, [], b"%d" % size, more=False)
+
+
+async def long_answer(exchange: Exchange) -> None:
+    await exchange.start(200, [(b"content-length", b"%d" % len(LONG))], LONG, more=False)
+
+
+class HeldExchange:
+    """Writes its first bytes, then waits; `left` is set when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.left = trio.Event()
+        self.finish = trio.Event()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        try:
+            await exchange.start(200, [], b"first", more=True)
+            await self.finish.wait()
+            await exchange.write(b"last", more=False)
+        except trio.Cancelled:
+            self.left.set()
+            raise
+
+
+async def test_httpx_uses_one_connection_for_requests_at_once(nursery: trio.Nursery) -> None:
+    together = trio.Event()
+    here = 0
+    peers: set[Any] = set()
+
+    async def meet(scope: Any, receive: Receive, send: Send) -> None:
+        nonlocal here
+        peers.add(scope["client"])
+        assert (scope["http_version"], scope["scheme"]) == ("2", "https")
+        here += 1
+        if here == 10:
+            together.set()
+        await together.wait()
+        await hello(scope, receive, send)
+
+    answers: list[httpx.Response] = []
+
+    async def ask(client: httpx.AsyncClient, url: str) -> None:
+        answers.append(await client.post(url, content=b"some"))
+
+    with trio.fail_after(20):
+        served = await serving(nursery, meet)
+        url = f"https://127.0.0.1:{served.port}/"
+        context = client_context("h2", "http/1.1")
+        async with (
+            httpx.AsyncClient(verify=context, http2=True, trust_env=False) as client,
+            trio.open_nursery() as clients,
+        ):
+            for _ in range(10):
+                clients.start_soon(ask, client, url)
+    assert [(answer.http_version, answer.text) for answer in answers] == [("HTTP/2", "hello")] * 10
+    assert len(peers) == 1
+    nursery.cancel_scope.cancel()
+
+
+async def test_curl_uploads_a_long_body_and_gets_a_long_answer(nursery: trio.Nursery, tmp_path: Path) -> None:
+    async def echo(exchange: Exchange) -> None:
+        parts, more = [], True
+        while more:
+            message = await exchange.receive()
+            parts.append(message["body"])
+            more = message["more_body"]
+        await exchange.start(200, [(b"content-type", b"text/plain")], b"".join(parts), more=False)
+
+    (tmp_path / "long").write_bytes(LONG)
+    AUTHORITY.cert_pem.write_to_path(tmp_path / "ca.pem")
+    with trio.fail_after(30):
+        served = await serving(nursery, find_handler=all_by(echo))
+        curl = ["curl", "--silent", "--show-error", "--noproxy", "*", "--http2", "--cacert", str(tmp_path / "ca.pem")]
+        curl += ["--data-binary", f"@{tmp_path / 'long'}", "--output", str(tmp_path / "got"), "-w", "%{http_version}"]
+        done = await trio.run_process([*curl, f"https://127.0.0.1:{served.port}/"], capture_stdout=True)
+    assert done.stdout == b"2"
+    assert (tmp_path / "got").read_bytes() == LONG
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_client_without_alpn_or_http2_speaks_http_1_1(nursery: trio.Nursery) -> None:
+    with trio.fail_after(10):
+        served = await serving(nursery)
+        for protocols in (["http/1.1"], ["http/1.1", "spdy/3"]):
+            async with httpx.AsyncClient(verify=client_context(*protocols), trust_env=False) as client:
+                answer = await client.get(f"https://127.0.0.1:{served.port}/")
+                assert (answer.http_version, answer.text) == ("HTTP/1.1", "hello")
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_response_has_no_headers_of_the_connection(nursery: trio.Nursery) -> None:
+    async def answer(exchange: Exchange) -> None:
+        fields = [(b"Connection", b"close"), (b"Keep-Alive", b"x"), (b"Transfer-Encoding", b"chunked"), (b"X-A", b"b")]
+        await exchange.start(200, fields, b"some", more=False)
+
+    with trio.fail_after(10):
+        served = await serving(nursery, find_handler=all_by(answer))
+        async with connected(served.port) as client:
+            for _ in range(2):  # and `close` ends nothing
+                found = await client.answer(await client.request())
+                assert (found.status, found.body, found.complete) == (200, b"some", True)
+                assert found.headers.keys() == {"x-a", "date"}
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_the_answer_to_head_has_no_body(road: str, nursery: trio.Nursery) -> None:
+    async def some(exchange: Exchange) -> None:
+        await exchange.start(200, [(b"content-length", b"5")], b"hello", more=False)
+
+    with trio.fail_after(10):
+        options = {"find_handler": all_by(some)} if road == "fast" else {}
+        served = await serving(nursery, **options)
+        async with connected(served.port) as client:
+            found = await client.answer(await client.request([(":method", "HEAD"), *GET[1:]]))
+    assert (found.status, found.headers["content-length"], found.body, found.complete) == (200, "5", b"", True)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_a_client_that_waits_for_a_100_gets_one(road: str, nursery: trio.Nursery) -> None:
+    with trio.fail_after(10):
+        options = {"find_handler": all_by(count_body)} if road == "fast" else {}
+        served = await serving(nursery, read_all, **options)
+        async with connected(served.port) as client:
+            number = await client.request([*POST, ("expect", "100-continue")], end=False)
+            while not client.answers[number].proceeds:
+                await client.receive()
+            await client.upload(number, b"some")
+            assert (await client.answer(number)).status == 200
+    nursery.cancel_scope.cancel()
+
+
+# Flow control.
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_a_slow_reader_of_one_stream_does_not_stop_the_others(road: str, nursery: trio.Nursery) -> None:
+    async def by_path(exchange: Exchange) -> None:
+        await (long_answer if exchange.path == b"/long" else count_body)(exchange)
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        body = LONG if scope["path"] == "/long" else b"0"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    with trio.fail_after(20):
+        options = {"find_handler": all_by(by_path)} if road == "fast" else {}
+        served = await serving(nursery, app, **options)
+        async with connected(served.port, reads_bodies=False) as client:
+            client.h2.increment_flow_control_window(2**24)  # of the connection alone
+            slow = await client.request([*GET[:3], (":path", "/long")])
+            await client.until(slow, b"x" * 65535)
+            for _ in range(3):
+                assert (await client.answer(await client.request())).body == b"0"
+            assert len(client.answers[slow].body) == 65535, "the window was not kept"
+            client.reads_bodies = True
+            client.h2.increment_flow_control_window(2**24, slow)
+            await client.flush()
+            assert (await client.answer(slow)).body == LONG
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_answer_waits_for_the_window_of_the_connection(nursery: trio.Nursery) -> None:
+    with trio.fail_after(20):
+        served = await serving(nursery, find_handler=all_by(long_answer))
+        async with connected(served.port, reads_bodies=False, window=2**20) as client:
+            first, second = await client.request(), await client.request()
+            while sum(len(answer.body) for answer in client.answers.values()) < 65535:
+                await client.receive()
+            client.h2.ping(b"12345678")
+            await client.flush()
+            await client.receive()
+            assert sum(len(answer.body) for answer in client.answers.values()) == 65535
+            client.h2.increment_flow_control_window(2**24)
+            for number in (first, second):
+                client.h2.increment_flow_control_window(2**23, number)
+            await client.flush()
+            assert [(await client.answer(number)).body for number in (first, second)] == [LONG, LONG]
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_a_client_that_opens_no_window_loses_that_stream_only(
+    road: str, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    torrent = Torrent()
+    with trio.fail_after(20):
+        find = {"fast": lambda _method, path: long_answer if path == b"/long" else count_body}.get(road)
+        options = {} if find is None else {"find_handler": find}
+        served = await serving(nursery, torrent, send_timeout_s=0.3, **options)
+        async with connected(served.port, reads_bodies=False) as client:
+            client.h2.increment_flow_control_window(2**24)
+            stuck = await client.answer(await client.request([*GET[:3], (":path", "/long")]))
+            assert (stuck.status, stuck.complete, stuck.reset) == (200, False, ErrorCodes.INTERNAL_ERROR)
+            if road == "fast":
+                assert (await client.answer(await client.request())).status == 200
+            else:
+                await torrent.ended.wait()
+    assert "opened too little of its window for 0.3 s" in caplog.text
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_does_not_read_is_closed_after_the_send_timeout(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    torrent = Torrent()
+    with trio.fail_after(20):
+        served = await serving(nursery, torrent, send_timeout_s=0.3)
+        async with connected(served.port, window=2**30) as client:
+            client.h2.increment_flow_control_window(2**30)
+            await client.request()
+            await torrent.ended.wait()
+    assert "client read too little for 0.3 s; closing the connection" in caplog.text
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_a_body_is_received_only_as_it_is_read(road: str, nursery: trio.Nursery) -> None:
+    go_on = trio.Event()
+
+    async def late(exchange: Exchange) -> None:
+        await go_on.wait()
+        await count_body(exchange)
+
+    async def late_app(scope: Any, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await read_all(scope, receive, send)
+
+    with trio.fail_after(20):
+        options = {"find_handler": all_by(late)} if road == "fast" else {}
+        served = await serving(nursery, late_app, **options)
+        async with connected(served.port) as client:
+            number = await client.request(POST, end=False)
+            sent = 0
+            while room := client.h2.local_flow_control_window(number):
+                client.send_data(number, bytes(room))
+                await client.flush()
+                sent += room
+                with trio.move_on_after(0.2):
+                    await client.receive()
+            assert 2**16 < sent < 2**21
+            assert client.h2.outbound_flow_control_window > 0, "one stream has taken the window of all"
+            go_on.set()
+            await client.upload(number, LONG)
+            found = await client.answer(number)
+    assert found.status == 200
+    if road == "fast":
+        assert found.body == b"%d" % (sent + len(LONG))
+    nursery.cancel_scope.cancel()
+
+
+async def test_padding_is_given_back(nursery: trio.Nursery) -> None:
+    with trio.fail_after(20):
+        served = await serving(nursery, find_handler=all_by(count_body))
+        async with connected(served.port) as client:
+            number = await client.request(POST, end=False)
+            for _ in range(8000):  # twice the window of the connection
+                while client.h2.local_flow_control_window(number) < 300:
+                    await client.receive()
+                client.h2.send_data(number, b"", pad_length=255)
+                await client.flush()
+            client.h2.end_stream(number)
+            await client.flush()
+            assert (await client.answer(number)).body == b"0"
+    nursery.cancel_scope.cancel()
+
+
+# Clients that leave, and answers that break off.
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+@pytest.mark.parametrize("how", ["reset", "close", "abort", "error"])
+async def test_a_client_that_leaves_ends_its_request(how: str, road: str, nursery: trio.Nursery) -> None:
+    app, held = Held(), HeldExchange()
+    with trio.fail_after(10):
+        options = {"find_handler": all_by(held)} if road == "fast" else {}
+        served = await serving(nursery, app, **options)
+        async with connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            match how:
+                case "reset":
+                    client.h2.reset_stream(number, ErrorCodes.CANCEL)
+                    await client.flush()
+                case "close":
+                    await client.stream.transport_stream.send_eof()
+                case "abort":
+                    await trio.aclose_forcefully(client.stream.transport_stream)
+                case "error":
+                    client.h2.close_connection(ErrorCodes.INTERNAL_ERROR)
+                    await client.flush()
+            await (held if road == "fast" else app).left.wait()
+            if how == "reset":
+                other = await client.request()
+                await client.until(other, b"first")
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_the_end_of_a_stream_is_only_that_of_its_body(road: str, nursery: trio.Nursery) -> None:
+    app, held = Held(), HeldExchange()
+    with trio.fail_after(10):
+        options = {"find_handler": all_by(held)} if road == "fast" else {}
+        served = await serving(nursery, app, **options)
+        async with connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            with trio.move_on_after(0.8):  # on HTTP/1.1 the end of input would end it after half a second
+                await (held if road == "fast" else app).left.wait()
+            (held if road == "fast" else app).finish.set()
+            assert (await client.answer(number)).body == b"firstlast"
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("fault", [AbortResponse, RuntimeError])
+async def test_a_truncated_answer_is_a_reset_and_the_connection_goes_on(
+    fault: type[Exception], nursery: trio.Nursery
+) -> None:
+    async def breaks(exchange: Exchange) -> None:
+        if exchange.path == b"/whole":
+            await exchange.start(200, [], b"whole", more=False)
+            return
+        await exchange.start(200, [], b"some", more=True)
+        raise fault
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"some", "more_body": True})
+        raise fault
+
+    for options in ({"find_handler": all_by(breaks)}, {}):
+        with trio.fail_after(10):
+            served = await serving(nursery, app, **options)
+            async with connected(served.port) as client:
+                for _ in range(2):
+                    found = await client.answer(await client.request())
+                    assert found == Answer(200, found.headers, b"some", reset=ErrorCodes.INTERNAL_ERROR)
+                if options:
+                    whole = await client.answer(await client.request([*GET[:3], (":path", "/whole")]))
+                    assert whole.complete
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_an_answer_reaches_a_client_that_still_sends_its_body(road: str, nursery: trio.Nursery) -> None:
+    async def at_once(exchange: Exchange) -> None:
+        await exchange.start(413, [], b"hello", more=False)
+
+    with trio.fail_after(20):
+        options = {"find_handler": all_by(at_once)} if road == "fast" else {}
+        served = await serving(nursery, hello, **options)
+        async with connected(served.port) as client:
+            number = await client.request(POST, b"x" * 60_000, end=False)
+            found = await client.answer(number)
+            assert (found.body, found.complete, found.reset) == (b"hello", True, None)
+            await client.upload(number, LONG)  # what nobody reads makes room all the same
+            assert (await client.answer(await client.request())).body == b"hello"
+            # One that does not end is cut off.
+            number = await client.request(POST, end=False)
+            await client.answer(number)
+            assert (await client.first(StreamReset)).error_code == ErrorCodes.NO_ERROR
+    nursery.cancel_scope.cancel()
+
+
+# The life of a connection.
+
+
+async def test_an_idle_connection_is_told_and_closed_after_the_keep_alive_timeout(nursery: trio.Nursery) -> None:
+    with trio.fail_after(10):
+        served = await serving(nursery, keep_alive_timeout_s=0.3)
+        async with connected(served.port) as client:
+            assert (await client.answer(await client.request())).body == b"hello"
+            goodbye = await client.end()
+    assert goodbye is not None
+    assert (goodbye.error_code, goodbye.last_stream_id) == (ErrorCodes.NO_ERROR, 1)
+
+
+async def test_pings_do_not_keep_an_idle_connection_and_a_request_does(nursery: trio.Nursery) -> None:
+    held = HeldExchange()
+
+    async def ping(client: Any) -> None:
+        while True:
+            client.h2.ping(b"12345678")
+            await client.flush()
+            await trio.sleep(0.05)
+
+    with trio.fail_after(10):
+        served = await serving(nursery, find_handler=all_by(held), keep_alive_timeout_s=0.4)
+        async with connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            await trio.sleep(0.8)
+            held.finish.set()
+            assert (await client.answer(number)).complete
+        async with connected(served.port) as client, trio.open_nursery() as pinging:
+            pinging.start_soon(ping, client)
+            while client.goaway is None:
+                assert await client.receive() is not None
+            pinging.cancel_scope.cancel()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("road", ["fast", "ordinary"])
+async def test_a_drain_finishes_the_streams_in_flight_and_refuses_new_ones(road: str, nursery: trio.Nursery) -> None:
+    app, held = Held(), HeldExchange()
+    with trio.fail_after(10):
+        options = {"find_handler": all_by(held)} if road == "fast" else {}
+        served = await serving(nursery, app, graceful_timeout_s=60, **options)
+        async with connected(served.port) as idle, connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            served.shutdown.set()
+            goodbye = await idle.end()
+            assert goodbye is not None
+            while client.goaway is None:
+                await client.receive()
+            assert (client.goaway.error_code, client.goaway.last_stream_id) == (ErrorCodes.NO_ERROR, number)
+            (held if road == "fast" else app).finish.set()
+            while b"last" not in client.answers[number].body:
+                await client.receive()
+            await client.end()
+            assert client.answers[number].complete
+        await served.ended.wait()
+
+
+async def test_a_stream_that_comes_after_the_goodbye_is_refused(nursery: trio.Nursery) -> None:
+    held = HeldExchange()
+    with trio.fail_after(10):
+        served = await serving(nursery, find_handler=all_by(held), graceful_timeout_s=60)
+        async with connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            served.shutdown.set()
+            await wait_all_tasks_blocked()
+            # Sent before the client has read the goodbye.
+            late = await client.request()
+            reset = await client.first(StreamReset)
+            assert (reset.stream_id, reset.error_code) == (late, ErrorCodes.REFUSED_STREAM)
+            held.finish.set()
+            await client.answer(number)
+        await served.ended.wait()
+
+
+async def test_an_answer_that_outlasts_the_graceful_timeout_is_visibly_truncated(nursery: trio.Nursery) -> None:
+    held = HeldExchange()
+    with trio.fail_after(10):
+        served = await serving(nursery, find_handler=all_by(held), graceful_timeout_s=0.2)
+        async with connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            served.shutdown.set()
+            await served.ended.wait()
+            await client.end()
+            assert not client.answers[number].complete
+            assert client.answers[number].reset == ErrorCodes.INTERNAL_ERROR
+
+
+async def test_a_client_that_says_goodbye_gets_the_answers_that_it_waits_for(nursery: trio.Nursery) -> None:
+    held = HeldExchange()
+    with trio.fail_after(10):
+        served = await serving(nursery, find_handler=all_by(held))
+        async with connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            # h2 itself would end everything with it.
+            await client.stream.send_all(b"\0\0\x08\x07\0" + bytes(12))
+            held.finish.set()
+            assert (await client.answer(number)).body == b"firstlast"
+            assert await client.end() is not None
+    nursery.cancel_scope.cancel()
+
+
+async def test_of_connections_at_the_limit_one_with_a_request_is_not_closed(nursery: trio.Nursery) -> None:
+    held = HeldExchange()
+    with trio.fail_after(10):
+        served = await serving(nursery, find_handler=all_by(held))
+        async with connected(served.port) as client:
+            number = await client.request()
+            await client.until(number, b"first")
+            with trio.move_on_after(0.2):
+                await client.receive()
+            assert client.goaway is None
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_stranger_gets_a_403_for_each_request(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = trustme.CA()
+    context = server_context(client_ca=clients)
+    known = client_context()
+    clients.issue_cert("client@example.org").configure_cert(known)
+    monkeypatch.setattr("nodeagent.front.connection._is_this_host", lambda _address: False)
+    with trio.fail_after(10):
+        served = await serving(nursery, find_tls=lambda: context)
+        async with connected(served.port) as client:
+            for _ in range(2):
+                found = await client.answer(await client.request())
+                assert found.status == 403
+                assert "certificate" in json.loads(found.body)["error"]["message"]
+        async with connected(served.port, context=known) as client:
+            assert (await client.answer(await client.request())).body == b"hello"
+    nursery.cancel_scope.cancel()
