@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import admission, start_and_memory, switches
+from benchmarks import admission, costs, start_and_memory, switches
 from benchmarks.figures import Section, print_row
 
 LLAMA_SWAP = "llama-swap"
@@ -16,7 +16,7 @@ Results = Mapping[str, Section]
 class Aim:
     """A bound on one of the agent's figures: on the value itself, or as a ratio to the same figure `against` a peer.
 
-    `at_least` makes `limit` a lower bound.
+    `at_least` makes `limit` a lower bound. `of` is whose figure it is.
     """
 
     words: str
@@ -25,6 +25,7 @@ class Aim:
     limit: float
     against: str | None = None
     at_least: bool = False
+    of: str = "agent"
 
     @property
     def bound(self) -> str:
@@ -34,7 +35,7 @@ class Aim:
     def value(self, results: Results) -> float | None:
         """What the bound is on; None if it was not measured."""
         figures = results[self.section].figures if self.section in results else {}
-        own = figures.get("agent", {}).get(self.figure)
+        own = figures.get(self.of, {}).get(self.figure)
         if self.against is None or own is None:
             return own
         reference = figures.get(self.against, {}).get(self.figure)
@@ -80,6 +81,38 @@ AIMS: Sequence[Aim] = (
         figure="CPU us/request",
         limit=1,
         against=LLAMA_SWAP,
+    ),
+    Aim(
+        words="CPU with figures",
+        section="costs",
+        figure=costs.CPU,
+        limit=1.15,
+        against=costs.BARE,
+        of=costs.FIGURES,
+    ),
+    Aim(
+        words="p50 with figures",
+        section="costs",
+        figure=costs.P50,
+        limit=1.15,
+        against=costs.BARE,
+        of=costs.FIGURES,
+    ),
+    Aim(
+        words="CPU with an API key",
+        section="costs",
+        figure=costs.CPU,
+        limit=1.05,
+        against=costs.FIGURES,
+        of=costs.KEY,
+    ),
+    Aim(
+        words="p50 with an API key",
+        section="costs",
+        figure=costs.P50,
+        limit=1.05,
+        against=costs.FIGURES,
+        of=costs.KEY,
     ),
     Aim(words="admission, 1,000 queued against 0", section="admission", figure=admission.RATIO, limit=1.5),
     Aim(words="ready after start, s", section="start", figure=start_and_memory.READY, limit=0.5),

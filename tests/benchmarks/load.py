@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 CHAT_PATH = "/v1/chat/completions"
@@ -34,12 +35,19 @@ class Refused(Exception):
     """An answer other than 200, in a load that is about answers of 200."""
 
 
-def load(base_url: str, body: Mapping[str, object], *, clients: int, seconds: float, path: str = CHAT_PATH) -> Outcome:
+def load(
+    base_url: str,
+    body: Mapping[str, object],
+    *,
+    clients: int,
+    seconds: float,
+    path: str = CHAT_PATH,
+    headers: Mapping[str, str] | None = None,
+) -> Outcome:
     """Send requests for that long with so many clients at once; each sends at least one. Raises Refused."""
     until = time.perf_counter() + seconds
-    return _succeeded(
-        base_url, asyncio.run(_load(base_url, path, [body] * clients, lambda: time.perf_counter() < until))
-    )
+    loading = _load(base_url, path, [body] * clients, lambda: time.perf_counter() < until, headers=headers or {})
+    return _succeeded(base_url, asyncio.run(loading))
 
 
 def load_requests(base_url: str, body: Mapping[str, object], requests: int) -> Outcome:
@@ -75,7 +83,7 @@ def status_of(base_url: str, body: Mapping[str, object], path: str) -> int:
 async def _status_of(base_url: str, body: Mapping[str, object], path: str) -> int:
     address = urlsplit(base_url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    writer.write(_request(address.netloc, path, json.dumps(body).encode()))
+    writer.write(_request(address.netloc, path, json.dumps(body).encode(), {}))
     status = int((await reader.readline()).split(b" ", 2)[1])
     writer.close()
     return status
@@ -93,12 +101,14 @@ async def _load(
     bodies: Sequence[Mapping[str, object]],
     more: Callable[[], bool],
     outcome: Outcome | None = None,
+    *,
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """A client for each body, which sends it again while `more()`."""
     outcome = outcome or Outcome()
     address = urlsplit(base_url)
     began = time.perf_counter()
-    requests = [_request(address.netloc, path, json.dumps(body).encode()) for body in bodies]
+    requests = [_request(address.netloc, path, json.dumps(body).encode(), headers) for body in bodies]
     await asyncio.gather(
         *(_client(address.hostname or "", address.port or 80, request, more, outcome) for request in requests)
     )
@@ -106,8 +116,9 @@ async def _load(
     return outcome
 
 
-def _request(host: str, path: str, body: bytes) -> bytes:
+def _request(host: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 

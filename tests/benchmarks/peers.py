@@ -60,12 +60,20 @@ def canned(folder: Path) -> Iterator[Peer]:
 
 
 @contextmanager
-def agent_before_canned(folder: Path, *, health: str = "/readyz", python: Sequence[str] = ()) -> Iterator[Peer]:
-    """The agent with a canned server on the load's CPU; `python` are options of the interpreter."""
+def agent_before_canned(
+    folder: Path,
+    *,
+    health: str = "/readyz",
+    python: Sequence[str] = (),
+    program: Sequence[str] = ("-m", "nodeagent"),
+    **keys: Any,
+) -> Iterator[Peer]:
+    """The agent with a canned server on the load's CPU; the rest is as for `agent`."""
     # The agent looks at a model's file before it starts the server. The canned server does not read it.
     path = tiny_models.write_model(tiny_models.TINY, folder)
     model = {"model_id": CANNED_ALIAS, "path": str(path), "parallel": MAX_REQUESTS}
-    with agent(folder, CANNED, [model], cpus=sorted(LOAD_CPUS), health=health, python=python) as peer:
+    cpus = sorted(LOAD_CPUS)
+    with agent(folder, CANNED, [model], cpus=cpus, health=health, python=python, program=program, **keys) as peer:
         yield peer
 
 
@@ -78,11 +86,13 @@ def agent(
     cpus: Sequence[int] = (),
     health: str = "/readyz",
     python: Sequence[str] = (),
+    program: Sequence[str] = ("-m", "nodeagent"),
     **keys: Any,
 ) -> Iterator[Peer]:
     """The agent with one CPU device; its server runs on `cpus`, or else where the agent does.
 
-    `keys` are of its configuration; it is ready when `health` answers 200; `python` are options of the interpreter.
+    `keys` are of its configuration; it is ready when `health` answers 200; `python` are options of the interpreter,
+    and `program` is what that runs.
     """
     port = free_port()
     config = {
@@ -98,7 +108,7 @@ def agent(
     }
     path = folder / "agent.yaml"
     path.write_text(json.dumps(config))
-    argv = [sys.executable, *python, "-m", "nodeagent", "--config", str(path), "--log-level", "warning"]
+    argv = [sys.executable, *python, *program, "--config", str(path), "--log-level", "warning"]
     with process(argv, f"http://127.0.0.1:{port}{health}", folder / "agent.log") as peer:
         yield peer
 

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the root first: tests/nodeagent is no package
 
-from benchmarks import admission, embeddings, latency, paced_streams, start_and_memory, switches
+from benchmarks import admission, costs, embeddings, latency, paced_streams, start_and_memory, switches
 from benchmarks.aims import AIMS, Results, print_aims
 from benchmarks.figures import Section
 from benchmarks.options import Options, read_options
@@ -53,6 +53,7 @@ def measure_all(options: Options) -> Results:
         results["latency"] = latency.measure(peers, options)
         results["paced streams"] = paced_streams.measure(peers, options)
         results["embeddings"] = embeddings.measure(peers, options)
+    results["costs"] = costs.measure(options)
     results["admission"] = admission.measure(options)
     results["start"] = start_and_memory.measure(options)
     results["switches"] = switches.measure(options)

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""What the agent's figures and API keys cost: the agent against itself without them.
+
+    python tests/benchmarks/costs.py [--seconds 2] [--rounds 3] [--quick]
+
+"figures" is the agent as it is: counters and histograms for `/metrics`, and a record of each request in the activity.
+"bare" is the agent without them. "key" is the agent with an API key, which each request has.
+"""
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the root first: tests/nodeagent is no package
+
+from benchmarks.figures import Section, in_turns, quantile
+from benchmarks.latency import CHAT, CLIENTS
+from benchmarks.load import load
+from benchmarks.options import Options, read_options
+from benchmarks.peers import agent_before_canned
+from benchmarks.processes import Peer, keep_to_load_cpu, used_s
+
+BARE, FIGURES, KEY = "bare", "figures", "key"
+P50, CPU = "p50 ms, 1 client", "CPU us/request, 32 clients"
+_BARE_AGENT = Path(__file__).parent / "agent_without_figures.py"
+_KEY_TEXT = "the-key-of-the-benchmark"
+# The difference is small, and the machine noisy: more turns than other measurements take, each as short.
+_TURNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A running agent, and the headers that its clients send."""
+
+    peer: Peer
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def main() -> int:
+    options = read_options(__doc__)
+    keep_to_load_cpu()
+    measure(options).print()
+    return 0
+
+
+def measure(options: Options) -> Section:
+    """Latency in ms and CPU time in microseconds of a request by each variant; the ratios are against "bare", and the
+    one of "key" in `KEY` against "figures"."""
+    with _variants() as variants:
+        rounds = options.rounds if options.quick else options.rounds * _TURNS
+        seconds = options.seconds / 4
+        figures = in_turns(variants, rounds, lambda _name, variant: _round(variant, seconds))
+    return Section("what figures and an API key cost", figures)
+
+
+@contextmanager
+def _variants() -> Iterator[dict[str, Variant]]:
+    with ExitStack() as stack:
+
+        def folder() -> Path:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        bare = stack.enter_context(agent_before_canned(folder(), program=[str(_BARE_AGENT)]))
+        figures = stack.enter_context(agent_before_canned(folder()))
+        entry = {"name": "benchmark", "sha256": hashlib.sha256(_KEY_TEXT.encode()).hexdigest()}
+        keyed = stack.enter_context(agent_before_canned(folder(), api_keys=[entry]))
+        variants = {
+            BARE: Variant(bare),
+            FIGURES: Variant(figures),
+            KEY: Variant(keyed, {"Authorization": f"Bearer {_KEY_TEXT}"}),
+        }
+        for variant in variants.values():  # so that a canned server runs behind each
+            load(variant.peer.base_url, CHAT, clients=1, seconds=0, headers=variant.headers)
+        yield variants
+
+
+def _round(variant: Variant, seconds: float) -> dict[str, float]:
+    one = load(variant.peer.base_url, CHAT, clients=1, seconds=seconds, headers=variant.headers)
+    cpu_before = variant.peer.cpu_s()
+    many = load(variant.peer.base_url, CHAT, clients=CLIENTS, seconds=seconds, headers=variant.headers)
+    used = used_s(cpu_before, variant.peer.cpu_s())
+    return {
+        P50: quantile(one.latencies_s, 0.5) * 1000,
+        CPU: used / len(many.latencies_s) * 1e6,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
