@@ -151,8 +151,29 @@ class DeviceServers:
 
     def views(self) -> list[ServerView[Upstream]]:
         """Every server that runs, is about to, or has failed; a model whose file can't be used has failed too."""
-        views = map(self._view, dict.fromkeys((*self._models, *self._started)))
+        views = map(self.view, dict.fromkeys((*self._models, *self._started)))
         return [view for view in views if view is not None]
+
+    def view(self, model_id: str) -> ServerView[Upstream] | None:
+        """The same of one model."""
+        model, child = self._models.get(model_id), self._child(model_id)
+        if child is not None and child.state is ChildState.READY:
+            return self._view_of_ready(model_id, model, child)
+        if child is None or child.state is ChildState.STOPPED:
+            problem = self._catalogue.problem(model_id)
+            if model is None or problem is None or not runs_on(model, self.device):
+                return None
+            return view_of_unusable_model(model, problem, trio.current_time())
+        if model is None and child.state is ChildState.FAILED:
+            return None
+        return view_of_child(
+            model_id,
+            model,
+            child,
+            self._upstreams.get(model_id),
+            last_lines=last_lines_of(child, partial(self._lines, child.child_id), self._argv(model_id)),
+            still_starting=model_id == self._still_starting,
+        )
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model: it is no longer configured, is kept to other devices, does not
@@ -405,26 +426,6 @@ class DeviceServers:
     def _last_lines(self, child: ChildSnapshot | None) -> Sequence[str]:
         """What the child printed last, if it ran out of the device's memory."""
         return self._lines(child.child_id) if child is not None and _ran_out(child) else ()
-
-    def _view(self, model_id: str) -> ServerView[Upstream] | None:
-        model, child = self._models.get(model_id), self._child(model_id)
-        if child is not None and child.state is ChildState.READY:
-            return self._view_of_ready(model_id, model, child)
-        if child is None or child.state is ChildState.STOPPED:
-            problem = self._catalogue.problem(model_id)
-            if model is None or problem is None or not runs_on(model, self.device):
-                return None
-            return view_of_unusable_model(model, problem, trio.current_time())
-        if model is None and child.state is ChildState.FAILED:
-            return None
-        return view_of_child(
-            model_id,
-            model,
-            child,
-            self._upstreams.get(model_id),
-            last_lines=last_lines_of(child, partial(self._lines, child.child_id), self._argv(model_id)),
-            still_starting=model_id == self._still_starting,
-        )
 
     def _view_of_ready(self, model_id: str, model: ModelConfig | None, child: ChildSnapshot) -> ServerView[Upstream]:
         """Every request looks at it, and nothing about it changes while these are the same."""

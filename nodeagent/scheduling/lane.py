@@ -326,6 +326,18 @@ class Lane(Generic[E]):
             *(ticket.view(now, place, starts_in_s) for place, (ticket, starts_in_s) in waiting),
         ]
 
+    def serves_at_once(self, model_id: str) -> bool:
+        """Whether a request for one slot of the model would be granted at once; False if that is not sure."""
+        uses = self._in_flight
+        if self._queue.models or self._loads.current is not None or uses.holds or len(self.device_ids) > 1:
+            return False
+        if self._loads.is_held(model_id) or not (self.rules.concurrent_models or uses.models <= {model_id}):
+            return False
+        view = self._servers.view(model_id)
+        if view is None or view.state is not ServerState.READY:
+            return False
+        return uses.slots_in_use(model_id, view.slots) < view.slots
+
     # What the lane of models that span this device asks.
 
     def would_serve(self, request: QueuedRequest) -> bool:

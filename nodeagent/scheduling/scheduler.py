@@ -13,7 +13,7 @@ from nodeagent.errors import BackendUnavailable, Draining, QueueFull
 from nodeagent.scheduling.affinity import Conversations
 from nodeagent.scheduling.estimates import LaneTimes
 from nodeagent.scheduling.lane import Lane
-from nodeagent.scheduling.lease import Ticket
+from nodeagent.scheduling.lease import Ticket, TicketState
 from nodeagent.scheduling.placement import (
     AllFull,
     Candidate,
@@ -86,7 +86,8 @@ class Scheduler(Generic[E]):
         if self._closed_for is not None:
             raise self._closed_for
         ticket = self.lanes[self.place(model_id, conversation)].submit(request_id, model_id, priority, slots=slots)
-        self._nudge_helpers(ticket)
+        if ticket.state is TicketState.WAITING:
+            self._nudge_helpers(ticket)
         return ticket
 
     def requeue(self, ticket: Ticket[E]) -> None:
@@ -106,8 +107,14 @@ class Scheduler(Generic[E]):
         if only is not None:
             return only
         cached_on = self.conversations.device_of(conversation)
-        devices = self._allowed(model_id)
-        return self._choose(model_id, [self._candidate(device_id, model_id, cached_on) for device_id in devices])
+        # Nothing starts sooner than at once, so where one device or several can do that, no estimates are needed. They
+        # would cost ten times as much.
+        at_once = [it for it in self.lanes if self._serves_at_once(it, model_id)]
+        candidates = [self._candidate_at_once(it, model_id, cached_on) for it in at_once]
+        if not at_once or (cached_on is not None and cached_on not in at_once):
+            others = [it for it in self._allowed(model_id) if it not in at_once]
+            candidates += [self._candidate(it, model_id, cached_on) for it in others]
+        return self._choose(model_id, candidates)
 
     def place_load(self, model_id: str) -> str:
         """The device to load the model on, however full its lane is; raises BackendUnavailable."""
@@ -239,6 +246,25 @@ class Scheduler(Generic[E]):
         lane = self.lanes[devices[0]]
         able = lane.places_taken < lane.limit and self._servers[devices[0]].obstacle(model_id) is None
         return devices[0] if able else None
+
+    def _serves_at_once(self, device_id: str, model_id: str) -> bool:
+        """Whether a request that arrives now would be granted there without a load and without a wait."""
+        lane, servers = self.lanes[device_id], self._servers[device_id]
+        if lane.places_taken >= lane.limit or not lane.serves_at_once(model_id):
+            return False
+        return servers.obstacle(model_id) is None
+
+    def _candidate_at_once(self, device_id: str, model_id: str, cached_on: str | None) -> Candidate:
+        """As `_candidate`, for a device that serves it at once."""
+        lane = self.lanes[device_id]
+        return Candidate(
+            device_id=device_id,
+            residency=Residency.READY,
+            admitted=lane.places_taken,
+            limit=lane.limit,
+            memory_free_bytes=self._servers[device_id].memory_free_bytes(),
+            has_conversation=device_id == cached_on,
+        )
 
     def _candidate(self, device_id: str, model_id: str, cached_on: str | None = None) -> Candidate:
         lane, servers = self.lanes[device_id], self._servers[device_id]

@@ -76,6 +76,9 @@ class Servers(Protocol[E]):
     def views(self) -> list[ServerView[E]]:
         """Every server that runs, is about to, or has failed."""
 
+    def view(self, model_id: str) -> ServerView[E] | None:
+        """That of one model, None if there is none."""
+
     async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         """Return once the device runs a ready server of that model; servers of models that are not in `beside` are
         stopped first, and `make_room` is called for what else is in the way, unless the model is known to be unusable.

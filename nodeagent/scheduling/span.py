@@ -40,6 +40,9 @@ class SharedServers(Generic[E]):
         others = [view for servers in self._spanning for view in servers.views() if view.is_active]
         return [*self._own.views(), *(replace(view, idle_unload_s=None) for view in others)]
 
+    def view(self, model_id: str) -> ServerView[E] | None:
+        return next((view for view in self.views() if view.model_id == model_id), None)
+
     async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         async def stop_spanning() -> None:
             if make_room is not None:

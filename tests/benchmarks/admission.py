@@ -5,7 +5,8 @@
 
 The scheduler and the lanes are the agent's own. Their servers are a table: each device has one model loaded, and
 requests that never end hold all of its slots. Measured is `Scheduler.admit` alone, with 0, 100 and 1,000 requests
-queued on all devices together, and the same with the turn of its lane that follows, which goes through the queue.
+queued on all devices together, and the same with the turn of its lane that follows, which goes through the queue; and
+before that, an admission that a free slot serves at once.
 """
 
 import logging
@@ -25,6 +26,7 @@ from benchmarks.figures import Section
 from benchmarks.options import Options, read_options
 from fakes.servers import FakeServers
 from nodeagent.scheduling.lane import Lane, LaneRules
+from nodeagent.scheduling.lease import Ticket
 from nodeagent.scheduling.scheduler import Scheduler
 
 DEVICES = 8
@@ -33,6 +35,7 @@ SLOTS = 4
 QUEUED = (0, 100, 1000)
 LOAD_S = 1.0
 RATIO = "1,000 queued against 0"
+AT_ONCE = "us, served at once"
 
 
 def main() -> int:
@@ -45,19 +48,26 @@ def measure(options: Options) -> Section:
     logging.disable(logging.INFO)
     repeats = 40 if options.quick else 400
     clock = MockClock(autojump_threshold=0)
-    costs_us = trio.run(_measure, clock, repeats, clock=clock)
+    at_once_us, costs_us = trio.run(_measure, clock, repeats, clock=clock)
     logging.disable(logging.NOTSET)
-    figures = {f"us, {queued:,} queued": admit for queued, (admit, _turn) in costs_us.items()}
+    figures = {AT_ONCE: at_once_us}
+    figures |= {f"us, {queued:,} queued": admit for queued, (admit, _turn) in costs_us.items()}
     figures |= {f"us with its turn, {queued:,}": turn for queued, (_admit, turn) in costs_us.items()}
     figures[RATIO] = costs_us[QUEUED[-1]][0] / costs_us[0][0]
     return Section(f"one admission, {DEVICES} devices of {MODELS} models", {"agent": figures})
 
 
-async def _measure(clock: MockClock, repeats: int) -> dict[int, tuple[float, float]]:
-    """By how many are queued: the median of an admission, and of one with the lane's turn after it."""
+async def _measure(clock: MockClock, repeats: int) -> tuple[float, dict[int, tuple[float, float]]]:
+    """The median of an admission that is served at once. By how many are queued: the median of an admission, and of one
+    with the lane's turn after it."""
     async with trio.open_nursery() as nursery:
-        scheduler = await _busy_scheduler(nursery)
+        scheduler, last = await _busy_scheduler(nursery)
         clock.autojump_threshold = math.inf  # from here on, no time passes
+        last.close()
+        await wait_all_tasks_blocked()
+        free = last.model_id
+        at_once_us = statistics.median([(await _admit_one(scheduler, free))[0] for _ in range(repeats)]) * 1e6
+        scheduler.admit("", free)
         costs_us = {}
         queued = 0
         for wanted in QUEUED:
@@ -69,11 +79,11 @@ async def _measure(clock: MockClock, repeats: int) -> dict[int, tuple[float, flo
             admit_us, turn_us = (statistics.median(values) * 1e6 for values in zip(*samples, strict=True))
             costs_us[wanted] = admit_us, turn_us
         nursery.cancel_scope.cancel()
-    return costs_us
+    return at_once_us, costs_us
 
 
-async def _busy_scheduler(nursery: trio.Nursery) -> Scheduler[str]:
-    """One whose devices each have a model loaded and every slot in use."""
+async def _busy_scheduler(nursery: trio.Nursery) -> tuple[Scheduler[str], Ticket[str]]:
+    """One whose devices each have a model loaded and every slot in use, and the ticket of the last slot."""
     names = [f"gpu:{number}" for number in range(DEVICES)]
     rules = LaneRules(max_pending=10 * QUEUED[-1], queue_timeout_s=math.inf, startup_timeout_s=math.inf)
     hosts = {name: FakeServers(load_s=LOAD_S, slots=SLOTS) for name in names}
@@ -83,8 +93,9 @@ async def _busy_scheduler(nursery: trio.Nursery) -> Scheduler[str]:
         hosts[name].on_change = lanes[name].nudge
         await nursery.start(lanes[name].run)
         for _slot in range(SLOTS):
-            await lanes[name].submit("", _model(number)).granted()
-    return scheduler
+            ticket = lanes[name].submit("", _model(number))
+            await ticket.granted()
+    return scheduler, ticket
 
 
 async def _admit_one(scheduler: Scheduler[str], model_id: str) -> tuple[float, float]:

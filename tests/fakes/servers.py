@@ -45,6 +45,9 @@ class FakeServers:
         self.looks += 1
         return list(self.servers.values())
 
+    def view(self, model_id: str) -> ServerView[str] | None:
+        return self.servers.get(model_id)
+
     def obstacle(self, model_id: str) -> Obstacle | None:
         return self.obstacles.get(model_id)
 

@@ -155,6 +155,10 @@ class UpstreamServers:
     def views(self) -> list[ServerView[Upstream]]:
         return [self._view(view) for view in self.fake.views()]
 
+    def view(self, model_id: str) -> ServerView[Upstream] | None:
+        view = self.fake.view(model_id)
+        return None if view is None else self._view(view)
+
     async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         await self.fake.ensure(model_id, beside, make_room)
 

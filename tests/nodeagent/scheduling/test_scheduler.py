@@ -202,8 +202,25 @@ async def test_an_admission_wakes_only_lanes_that_could_serve_the_request(
     await serve(scheduler, "a", 1)
     assert woken == []
     del devices["gpu:1"].obstacles["a"]
-    await serve(scheduler, "a", 1)
+    granted = scheduler.admit("r", "a")
+    await trio.sleep(0.1)
+    assert granted.state is TicketState.GRANTED
+    assert woken == [], "nobody needs help"
+    scheduler.admit("r", "a")
+    await trio.sleep(0.1)
     assert woken == ["gpu:1"]
+
+
+async def test_of_devices_that_serve_a_request_at_once_the_one_of_its_conversation_is_taken_else_the_least_used(
+    scheduler: Scheduler[str], devices: dict[str, FakeServers], autojump_clock: MockClock
+) -> None:
+    for device_id, servers in devices.items():
+        servers.slots = 4
+        await scheduler.lanes[device_id].request_load("a").granted()
+    scheduler.conversations.served("c", "gpu:1")
+    held = [scheduler.admit("r", "a", conversation=conversation) for conversation in ("c", "c", None, None, None)]
+    assert [ticket.lane.device_id for ticket in held] == ["gpu:1", "gpu:1", "gpu:0", "gpu:0", "gpu:0"]
+    assert all(ticket.state is TicketState.GRANTED for ticket in held)
 
 
 async def test_a_preload_that_would_evict_another_one_is_left_over(

@@ -13,6 +13,8 @@ from fakes.checked_policy import CheckedPolicy
 from fakes.servers import FakeServers
 from nodeagent.errors import Refusal
 from nodeagent.scheduling.lane import Lane, LaneRules
+from nodeagent.scheduling.lease import TicketState
+from nodeagent.scheduling.placement import Residency
 from nodeagent.scheduling.queueing import FirstCome, Policy, Priority
 from nodeagent.scheduling.scheduler import Scheduler
 from nodeagent.scheduling.seam import Obstacle
@@ -95,10 +97,22 @@ async def _scenario(hosts: dict[str, FakeServers], visits: list[Visit], policy: 
         nursery.cancel_scope.cancel()
 
 
+def costs_at_once(scheduler: Scheduler[str], model_id: str) -> dict[str, float]:
+    """Of the devices that serve the model at once, how soon a request would start there by all estimates."""
+    devices = [it for it in scheduler.lanes if scheduler._serves_at_once(it, model_id)]
+    candidates = [scheduler._candidate(it, model_id) for it in devices]
+    assert all(it.residency is Residency.READY and it.obstacle is None and not it.failing for it in candidates)
+    return {it.device_id: it.start_s + it.delays_s for it in candidates}
+
+
 async def _client(scheduler: Scheduler[str], hosts: dict[str, FakeServers], visit: Visit) -> None:
     await trio.sleep(visit.at)
     with suppress(Refusal), trio.move_on_after(visit.patience_s):
+        at_once = costs_at_once(scheduler, visit.model_id)
         ticket = scheduler.admit("r", visit.model_id, visit.priority)
+        if at_once:
+            assert ticket.state is TicketState.GRANTED
+            assert at_once.get(ticket.lane.device_id) == 0.0
         try:
             lease = await ticket.granted()
             if visit.retries:
