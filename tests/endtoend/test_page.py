@@ -372,7 +372,7 @@ def test_the_bodies_of_a_request_are_shown_as_text_when_they_are_asked_for(tab: 
     dialog = tab.page.get_by_role("dialog", name="Request 7: /v1/chat/completions")
     expect(dialog).to_contain_text("application/json · 68 KiB · cut")
     expect(dialog.locator("pre")).to_have_text([f'{{"a": "{MARKUP}"'])
-    expect(dialog).to_contain_text("audio/wav · 2.0 KiB")
+    expect(dialog).to_contain_text("audio/wav · 2.0 KiB · no text")
     assert dialog.locator("img, script").count() == 0
     assert tab.page.title() not in ("1", "2")
     assert faults_of(tab.page) == []

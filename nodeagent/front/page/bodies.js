@@ -39,7 +39,7 @@ export function bodiesDialog(operator) {
 
 function part(name, body) {
   const facts = body
-    ? [body.type, bytes(body.bytes), body.cut ? "cut: this is its beginning" : null].filter(Boolean).join(" · ")
+    ? [body.type, bytes(body.bytes), body.cut ? "cut: this is its beginning" : body.text === null ? "no text" : null].filter(Boolean).join(" · ")
     : "There is none, or it is not kept any more.";
   // Scrolled by the keyboard too.
   const text = body && body.text !== null ? el("pre", { tabindex: "0", role: "region", "aria-label": name }, body.text) : null;
