@@ -19,13 +19,18 @@ _MAX_BYTES: Final = 2**16
 # Of an answer that is no error in JSON.
 _SHOWN_CHARS: Final = 500
 # What llama-server says where it answers 500 to what is wrong with the request: a bad text to embed, one that is longer
-# than the batch, an image for a model that takes none, a value of a wrong type, a token that the model does not have.
+# than the batch, an image for a model that takes none, a value of a wrong type, a token that the model does not have,
+# tools or messages that are none, two grammars, a format of reasoning that it does not know.
 _CLIENTS_FAULTS: Final = (
     '"prompt" ',
     "is too large to process",
     "input is not supported",
     "[json.exception.type_error",
     "vector::_M_range_check",
+    "Failed to parse tools: ",
+    "Failed to parse messages: ",
+    "Cannot use both json_schema and grammar",
+    "Unknown reasoning format: ",
 )
 
 
@@ -68,7 +73,8 @@ class ServerError:
         text = self._content[:_SHOWN_CHARS].decode(errors="replace") or "nothing"
         instead = " instead of a stream" if self._request.ping_s else ""
         message = f"The server answered with status {self.server_status}{instead}: {text}"
-        return {"message": message, "type": "server_error", "param": None, "code": None}
+        kind = "invalid_request_error" if 400 <= self.server_status < 500 else "server_error"
+        return {"message": message, "type": kind, "param": None, "code": None}
 
 
 def needs_translation(request: InferenceRequest, response: UpstreamResponse) -> bool:

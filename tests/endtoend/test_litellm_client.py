@@ -81,7 +81,7 @@ def test_it_gets_the_call_of_a_tool(agent: AgentProcess, litellm: LiteLlm, provi
 def test_it_embeds(agent: AgentProcess, litellm: LiteLlm) -> None:
     vectors = []
     for provider, end in (("openai", "/v1"), ("ollama", "")):
-        asked = {"model": f"{provider}/embedder", "api_base": agent.base_url + end, "api_key": KEY}
+        asked = {"model": f"{provider}/embedder", "api_base": agent.base_url + end, "api_key": KEY, "timeout": 60}
         data = litellm.call("embedding", input=["one", "two"], **asked)["answer"]["data"]
         vectors.append([item["embedding"] for item in data])
     for ours, ollamas in zip(*vectors, strict=True):

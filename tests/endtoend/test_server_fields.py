@@ -240,6 +240,12 @@ def test_documents_are_ranked_and_counted(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"tools": [{"type": "function"}]},
+        {"tools": 7},
+        {"messages": [{"content": "x"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [7]}]},
+        {"grammar": 'root ::= "a"', "json_schema": {"type": "boolean"}},
+        {"reasoning_format": "x"},
         {"response_format": {"type": "sound"}},
         {"response_format": {"type": "json_object", "schema": {"type": "hiccup"}}},
         {"messages": [{"role": 123}]},

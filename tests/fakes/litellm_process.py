@@ -36,13 +36,14 @@ class LiteLlm:
 
 @contextmanager
 def running_litellm() -> Iterator[LiteLlm]:
-    """A process, until the block ends."""
+    """A process, until the block ends; without coverage, since it runs none of the node's code."""
+    inherited = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
     with subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **_ENV},
+        env=inherited | _ENV,
     ) as process:
         try:
             yield LiteLlm(process)

@@ -91,6 +91,10 @@ async def test_a_servers_error_is_translated_on_anthropics_paths_only(
         ("image input is not supported - hint: if this is unexpected, you may need to provide the mmproj", 400),
         ("[json.exception.type_error.302] type must be number, but is array", 400),
         ("vector::_M_range_check: __n (which is 70000) >= this->size() (which is 515)", 400),
+        ('Failed to parse tools: Missing tool function: {"type":"function"}', 400),
+        ("Failed to parse messages: Missing tool call type: 7", 400),
+        ("Cannot use both json_schema and grammar", 400),
+        ("Unknown reasoning format: x", 400),
         ("out of memory", 500),
     ],
 )
@@ -120,7 +124,8 @@ async def test_an_error_without_a_word_is_told_in_the_shape_of_the_path(
     node = await node_with(nursery, Act(status=400, chunks=()))
     chunks: list[bytes] = []
     assert (await node.serve(REQUEST, chunks)).status == 400
-    assert error(b"".join(chunks))["error"]["message"] == "The server answered with status 400: nothing"
+    said = error(b"".join(chunks))["error"]
+    assert (said["message"], said["type"]) == ("The server answered with status 400: nothing", "invalid_request_error")
 
 
 async def test_a_stream_that_breaks_ends_with_anthropics_event(

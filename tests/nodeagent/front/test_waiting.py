@@ -234,7 +234,7 @@ async def test_a_refusal_before_the_first_comment_has_its_own_status(
         (
             Act(status=400, chunks=(b"cut", b"off"), loss=Loss.CRASH, lost_after=1),
             "The server answered with status 400 instead of a stream: cut",
-            "server_error",
+            "invalid_request_error",
         ),
     ],
 )
