@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Generator[None, None, None]:
-    """Each client of httpx reads all authorities that certifi knows, 50 ms of CPU time; no test asks beyond loopback."""
+    """Each httpx client reads all authorities that certifi knows, 50 ms of CPU time; no test asks beyond loopback."""
     first, end, _others = Path(certifi.where()).read_text(encoding="utf-8").partition("-----END CERTIFICATE-----\n")
     bundle = tmp_path_factory.mktemp("authorities") / "one.pem"
     bundle.write_text(first[first.index("-----BEGIN") :] + end, encoding="ascii")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from quart_trio import QuartTrio
 from trio.testing import MockClock
 
 from fakes.asgi import Exchange
@@ -81,26 +82,28 @@ class Keyed:
         return ModelDetails(state="unloaded", failed=False)
 
 
-async def asked(path: str, key: str | None = None, method: str = "GET") -> Exchange:
+async def asked(path: str, key: str | None = None, method: str = "GET", *, of: QuartTrio | None = None) -> Exchange:
+    """An exchange with this application, or a new one."""
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     exchange = Exchange(*headers, method=method, path=path)
-    await exchange.through(create_app(cast(Node, Keyed())))
+    await exchange.through(create_app(cast(Node, Keyed())) if of is None else of)
     return exchange
 
 
 async def test_every_route_but_health_is_closed_without_a_key_and_to_keys_of_another_role(
     autojump_clock: MockClock,
 ) -> None:
-    for rule in create_app(cast(Node, Keyed())).url_map.iter_rules():
+    app = create_app(cast(Node, Keyed()))
+    for rule in app.url_map.iter_rules():
         path = rule.rule.replace("<path:model>", "a").replace("<device_id>", "cpu:0")
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             role = role_for(method, path)
             if role is None:
                 continue
             for key in (None, "wrong"):
-                assert (await asked(path, key, method)).sent[0]["status"] == 401, (method, path)
+                assert (await asked(path, key, method, of=app)).sent[0]["status"] == 401, (method, path)
             others = {"inference": "scraper", "metrics": "all", "admin": "all"}
-            assert "lacks the role" in str((await asked(path, others[role], method)).content), (method, path)
+            assert "lacks the role" in str((await asked(path, others[role], method, of=app)).content), (method, path)
 
 
 async def test_a_key_sees_only_its_models(autojump_clock: MockClock) -> None:
