@@ -264,18 +264,19 @@ def test_a_signal_without_meaning_ends_nothing(
 def test_an_undrain_after_sigterm_says_that_it_can_not(
     llama_server: Path, slow: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, llama_server, slow, drain_grace_s=5)
-    with running_agent(config) as agent:
-        agent.signal(signal.SIGTERM)
-        agent.wait_for_line(lambda line: ": draining" in line["message"])
-        command = [sys.executable, "-m", "nodeagent", "undrain", "--config", str(config)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        assert (ended.returncode, ended.stdout) == (1, "")
-        assert ended.stderr == "rolemesh-node-agent: This node is shutting down, so it can't accept requests again.\n"
-        token = (config.parent / "state" / "admin.token").read_text().strip()
-        headers = {"Authorization": f"Bearer {token}"}
-        answer = httpx.post(f"{agent.base_url}/v1/node/undrain", headers=headers, trust_env=False)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "shutting_down")
+    with running_agent(config := write_config(tmp_path, llama_server, slow, shutdown_timeout_s=60)) as agent:
+        with stream_in_flight(agent):  # for which it waits
+            agent.signal(signal.SIGTERM)
+            agent.wait_for_line(lambda line: ": draining" in line["message"])
+            command = [sys.executable, "-m", "nodeagent", "undrain", "--config", str(config)]
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            assert (ended.returncode, ended.stdout) == (1, "")
+            why = "This node is shutting down, so it can't accept requests again."
+            assert ended.stderr == f"rolemesh-node-agent: {why}\n"
+            url = f"{agent.base_url}/v1/node/undrain"
+            answer = httpx.post(url, headers=agent.operator_headers(), trust_env=False)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "shutting_down")
+            agent.wait_child().kill()
         assert agent.wait_exit() == 0
 
 

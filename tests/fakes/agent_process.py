@@ -122,7 +122,11 @@ class AgentProcess:
 
 
 def write_config(folder: Path, llama_server: Path, models: list[dict[str, Any]], **keys: Any) -> Path:
-    """A configuration for a node of its own in this folder; JSON is YAML."""
+    """A configuration for a node of its own in this folder; JSON is YAML.
+
+    A model has one thread, if it does not say how many: several wait for each other, busily, which takes long on a busy
+    machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "listen_port": 0,
@@ -131,7 +135,7 @@ def write_config(folder: Path, llama_server: Path, models: list[dict[str, Any]],
         "llama_server_bin": str(llama_server),
         "backend": "cpu",
         "drain_grace_s": 0,
-        "models": models,
+        "models": [{"threads": 1, **model} for model in models],
         **keys,
     }
     path = folder / "node_agent.yaml"

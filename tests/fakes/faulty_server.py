@@ -45,7 +45,7 @@ def handler(behaviour: str, alias: str) -> type[http.server.BaseHTTPRequestHandl
                 for _ in range(1024):
                     os.write(2, b"x" * 2**20)
             if behaviour == "flood-lines":
-                for _ in range(64):
+                for _ in range(32):
                     os.write(2, b"a\n" * 2**13)
             if behaviour == "torrent":
                 self._stream(json.loads(body)["max_tokens"])

@@ -217,14 +217,14 @@ def test_a_server_that_hangs_at_work_is_replaced_though_it_answers_health(
     llama_server: Path, tiny_model: Path, tiny_model_b: Path, tmp_path: Path, show: Show
 ) -> None:
     config = faulty(
-        tmp_path, tiny_model, tiny_model_b, llama_server, "hang-on-chat", stall_timeout_s=8, shutdown_timeout_s=0
+        tmp_path, tiny_model, tiny_model_b, llama_server, "hang-on-chat", stall_timeout_s=5, shutdown_timeout_s=0
     )
     with running_agent(config) as agent:
         began = time.monotonic()
         asking = ask_and_forget(agent, body(model="bad"))
         line = agent.wait_for_line(lambda line: "is unhealthy" in line["message"], 30)
         assert "no sign of progress" in line["message"]
-        show(f"hangs at work, healthy: replaced after {time.monotonic() - began:.0f} s of an 8 s stall_timeout_s")
+        show(f"hangs at work, healthy: replaced after {time.monotonic() - began:.0f} s of a 5 s stall_timeout_s")
         agent.signal(signal.SIGINT)
         agent.wait_exit()
         asking.join()
@@ -252,18 +252,6 @@ def test_a_long_prompt_evaluation_is_no_stall(llama_server: Path, smollm2: Path,
             f"{answer.json()['usage']['prompt_tokens']} tokens of prompt took {took_s:.0f} s without a byte, under a "
             "stall_timeout_s of 4 s: no false alarm"
         )
-
-
-def test_a_child_outlives_its_first_minute(slow_config: Path, request: pytest.FixtureRequest, show: Show) -> None:
-    """The parent-death signal follows the spawning thread, and worker threads end when they are idle."""
-    wait_s = 60 if request.config.getoption("--faults-full") else 12
-    with running_agent(slow_config) as agent:
-        post(agent, body())
-        child = agent.wait_child()
-        time.sleep(wait_s)
-        assert agent.wait_child().pid == child.pid
-        assert post(agent, body()).status_code == 200
-        show(f"child alive and serving {wait_s} s after its spawn")
 
 
 def test_a_stranger_on_a_port_that_a_child_had_is_never_served_from(slow_config: Path, show: Show) -> None:

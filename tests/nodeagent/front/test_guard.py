@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+from quart_trio import QuartTrio
 from trio.testing import MockClock
 
 from fakes.asgi import Exchange
@@ -83,10 +84,11 @@ class Keyed:
         return ModelDetails(state="unloaded", failed=False)
 
 
-async def asked(path: str, key: str | None = None, method: str = "GET") -> Exchange:
+async def asked(path: str, key: str | None = None, method: str = "GET", *, of: QuartTrio | None = None) -> Exchange:
+    """An exchange with this application, or a new one."""
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     exchange = Exchange(*headers, method=method, path=path)
-    await exchange.through(create_app(cast(Node, Keyed())))
+    await exchange.through(create_app(cast(Node, Keyed())) if of is None else of)
     return exchange
 
 

@@ -30,6 +30,8 @@ async def serving(binary: Path, model: Path, *options: str) -> AsyncIterator[htt
         "1",
         "-ngl",
         "0",
+        "--threads",  # more wait for each other, busily, which takes long on a busy machine
+        "1",
         "--no-ui",
         *options,
     ]
