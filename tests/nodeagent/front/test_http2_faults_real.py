@@ -10,6 +10,8 @@ import httpx
 import pytest
 import trio
 from h2.errors import ErrorCodes
+from h2.events import SettingsAcknowledged
+from h2.settings import SettingCodes
 
 from fakes import http2_client
 from fakes.asgi import Held, Receive, Send, hello
