@@ -278,7 +278,7 @@ class NodeConfig(Keys):
     tls_cert: AbsolutePath | None = Field(
         default=None,
         description="PEM file with the node's certificate, followed by those between it and its authority. The address "
-        "then speaks TLS only. Read again on reload.",
+        "then speaks TLS only, with HTTP/2 or HTTP/1.1 as the client asks. Read again on reload.",
     )
     tls_key: AbsolutePath | None = Field(
         default=None, description="PEM file with the private key of `tls_cert`, without a passphrase."

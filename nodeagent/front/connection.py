@@ -84,7 +84,7 @@ class Connection:
                 left = await self._read()
                 if self._protocol is not None:
                     await self._protocol.end(left=left)
-        except* OSError as group:
+        except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as group:
             logger.debug("%s: %s", self.peer.name, group.exceptions)
         except* Exception:
             logger.exception("%s: unexpected error; this connection is closed, the others go on", self.peer.name)

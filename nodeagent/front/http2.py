@@ -160,17 +160,22 @@ class Http2:
             case WindowUpdated():
                 self._window_opened(event.stream_id)
             case RemoteSettingsChanged():
-                self.h2.encoder.header_table_size = min(self.h2.encoder.header_table_size, _TABLE_MAX_BYTES)
-                self._window_opened(0)
+                self._settings_changed(event)
             case ConnectionTerminated():
                 logger.debug("%s: client ended HTTP/2: %s", self.peer.name, event.error_code)
                 self._break()
+
+    def _settings_changed(self, event: RemoteSettingsChanged) -> None:
+        for code in event.changed_settings:
+            if not isinstance(code, SettingCodes):  # h2 would keep all that a client makes up
+                self.h2.remote_settings.pop(code, None)
+        self.h2.encoder.header_table_size = min(self.h2.encoder.header_table_size, _TABLE_MAX_BYTES)
+        self._window_opened(0)
 
     def _begin(self, event: RequestReceived) -> None:
         number, ended = event.stream_id, event.stream_ended is not None
         if (self._last is not None and number > self._last) or len(self._streams) >= _TASKS_MAX:
             self._reset(number, ErrorCodes.REFUSED_STREAM)
-            self._guard.was_reset()
             return
         try:
             head = request_head(_plain(event.headers), ended=ended)

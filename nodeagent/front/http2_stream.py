@@ -86,13 +86,15 @@ class Http2Stream:
             self._connection.reset(self, ErrorCodes.NO_ERROR)
         self._drop_body()
         self._connection.stream_over(self)
+        # Each refers to the other: what has arrived would stay until the garbage collector finds both.
+        del self._exchange
 
     # What the connection calls.
 
     def body(self, data: bytes, window_bytes: int) -> None:
         """A part of the body has arrived, and has taken so much of the windows."""
         self._received_bytes += len(data)
-        if self._dropping or not data:
+        if self._dropping or self.gone or not data:
             self._connection.give_window(self, window_bytes)
             return
         self._unread_bytes += window_bytes
@@ -106,7 +108,8 @@ class Http2Stream:
     def end_of_body(self) -> None:
         """All of the body has arrived."""
         self._body_ended.set()
-        self._exchange.end_of_body()
+        if not self.gone:
+            self._exchange.end_of_body()
 
     def window_opened(self) -> None:
         """There may be room to send more."""
@@ -156,7 +159,9 @@ class Http2Stream:
             await self._wait_for_window(until)
 
     async def _wait_for_window(self, until: float) -> None:
-        self._opened = trio.Event()
+        """Wait until it has grown; reset the stream if it has not by then."""
+        if self._opened.is_set():
+            self._opened = trio.Event()
         with trio.move_on_at(until):
             await self._opened.wait()
             return

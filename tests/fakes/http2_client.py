@@ -206,7 +206,7 @@ async def ask(port: int, request: bytes) -> tuple[bytes, dict[str, str], bytes]:
     head, _, body = request.partition(b"\r\n\r\n")
     line, *lines = head.decode("latin-1").split("\r\n")
     method, path, version = line.split(" ")
-    headers = [(name.lower(), value) for name, value in (line.split(": ", 1) for line in lines)]
+    headers = [(name.lower(), value.strip()) for name, value in (line.split(": ", 1) for line in lines)]
     host = dict(headers).pop("host")
     fields = [(":method", method), (":scheme", "https"), (":authority", host), (":path", path)]
     fields += [field for field in headers if field[0] not in ("host", "connection", "transfer-encoding")]

@@ -10,11 +10,14 @@ import httpx
 import pytest
 import trio
 from h2.errors import ErrorCodes
+from h2.events import SettingsAcknowledged
+from h2.settings import SettingCodes
 
 from fakes import http2_client
 from fakes.asgi import Held, Receive, Send, hello
 from fakes.http2_client import GET, POST, Http2Client, connected
 from fakes.serving import Served, start_serving
+from nodeagent.front.http2 import _Engine
 from nodeagent.front.transport import Transport
 
 
@@ -275,6 +278,33 @@ async def test_what_is_no_http2_ends_its_own_connection_only(sent: bytes, nurser
                 continue
         await trio.aclose_forcefully(plain)
         await assert_serves(served)
+    nursery.cancel_scope.cancel()
+
+
+async def test_settings_that_a_client_makes_up_are_not_kept_and_the_table_of_headers_stays_small(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[_Engine] = []
+
+    class Seen(_Engine):
+        def __init__(self) -> None:
+            super().__init__()
+            engines.append(self)
+
+    monkeypatch.setattr("nodeagent.front.http2._Engine", Seen)
+    made_up = [number.to_bytes(2, "big") + bytes(4) for number in range(1000, 2000)]
+    with trio.fail_after(10):
+        served = await serving(nursery, hello)
+        async with connected(served.port) as client:
+            for start in range(0, 1000, 200):
+                await client.stream.send_all(frame(4, b"".join(made_up[start : start + 200]) * 2))
+            client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: 2**32 - 1})
+            await client.flush()
+            await client.first(SettingsAcknowledged)
+            assert (await client.answer(await client.request())).body == b"hello"
+        [engine] = engines
+        assert len(engine.remote_settings) < 20
+        assert engine.encoder.header_table_size == 2**12
     nursery.cancel_scope.cancel()
 
 

@@ -23,6 +23,7 @@ from fakes.http2_client import (
     server_context,
 )
 from fakes.serving import Served, quart_app, start_serving
+from nodeagent import descriptors
 from nodeagent.front.asgi import Front
 from nodeagent.front.exchange import AbortResponse, Exchange, Handler
 from nodeagent.front.server import ASGIApp
@@ -519,16 +520,22 @@ async def test_a_client_that_says_goodbye_gets_the_answers_that_it_waits_for(nur
     nursery.cancel_scope.cancel()
 
 
-async def test_of_connections_at_the_limit_one_with_a_request_is_not_closed(nursery: trio.Nursery) -> None:
+async def test_of_connections_at_the_limit_an_idle_one_is_closed_and_none_with_a_stream(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = HeldExchange()
     with trio.fail_after(10):
         served = await serving(nursery, find_handler=all_by(held))
-        async with connected(served.port) as client:
-            number = await client.request()
-            await client.until(number, b"first")
-            with trio.move_on_after(0.2):
-                await client.receive()
-            assert client.goaway is None
+        async with connected(served.port) as busy, connected(served.port) as idle:
+            number = await busy.request()
+            await busy.until(number, b"first")
+            limit = descriptors.in_use() * 4 // 3  # so that all but the reserve is taken
+            monkeypatch.setattr(descriptors, "limit", lambda: limit)
+            async with connected(served.port):
+                assert (await idle.end()).error_code == ErrorCodes.NO_ERROR
+            held.finish.set()
+            assert (await busy.answer(number)).body == b"firstlast"
+            assert busy.goaway is None
     nursery.cancel_scope.cancel()
 
 

@@ -331,10 +331,13 @@ async def test_an_unknown_model_is_refused_before_its_body_has_arrived(nursery: 
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("road", ["fast", "fast by HTTP/2"])
 @pytest.mark.parametrize("body", [CHAT | {"model": "missing"}, {"model": "a"}, b"{"], ids=["model", "field", "json"])
-async def test_a_refused_body_is_freed_without_the_garbage_collector(body: Any, nursery: trio.Nursery) -> None:
+async def test_a_refused_body_is_freed_without_the_garbage_collector(
+    body: Any, road: str, nursery: trio.Nursery
+) -> None:
     with trio.fail_after(10):
-        this = await start(nursery, "fast")
+        this = await start(nursery, road)
         await this.ask(post(body))
         gc.collect()
         gc.set_debug(gc.DEBUG_SAVEALL)

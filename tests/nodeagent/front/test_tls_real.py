@@ -1,7 +1,10 @@
 """Our server with TLS, on real sockets, against the TLS of trio and of OpenSSL."""
 
 import json
+import logging
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 import trustme
+from trio.testing import wait_all_tasks_blocked
 
 from fakes.asgi import hello
 from fakes.serving import GET, GET_AND_CLOSE, Served, quart_app, start_serving
@@ -144,6 +148,20 @@ async def test_what_is_no_tls_ends_its_own_connection_only(sent: bytes, nursery:
         async with connected(served) as stream:
             await stream.send_all(GET_AND_CLOSE)
             assert (await rest(stream)).startswith(b"HTTP/1.1 200")
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_resets_its_connection_in_the_handshake_is_no_error(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    with trio.fail_after(10):
+        served = await serving(nursery)
+        async with await served.connect() as peer:
+            await peer.send(b"\x16\x03")
+            await wait_all_tasks_blocked()
+            peer.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await wait_all_tasks_blocked(0.05)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
     nursery.cancel_scope.cancel()
 
 
