@@ -17,9 +17,10 @@ run_pytest() {
     local name=$1 environment=$2 summary
     shift 2
     local log=$scratch/$name.log
-    # No cache: two of them run at a time.
-    timeout --signal=INT --kill-after=20 "$PART_MAX_S" "$environment/bin/pytest" -p no:cacheprovider "$@" 2>&1 |
-        tee "$log" || failed "$name"
+    # What runs in the background of a script ignores SIGINT, and so would what it starts. No cache: two of them run at a
+    # time.
+    env --default-signal=INT timeout --signal=INT --kill-after=20 "$PART_MAX_S" \
+        "$environment/bin/pytest" -p no:cacheprovider "$@" 2>&1 | tee "$log" || failed "$name"
     # What a test needs is fetched, never skipped; only hardware can't be. Such a skip's reason starts with "hardware:".
     if grep '^SKIPPED' "$log" | grep -v ': hardware:'; then failed "$name: skipped tests"; fi
     # An exit code alone would also be 0 for a run that tested nothing.
