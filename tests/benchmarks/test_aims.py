@@ -66,4 +66,4 @@ def test_the_summary_says_of_each_aim_its_bound_what_was_measured_and_whether_it
 
 
 def test_no_two_aims_are_about_the_same_figure() -> None:
-    assert len({(aim.section, aim.figure) for aim in AIMS}) == len(AIMS)
+    assert len({(aim.section, aim.figure, aim.of) for aim in AIMS}) == len(AIMS)
