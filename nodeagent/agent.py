@@ -59,7 +59,7 @@ from nodeagent.front.exchange import ASGIApp
 from nodeagent.front.fast_road import FastRoad
 from nodeagent.front.inference import Inference
 from nodeagent.front.ordinary_road import LazyApp
-from nodeagent.front.server import bind, serve
+from nodeagent.front.server import OpenConnections, bind, serve
 from nodeagent.llama_server import stall_watch
 from nodeagent.llama_server.binary_help import Dialects
 from nodeagent.llama_server.catalogue import Catalogue
@@ -311,6 +311,8 @@ class Agent:
             inference.tallies.on_end = self._tracing.ended
         app = LazyApp(partial(_web_application, node, inference))
         front = Front(app, max_request_bytes=node.max_request_bytes, node_id=node.node_id)
+        connections = OpenConnections()
+        node.count_connections = connections.counts
         try:
             await serve(
                 front,
@@ -319,6 +321,7 @@ class Agent:
                 find_handler=FastRoad(node, front, inference).find_handler,
                 graceful_timeout_s=_LAST_BYTES_S,
                 find_tls=lambda: node.tls,
+                connections=connections,
                 task_status=task_status,
             )
         finally:

@@ -121,6 +121,7 @@ class Node:
         self.dispatcher: Dispatcher | None = None
         self.while_reloading: Callable[[], AbstractContextManager[None]] = nullcontext
         self.on_reload: Callable[[NodeConfig], None] = lambda _config: None
+        self.count_connections: Callable[[], Mapping[str, int]] = dict
         self._cards: list[ModelCard] = []
         self._cards_of: list[object] = []
         self.backend_exits: Counter[tuple[str, str, str]] = Counter()
@@ -299,6 +300,10 @@ class Node:
     def read_api_keys(self) -> dict[str, ApiKeyConfig]:
         """Every API key by its SHA-256. Blocks on the disk; raises ConfigError."""
         return read_api_keys(self._config)
+
+    @property
+    def connections(self) -> Mapping[str, int]:
+        return self.count_connections()
 
     @property
     def dispatcher_state(self) -> tuple[bool, float | None] | None:

@@ -86,6 +86,12 @@ class _NodeCollector(Collector):
             _add_histogram(loads, [*labels], histogram)
         yield loads
         yield from _of_dispatcher(self._node.dispatcher_state)
+        connections = GaugeMetricFamily(
+            f"{_PREFIX}_connections", "Connections of clients, by whether they serve a request.", labels=["state"]
+        )
+        for state, count in self._node.connections.items():
+            connections.add_metric([state], count)
+        yield connections
         lag = HistogramMetricFamily(
             f"{_PREFIX}_event_loop_lag_seconds", "How late the agent's event loop was, five times a second."
         )

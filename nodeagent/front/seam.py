@@ -135,6 +135,10 @@ class Node(Protocol):
         """How late the event loop was, in seconds."""
 
     @property
+    def connections(self) -> Mapping[str, int]:
+        """How many connections of clients are open, by whether they are "busy" or "idle"."""
+
+    @property
     def gate(self) -> Gate:
         """Who may use the node."""
 

@@ -18,7 +18,7 @@ from nodeagent.front.exchange import AbortResponse, ASGIApp, FindHandler
 from nodeagent.front.ordinary_road import OrdinaryRoad
 from nodeagent.front.tls import FindContext, no_tls
 
-__all__ = ["ASGIApp", "AbortResponse", "bind", "serve"]
+__all__ = ["ASGIApp", "AbortResponse", "OpenConnections", "bind", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ async def serve(
     graceful_timeout_s: float = 30.0,
     send_timeout_s: float = 60.0,
     find_tls: FindContext = no_tls,
+    connections: "OpenConnections | None" = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` (ASGI 3, scope `http` only: no lifespan, no WebSockets) until `shutdown`, then drain.
@@ -103,7 +104,7 @@ async def serve(
     `keep_alive_timeout_s` is how long a connection may be without a complete request head, from its start or from its
     last answer. It must be longer than the idle timeout of load balancers in front, or they send requests on
     connections that have just closed. `send_timeout_s` is how long a client may take to read 64 KiB. `find_tls` has the
-    TLS of each new connection.
+    TLS of each new connection. `connections` are those that are open, for others to count.
 
     Cancelling closes everything at once, uncleanly. The listeners are closed however this ends.
     """
@@ -114,26 +115,39 @@ async def serve(
             keep_alive_timeout_s=keep_alive_timeout_s,
             send_timeout_s=send_timeout_s,
             find_tls=find_tls,
-        )
+        ),
+        connections or OpenConnections(),
     )
-    async with trio.open_nursery() as connections:
+    async with trio.open_nursery() as serving:
         async with trio.open_nursery() as accepting:
-            acceptor = Acceptor(server, connections)
+            acceptor = Acceptor(server, serving)
             for listener in listeners:
                 accepting.start_soon(acceptor.accept_from, listener, name="accept HTTP connections")
             task_status.started()
             await shutdown.wait()
             accepting.cancel_scope.cancel()
         server.drain()
-        connections.cancel_scope.deadline = trio.current_time() + graceful_timeout_s
+        serving.cancel_scope.deadline = trio.current_time() + graceful_timeout_s
+
+
+class OpenConnections:
+    """The connections of clients to one server. What changes: `current`, by that server."""
+
+    def __init__(self) -> None:
+        self.current: set[Connection] = set()
+
+    def counts(self) -> dict[str, int]:
+        """How many serve a request ("busy") and how many wait for one ("idle")."""
+        idle = sum(connection.idle for connection in self.current)
+        return {"busy": len(self.current) - idle, "idle": idle}
 
 
 class _Server:
-    """The open connections. Only `drain` sets `draining`; only `handle` changes `_connections`."""
+    """Serves the connections. Only `drain` sets `draining`; only `handle` changes what is in `connections`."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, connections: OpenConnections) -> None:
         self._shared = shared
-        self._connections: set[Connection] = set()
+        self._connections = connections.current
         self._containment = Containment("serving a connection")
 
     async def handle(self, stream: trio.SocketStream) -> None:

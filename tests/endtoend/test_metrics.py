@@ -4,11 +4,13 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -16,6 +18,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes.agent_process import AgentProcess, running_agent, write_config
+from fakes.waiting import wait_until
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -82,6 +85,21 @@ def test_requests_and_their_tokens_are_counted(agent: AgentProcess) -> None:
     while not value(samples(agent), "event_loop_lag_seconds_count"):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_connections_of_clients_are_counted_by_whether_they_serve_a_request(agent: AgentProcess) -> None:
+    def connections(state: str) -> float:
+        return value(samples(agent), "connections", state=state)
+
+    address = urlsplit(agent.base_url)
+    idle_before = connections("idle")
+    with socket.create_connection((address.hostname, address.port)) as first:
+        wait_until(lambda: connections("idle") == idle_before + 1)
+        assert connections("busy") == 1, "that of the scrape itself"
+        first.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+        wait_until(lambda: connections("busy") == 2)
+        assert connections("idle") == idle_before
+    wait_until(lambda: connections("busy") == 1)
 
 
 def test_no_counter_goes_back_and_every_sample_is_finite_through_switches_and_crashes(agent: AgentProcess) -> None:
