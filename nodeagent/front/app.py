@@ -8,7 +8,19 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from nodeagent.errors import BodyTooLarge, Refusal
-from nodeagent.front import guard, health, metrics, models, node, ollama_models, openai, openapi, origins, web_page
+from nodeagent.front import (
+    controls,
+    guard,
+    health,
+    metrics,
+    models,
+    node,
+    ollama_models,
+    openai,
+    openapi,
+    origins,
+    web_page,
+)
 from nodeagent.front.asgi import request_id
 from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.error_shapes import dialect_of
@@ -41,6 +53,7 @@ def create_app(of: Node, inference: Inference | None = None) -> QuartTrio:
     for routes in (
         openai.blueprint(of, inference),
         models.blueprint(of, slots),
+        controls.blueprint(of),
         ollama_models.blueprint(of),
         metrics.blueprint(of, inference.tallies, figures),
         node.blueprint(of, inference),

@@ -96,6 +96,11 @@ NOTES: Final[Mapping[str, Note]] = {
     "GET /v1/models/{model}": Note(summary="Shows one model"),
     "GET /props": Note(summary="The properties of a loaded server", query=_MODEL),
     "GET /slots": Note(summary="The slots of a loaded server", query=_MODEL),
+    "POST /v1/chat/completions/control": Note(
+        summary="Tells the server of a chat completion in progress to end its reasoning",
+        body={"id": _TEXT, "action": _TEXT, **_MODEL},
+        required=("id", "action"),
+    ),
     "GET /api/version": Note(summary="The release of Ollama whose API this is"),
     "GET /api/tags": Note(summary="Lists the models as Ollama does"),
     "GET /api/ps": Note(summary="Lists the loaded models as Ollama does"),
@@ -232,7 +237,7 @@ def _note_of_inference(endpoint: Endpoint) -> Note:
 
 
 def _tag(path: str) -> str:
-    if path not in ENDPOINTS and not path.startswith(("/api/", "/v1/models", "/props", "/slots")):
+    if path not in ENDPOINTS and not path.startswith(("/api/", "/v1/models", "/v1/chat/", "/props", "/slots")):
         return "node"
     dialect = dialect_of(path)
     if dialect is not Dialect.OPENAI:

@@ -13,6 +13,7 @@ _WITHOUT_V1: Final = {
     "/audio/transcriptions",
     "/models",
     "/chat/completions",
+    "/chat/completions/control",
     "/chat/completions/input_tokens",
     "/completions",
     "/responses",

@@ -32,21 +32,23 @@ class Window:
             good_until, seen = self._seen.get(server, (0.0, (0, b"")))
             if trio.current_time() < good_until:
                 return seen
-            try:
-                with trio.fail_after(_TIMEOUT_S):
-                    seen = await self._ask(server)
-            except (UpstreamLost, trio.TooSlowError) as error:
-                raise BackendUnavailable(model_id, f"its server does not answer {self._path}", _RETRY_S) from error
+            seen = await ask(model_id, server, "GET", self._path)
             self._seen[server] = trio.current_time() + _GOOD_S, seen
             return seen
 
-    async def _ask(self, server: Upstream) -> tuple[int, bytes]:
-        sent = server.request("GET", self._path, [], b"")
-        try:
+
+async def ask(model_id: str, server: Upstream, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """The status and body that a model's server answers to a short request, which needs none of its slots. Raises
+    BackendUnavailable."""
+    sent = server.request(method, path, [(b"content-type", b"application/json")] if body else [], body)
+    try:
+        with trio.fail_after(_TIMEOUT_S):
             response = await sent.response()
             content = b""
             while (chunk := await response.next_chunk()) is not None:
                 content += chunk
             return response.status, content
-        finally:
-            sent.close()
+    except (UpstreamLost, trio.TooSlowError) as error:
+        raise BackendUnavailable(model_id, f"its server does not answer {path}", _RETRY_S) from error
+    finally:
+        sent.close()

@@ -1,5 +1,6 @@
 """Each path that goes to a model's server, to the agent as a process and the real llama-server."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,20 @@ def test_the_loaded_server_shows_its_properties_and_slots_and_another_is_not_loa
     assert http.get("/props", params={"model": "huge"}).json()["error"]["code"] == "model_not_found"
     assert http.post("/props", json={}).status_code == 405
     assert [it.pid for it in agent.children()] == [child.pid]
+
+
+def test_the_reasoning_of_a_completion_in_progress_is_ended_although_no_slot_is_free(http: httpx.Client) -> None:
+    body = {"model": "slow", "messages": HELLO, "max_tokens": 3000, "stream": True, "reasoning_control": True}
+    order = {"action": "reasoning_end"}
+    with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        events = (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {"))
+        identity = next(event["id"] for event in events if event["choices"][0]["delta"].get("content"))
+        ended = http.post("/v1/chat/completions/control", json=order | {"id": identity})
+        assert (ended.status_code, ended.json()) == (200, {"success": True})
+        unknown = http.post("/chat/completions/control", json=order | {"id": "chatcmpl-other", "model": "slow"})
+        assert (unknown.status_code, unknown.json()["success"]) == (200, False)
+        refused = http.post("/v1/chat/completions/control", json={"id": identity, "action": "dance"})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_the_openai_client_embeds(agent: AgentProcess) -> None:
