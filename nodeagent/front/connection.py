@@ -47,7 +47,7 @@ class Http2Road:
     async def speak(self, connection: "Connection", stranger: BadRequest | None) -> "Http2":
         """Begin to speak it on this connection."""
         if self._make is None:
-            async with self._opening:
+            async with self._opening:  # another thread would find the module half imported
                 module = await trio.to_thread.run_sync(import_module, "nodeagent.front.http2")
                 self._make = module.Http2
         return self._make(connection, stranger)
