@@ -14,7 +14,6 @@ import ipaddress
 import logging
 import socket
 import ssl
-import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
@@ -33,10 +32,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Imported with the first connection that speaks it: that takes a tenth of a second and 4 MiB.
-_HTTP2: Final = "nodeagent.front.http2"
 _PLAIN_HTTP: Final = "This address speaks TLS: use https:// instead of http://."
 _NO_CERTIFICATE: Final = "This node serves only clients that show a certificate of its authority (tls_client_ca)."
+
+
+class Http2Road:
+    """Makes what speaks HTTP/2. It is imported for the first client that does, in a thread: that takes a tenth of a
+    second and 4 MiB. What changes: `_make`, once, in `speak`."""
+
+    def __init__(self) -> None:
+        self._opening = trio.Lock()
+        self._make: type[Http2] | None = None
+
+    async def speak(self, connection: "Connection", stranger: BadRequest | None) -> "Http2":
+        """Begin to speak it on this connection."""
+        if self._make is None:
+            async with self._opening:  # another thread would find the module half imported
+                module = await trio.to_thread.run_sync(import_module, "nodeagent.front.http2")
+                self._make = module.Http2
+        return self._make(connection, stranger)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +62,7 @@ class Shared:
     keep_alive_timeout_s: float
     send_timeout_s: float
     find_tls: FindContext = no_tls
+    http2_road: Http2Road = field(default_factory=Http2Road)
     draining: trio.Event = field(default_factory=trio.Event)
 
 
@@ -154,9 +169,7 @@ class Connection:
         if tls.lacks_certificate and not _is_this_host(self.socket.getpeername()[0]):
             stranger = BadRequest(status=403, complaint=_NO_CERTIFICATE, answers_head=False)
         if tls.speaks_http2:
-            if _HTTP2 not in sys.modules:
-                await trio.to_thread.run_sync(import_module, _HTTP2)
-            self._protocol = sys.modules[_HTTP2].Http2(self, stranger)
+            self._protocol = await self.shared.http2_road.speak(self, stranger)
         elif stranger is not None:
             await self._refuse(stranger)
             return False

@@ -326,6 +326,8 @@ class Http2:
         self.close()
         # The applications of ordinary requests have been told that their client has left, and end in their own time.
         self._sending.cancel()
+        self._broken = True
+        self._sent.set()
 
     def close(self) -> None:
         """Close the socket."""

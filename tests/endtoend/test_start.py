@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fakes.agent_process import write_config
 
-# What a node needs only for ordinary requests, a dispatcher, a GPU, or other commands.
-HEAVY = ["asyncio", "flask", "httpx", "hypercorn", "jinja2", "pynvml", "quart", "quart_trio", "werkzeug"]
+# What a node needs only for ordinary requests, HTTP/2, a dispatcher, a GPU, or other commands.
+HEAVY = ["asyncio", "flask", "h2", "httpx", "hypercorn", "jinja2", "pynvml", "quart", "quart_trio", "werkzeug"]
 
 AGENT = """
 import json, sys, threading, urllib.request

@@ -1,6 +1,9 @@
 """HTTP/2 on real sockets: what clients get, and what they can do to it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,38 @@ async def test_httpx_uses_one_connection_for_requests_at_once(nursery: trio.Nurs
     assert [(answer.http_version, answer.text) for answer in answers] == [("HTTP/2", "hello")] * 10
     assert len(peers) == 1
     nursery.cancel_scope.cancel()
+
+
+FIRST = """
+import httpx, sys, trio
+from fakes.asgi import hello
+from fakes.http2_client import client_context, server_context
+from fakes.serving import start_serving
+
+async def ask(url):
+    async with httpx.AsyncClient(verify=client_context(), http2=True, trust_env=False) as client:
+        print((await client.get(url)).http_version)
+
+async def main():
+    assert "nodeagent.front.http2" not in sys.modules
+    context = server_context()
+    async with trio.open_nursery() as nursery:
+        served = await start_serving(nursery, hello, find_tls=lambda: context)
+        async with trio.open_nursery() as clients:
+            for _ in range(8):
+                clients.start_soon(ask, f"https://127.0.0.1:{served.port}/")
+        nursery.cancel_scope.cancel()
+
+trio.run(main)
+"""
+
+
+def test_clients_that_are_the_first_together_are_all_served() -> None:
+    """Its module is imported for them, in a process of their own."""
+    argv = [sys.executable, "-c", FIRST]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.stdout.splitlines() == ["HTTP/2"] * 8, done.stderr
 
 
 async def test_curl_uploads_a_long_body_and_gets_a_long_answer(nursery: trio.Nursery, tmp_path: Path) -> None:
@@ -344,6 +379,26 @@ async def test_a_client_that_leaves_ends_its_request(how: str, road: str, nurser
                 other = await client.request()
                 await client.until(other, b"first")
     nursery.cancel_scope.cancel()
+
+
+async def test_an_answer_that_waits_for_the_socket_ends_with_its_connection(nursery: trio.Nursery) -> None:
+    torrent, held = Torrent(), Held()
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await (torrent if scope["path"] == "/torrent" else held)(scope, receive, send)
+
+    with trio.fail_after(10):
+        served = await serving(nursery, app, graceful_timeout_s=60)
+        async with connected(served.port, window=2**30) as client:
+            client.h2.increment_flow_control_window(2**30)
+            await client.request([*GET[:3], (":path", "/torrent")])
+            # Nothing is read, so the socket is full before this one begins to answer.
+            await wait_all_tasks_blocked(0.2)
+            await client.request()
+            await wait_all_tasks_blocked(0.2)
+            await client.stream.transport_stream.send_eof()
+            served.shutdown.set()
+            await served.ended.wait()
 
 
 @pytest.mark.parametrize("road", ["fast", "ordinary"])
