@@ -1,9 +1,11 @@
 """HTTP/2 on real sockets: what clients get, and what they can do to it."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +349,26 @@ async def test_padding_is_given_back(nursery: trio.Nursery) -> None:
             client.h2.end_stream(number)
             await client.flush()
             assert (await client.answer(number)).body == b"0"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_is_over_is_freed_without_the_garbage_collector(nursery: trio.Nursery) -> None:
+    served_ones: list[weakref.ref[Exchange]] = []
+
+    async def note(exchange: Exchange) -> None:
+        served_ones.append(weakref.ref(exchange))
+        await exchange.start(200, [], b"some", more=False)
+
+    with trio.fail_after(10):
+        served = await serving(nursery, find_handler=all_by(note))
+        async with connected(served.port) as client:
+            gc.disable()
+            try:
+                await client.answer(await client.request(POST, b"some"))
+                await wait_all_tasks_blocked()
+                assert [reference() for reference in served_ones] == [None]
+            finally:
+                gc.enable()
     nursery.cancel_scope.cancel()
 
 
