@@ -123,7 +123,9 @@ def test_a_child_of_a_killed_agent_that_got_away_is_ended_by_the_next_start(
     show("a recorded process of a dead agent: ended by the next start")
 
 
-@pytest.mark.parametrize(("behaviour", "output"), [("flood", "GiB without a newline"), ("flood-lines", "x 0.5 MiB of lines")])
+@pytest.mark.parametrize(
+    ("behaviour", "output"), [("flood", "GiB without a newline"), ("flood-lines", "x 0.5 MiB of lines")]
+)
 def test_much_output_and_a_log_that_nobody_reads_harm_nothing(
     behaviour: str, output: str, tiny_model: Path, tmp_path: Path, times: Times, show: Show
 ) -> None:
