@@ -19,7 +19,7 @@ run_pytest() {
     local log=$scratch/$name.log
     # What runs in the background of a script ignores SIGINT, and so would what it starts. No cache: two of them run at a
     # time.
-    env --default-signal=INT timeout --signal=INT --kill-after=20 "$PART_MAX_S" \
+    env --default-signal=INT timeout --foreground --signal=INT --kill-after=20 "$PART_MAX_S" \
         "$environment/bin/pytest" -p no:cacheprovider "$@" 2>&1 | tee "$log" || failed "$name"
     # What a test needs is fetched, never skipped; only hardware can't be. Such a skip's reason starts with "hardware:".
     if grep '^SKIPPED' "$log" | grep -v ': hardware:'; then failed "$name: skipped tests"; fi

@@ -123,7 +123,9 @@ def test_a_child_of_a_killed_agent_that_got_away_is_ended_by_the_next_start(
     show("a recorded process of a dead agent: ended by the next start")
 
 
-@pytest.mark.parametrize(("behaviour", "output"), [("flood", "GiB without a newline"), ("flood-lines", "MiB of lines")])
+@pytest.mark.parametrize(
+    ("behaviour", "output"), [("flood", "GiB without a newline"), ("flood-lines", "x 0.5 MiB of lines")]
+)
 def test_much_output_and_a_log_that_nobody_reads_harm_nothing(
     behaviour: str, output: str, tiny_model: Path, tmp_path: Path, times: Times, show: Show
 ) -> None:
@@ -204,9 +206,7 @@ def test_a_wall_clock_that_is_set_back_and_forth_restarts_nothing(
             (tmp_path / "new").write_text(str(days * 86400))
             (tmp_path / "new").replace(offset)
             assert post(agent, "tiny").status_code == 200
-            # So that between the first and the last each watch has looked more than once; and an idle worker thread,
-            # which the parent-death signal must not follow, has ended: it does after 10 s.
-            time.sleep(3)
+            time.sleep(3)  # so that between the first and the last each watch has looked more than once
         years = {line["time"][:4] for line in agent.lines if "time" in line}
         assert len(years) >= 3, "the agent saw no other clock"
         assert agent.wait_child().pid == child.pid
