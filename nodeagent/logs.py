@@ -38,7 +38,7 @@ LINES_PER_WRITE: Final = 64
 CLOSE_TIMEOUT_S: Final = 1.0
 
 # Characters that could forge a line, move a terminal's cursor, or reorder the text around them; a tab is harmless.
-_UNSAFE: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_UNSAFE: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 # They log each request at INFO, and the agent probes its children several times a second.
 _CHATTY: Final = ("httpx", "httpcore")

@@ -22,9 +22,9 @@ from nodeagent.front.endpoints import ENDPOINTS
 
 KEY = "a-key-of-the-test"
 # A line break, a head of an answer, a clear screen in both ways to write it, text from right to left, a bell, quotes.
-HOSTILE = '\r\n\r\nX-Evil: 1\n{"level":"error","message":"forged"}\x1b[2J\x9b31m\u202egnp\u2066\x07\x00"\'<b>'
+HOSTILE = '\r\n\r\nX-Evil: 1\n{"level":"error","message":"forged"}\x1b[2J\x9b31m\u202egnp\u2066\u200f\x07\x00"\'<b>'
 AS_HEADER = b"x\x1b[2J\x9b31m\xe2\x80\xae\x07\"'"
-UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @pytest.fixture(scope="module")

@@ -80,8 +80,8 @@ def test_any_message_and_field_is_one_line_for_a_person(text: str) -> None:
 
 
 def test_control_characters_are_spelled_out_for_a_person() -> None:
-    line = HumanFormatter().format(record("%s", "a\n12:00:00 ERROR forged\x1b[2J\u202e"))
-    assert r"a\n12:00:00 ERROR forged\x1b[2J\u202e" in line
+    line = HumanFormatter().format(record("%s", "a\n12:00:00 ERROR forged\x1b[2J\u202e\u200f"))
+    assert r"a\n12:00:00 ERROR forged\x1b[2J\u202e\u200f" in line
 
 
 def test_the_request_id_of_the_context_is_on_the_line_unless_the_event_names_its_own() -> None:
