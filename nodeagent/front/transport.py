@@ -71,8 +71,11 @@ class Transport:
         while True:
             if tls is not None and tls.ended:
                 return b""
+            descriptor = self.socket.fileno()
+            if descriptor == -1:  # an incomplete write has just closed it
+                return None
             try:
-                await trio.lowlevel.wait_readable(self.socket)
+                await trio.lowlevel.wait_readable(descriptor)
                 data = os.read(self.socket.fileno(), _RECEIVE_BYTES)
                 if tls is None or not data:
                     return data

@@ -1,11 +1,11 @@
 """The agent as a process, with clients that speak HTTP/2: the page, openai's client, curl, and one that leaves."""
 
+import asyncio
 import json
 import shutil
 import ssl
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,26 @@ def trusting() -> ssl.SSLContext:
 
 
 def test_streams_of_openais_client_share_a_connection(agent: AgentProcess) -> None:
-    versions: list[str] = []
+    """Its asynchronous one: TLS of CPython is not made for the threads in which the other one would share it."""
 
-    def ask(client: openai.OpenAI) -> str | None:
-        with client.chat.completions.with_streaming_response.create(
+    async def ask(client: openai.AsyncOpenAI) -> tuple[str, str | None]:
+        async with client.chat.completions.with_streaming_response.create(
             model="chat", messages=HELLO, max_tokens=8, stream=True
         ) as response:
-            versions.append(response.http_response.http_version)
-            return list(response.parse())[-1].choices[0].finish_reason
+            chunks = [chunk async for chunk in await response.parse()]
+            return response.http_response.http_version, chunks[-1].choices[0].finish_reason
 
-    with (
-        openai.DefaultHttpxClient(http2=True, verify=trusting(), trust_env=False) as http,
-        openai.OpenAI(base_url=f"{agent.base_url}/v1", api_key="none", http_client=http, max_retries=0) as client,
-        ThreadPoolExecutor(4) as threads,
-    ):
-        reasons = list(threads.map(ask, [client] * 8))
-        assert {model.id for model in client.models.list()} == {"chat", "slow"}
-    assert set(reasons) <= {"length", "stop"}
-    assert versions == ["HTTP/2"] * 8
+    async def ask_at_once() -> list[tuple[str, str | None]]:
+        http = openai.DefaultAsyncHttpxClient(http2=True, verify=trusting(), trust_env=False)
+        url = f"{agent.base_url}/v1"
+        async with http, openai.AsyncOpenAI(base_url=url, api_key="none", http_client=http, max_retries=0) as client:
+            found = await asyncio.gather(*[ask(client) for _ in range(8)])
+            assert {model.id for model in (await client.models.list()).data} == {"chat", "slow"}
+            return found
+
+    found = asyncio.run(ask_at_once())
+    assert {version for version, _reason in found} == {"HTTP/2"}
+    assert [reason in ("length", "stop") for _version, reason in found] == [True] * 8
 
 
 def test_curl_gets_a_stream(agent: AgentProcess, folder: Path) -> None:
