@@ -379,7 +379,8 @@ async def test_a_demo_in_a_pipe_is_one_stream_for_people_and_its_banner_stands_a
     end = ready - 1 + len(banner("URL", Path("FILE")).split("\n"))
     assert (lines[ready - 1], lines[end - 2 : end]) == ("", ["To stop: Ctrl-C.", ""])
     events = lines[: ready - 1] + lines[end:]
-    assert len(events) > 10
+    assert any(" is ready at " in line for line in events)
+    assert len(events) > 5  # how many there are depends on how much came before the demo was ended
     assert [line for line in events if not re.match(r"\d\d:\d\d:\d\d\.\d{3} [A-Z]+ +[a-z_.]+: ", line)] == []
 
 
