@@ -16,8 +16,8 @@ import kinds
 from fakes import tiny_models
 
 # Unless `--hypothesis-profile=` says otherwise, properties are tried 5 times, so that `-m "not real"` takes seconds.
-# CI says `many` where it measures no coverage; `full` is for a change of what they test. No deadline: machines are
-# busy.
+# CI says `many` where it measures no coverage; `full` is for a change of what they test.
+# They have no deadline, since machines are busy.
 settings.register_profile("quick", max_examples=5, deadline=None)
 settings.register_profile("many", max_examples=100, deadline=None)
 settings.register_profile("full", max_examples=1000, deadline=None)
