@@ -129,6 +129,9 @@ def step(lane: LaneSnapshot, index: int, reason: str) -> Decision:
     leaving = frozenset() if is_ready or lane.loading == wanted else lane.leaving(wanted)
     if leaving is None:
         return Wait(f"pinned models leave no room for {wanted}")
+    # Before anything is asked to become idle for it: else a model would be in use and closed in turn, without an end.
+    if not is_ready and _loads_another(lane, wanted):
+        return Wait(f"{lane.loading} is loading; next is {wanted}: {reason}", then=wanted)
     in_use = _in_the_way(lane, wanted, leaving)
     if in_use is not None:
         then = None if is_ready else wanted
@@ -141,8 +144,6 @@ def step(lane: LaneSnapshot, index: int, reason: str) -> Decision:
         return Wait(f"{wanted} has {free} of {server.slots} slots free, {needed} are needed: {reason}")
     if lane.loading == wanted:
         return Wait(f"{wanted} is loading")
-    if lane.is_held or (lane.loading is not None and lane.room.concurrent and _is_waited_for(lane, lane.loading)):
-        return Wait(f"{lane.loading} is loading; next is {wanted}: {reason}", then=wanted)
     replaces = f"; replaces the load of {lane.loading}" if lane.loading else ""
     return Load(wanted, reason + replaces, staying(wanted, lane.servers, leaving))
 
@@ -180,6 +181,13 @@ def _in_the_way(lane: LaneSnapshot, wanted: str, leaving: frozenset[str]) -> str
         if model_id != wanted and use.in_use and (model_id in leaving or not lane.room.concurrent):
             return model_id
     return None
+
+
+def _loads_another(lane: LaneSnapshot, wanted: str) -> bool:
+    """Whether the load of another model goes on, whatever is wanted."""
+    if lane.loading is None or lane.loading == wanted:
+        return False
+    return lane.is_held or (lane.room.concurrent and _is_waited_for(lane, lane.loading))
 
 
 def _is_waited_for(lane: LaneSnapshot, model_id: str) -> bool:
