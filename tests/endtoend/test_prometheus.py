@@ -34,7 +34,8 @@ CLOSED = {
     "job": {"nodeagent"},
     "code": {"200", "503"},
     "status": {"starting", "ready", "degraded", "draining", "stopping"},
-    "state": {"starting", "ready", "unhealthy", "stopping", "backing_off", "failed"},
+    # Of servers, and of clients' connections.
+    "state": {"starting", "ready", "unhealthy", "stopping", "backing_off", "failed", "busy", "idle"},
 }
 
 
