@@ -56,9 +56,10 @@ def measure(options: Options) -> Section:
     turns = options.rounds if options.quick else options.rounds * _TURNS
     measured: dict[str, list[dict[str, float]]] = {BARE: [], FIGURES: [], KEY: []}
     with _variants() as variants:
-        for _turn in range(turns):
-            for name, variant in variants.items():
-                measured[name].append(_round(variant, options.seconds / 4))
+        for turn in range(turns):
+            # There and back, so that none always comes first.
+            for name in sorted(variants, reverse=bool(turn % 2)):
+                measured[name].append(_round(variants[name], options.seconds / 4))
     figures = {
         name: {figure: quantile(values, _SHARE) for figure, values in by_figure(its_turns).items()}
         for name, its_turns in measured.items()
