@@ -103,17 +103,17 @@ class Scheduler(Generic[E]):
 
     def place(self, model_id: str, conversation: str | None = None) -> str:
         """The device that a request for the model goes to now; raises QueueFull or BackendUnavailable."""
-        only = self._only_choice(model_id)
-        if only is not None:
-            return only
+        has_choice = len(self.lanes) > 1
         cached_on = self.conversations.device_of(conversation)
-        # Nothing starts sooner than at once, so where one device or several can do that, no estimates are needed. They
-        # would cost ten times as much.
-        at_once = [it for it in self.lanes if self._serves_at_once(it, model_id)]
+        # Nothing starts sooner than at once, so where one device or several can do that, no estimates are needed, nor
+        # where there is nothing to choose. They would cost ten times as much.
+        at_once = [it for it in self.lanes if self._serves_at_once(it, model_id)] if has_choice else []
         candidates = [self._candidate_at_once(it, model_id, cached_on) for it in at_once]
         if not at_once or (cached_on is not None and cached_on not in at_once):
-            others = [it for it in self._allowed(model_id) if it not in at_once]
-            candidates += [self._candidate(it, model_id, cached_on) for it in others]
+            devices = self._allowed(model_id) if has_choice else list(self.lanes)
+            if len(devices) == 1 and self._can_take(devices[0], model_id):
+                return devices[0]
+            candidates += [self._candidate(it, model_id, cached_on) for it in devices if it not in at_once]
         return self._choose(model_id, candidates)
 
     def place_load(self, model_id: str) -> str:
@@ -237,22 +237,14 @@ class Scheduler(Generic[E]):
         ticket.lane.hand_over(ticket, self.lanes[placed.device_id])
         return True
 
-    def _only_choice(self, model_id: str) -> str | None:
-        """The only device for the model if it can take the request, without the estimates: they would cost ten times as
-        much, and there is nothing to choose."""
-        devices = self._allowed(model_id) if len(self.lanes) > 1 else list(self.lanes)
-        if len(devices) > 1:
-            return None
-        lane = self.lanes[devices[0]]
-        able = lane.places_taken < lane.limit and self._servers[devices[0]].obstacle(model_id) is None
-        return devices[0] if able else None
-
     def _serves_at_once(self, device_id: str, model_id: str) -> bool:
         """Whether a request that arrives now would be granted there without a load and without a wait."""
-        lane, servers = self.lanes[device_id], self._servers[device_id]
-        if lane.places_taken >= lane.limit or not lane.serves_at_once(model_id):
-            return False
-        return servers.obstacle(model_id) is None
+        return self.lanes[device_id].serves_at_once(model_id) and self._can_take(device_id, model_id)
+
+    def _can_take(self, device_id: str, model_id: str) -> bool:
+        """Whether the device has a place for a request, and can serve the model."""
+        lane = self.lanes[device_id]
+        return lane.places_taken < lane.limit and self._servers[device_id].obstacle(model_id) is None
 
     def _candidate_at_once(self, device_id: str, model_id: str, cached_on: str | None) -> Candidate:
         """As `_candidate`, for a device that serves it at once."""

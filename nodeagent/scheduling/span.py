@@ -41,7 +41,11 @@ class SharedServers(Generic[E]):
         return [*self._own.views(), *(replace(view, idle_unload_s=None) for view in others)]
 
     def view(self, model_id: str) -> ServerView[E] | None:
-        return next((view for view in self.views() if view.model_id == model_id), None)
+        own = self._own.view(model_id)
+        if own is not None:
+            return own
+        others = (servers.view(model_id) for servers in self._spanning)
+        return next((replace(view, idle_unload_s=None) for view in others if view is not None and view.is_active), None)
 
     async def ensure(self, model_id: str, beside: Collection[str] = (), make_room: MakeRoom | None = None) -> None:
         async def stop_spanning() -> None:
