@@ -2,7 +2,7 @@
 for a client of another API."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -46,10 +46,6 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     headers: Headers
     body: Body
-
-    def headers_as_text(self) -> list[tuple[str, str]]:
-        """The headers as web frameworks have them."""
-        return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.headers]
 
     @property
     def content_type(self) -> str:
@@ -216,6 +212,11 @@ async def translated_answer(
         raise body.failure from None
     except Untranslatable as error:
         raise BadAnswer(lease.model_id, str(error)) from error
+
+
+def as_text(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    """Headers as web frameworks have them."""
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
 
 
 def with_type(headers: Headers, content_type: str) -> Headers:

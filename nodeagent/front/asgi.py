@@ -39,6 +39,11 @@ def request_id() -> str:
     return request_id_var.get() or ""
 
 
+def new_request_id() -> str:
+    """An id for a request that has brought none."""
+    return os.urandom(16).hex()
+
+
 def releases() -> Releases:
     """Return what this request holds: its calls are made when the request ends, however it ends.
 
@@ -93,7 +98,7 @@ class Front:
     def identify(self, headers: dict[bytes, bytes]) -> tuple[str, list[tuple[bytes, bytes]]]:
         """The id of the request that this task serves from now on, and the headers that every answer to it carries."""
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        identity = given if _CLIENTS_ID.fullmatch(given) else os.urandom(16).hex()
+        identity = given if _CLIENTS_ID.fullmatch(given) else new_request_id()
         request_id_var.set(identity)
         return identity, [*self._node_id, (b"x-request-id", identity.encode("ascii"))]
 

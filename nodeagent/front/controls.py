@@ -11,9 +11,9 @@ from quart import Blueprint, Response, request
 
 from nodeagent.errors import BackendUnavailable, InvalidRequest
 from nodeagent.front.accounts import may_use
-from nodeagent.front.request_body import kind_of, without_bom
+from nodeagent.front.request_body import kind_of, parse_object, without_bom
 from nodeagent.front.seam import Node, find_card
-from nodeagent.front.window import ask
+from nodeagent.front.window import ask, no_answer
 from nodeagent.llama_server.relay import Upstream
 
 PATH = "/v1/chat/completions/control"
@@ -36,18 +36,18 @@ def blueprint(node: Node) -> Blueprint:
     async def control() -> Response:
         body = await request.get_data(cache=False)
         assert isinstance(body, bytes)
-        model_id = _read(node, without_bom(body))
-        lost: BackendUnavailable | None = None
-        for name, server in _servers(node, model_id):
+        body = without_bom(body)
+        silent = None
+        for model_id, server in _servers(node, _read(node, body)):
             try:
-                status, content = await ask(name, server, "POST", PATH, without_bom(body))
-            except BackendUnavailable as error:
-                lost = error
+                status, content = await ask(model_id, server, "POST", PATH, body)
+            except BackendUnavailable:
+                silent = model_id
                 continue
             if status != 200 or _has_succeeded(content):
                 return Response(content, status=status, content_type=_JSON)
-        if lost is not None:
-            raise lost
+        if silent is not None:
+            raise no_answer(silent, PATH)
         return Response(_NOBODY, content_type=_JSON)
 
     return routes
@@ -56,12 +56,7 @@ def blueprint(node: Node) -> Blueprint:
 def _read(node: Node, body: bytes) -> str | None:
     """The id of the model that the body names, None if it names none. Raises InvalidRequest, and what `find_card`
     raises."""
-    try:
-        fields = _BODY.decode(body)
-    except msgspec.ValidationError:
-        raise InvalidRequest(f"The body must be a JSON object, not {kind_of(body)}.", code="invalid_json") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    fields = parse_object(body, _BODY)
     texts = {name: _text(fields, name) for name in ("id", "action", "model")}
     for name in ("id", "action"):
         if texts[name] is None:

@@ -7,11 +7,11 @@ All decisions are synchronous, so that the cancellation of a request can't lose 
 """
 
 import logging
-import uuid
 from typing import TYPE_CHECKING
 
 import trio
 
+from nodeagent.front.asgi import new_request_id
 from nodeagent.front.exchange import Exchange
 from nodeagent.front.half_close import HalfClose, connection_reset, input_ended
 from nodeagent.front.protocol import BadRequest, EndOfBody, RequestEvent, RequestHead, RequestParser
@@ -278,6 +278,6 @@ def refusal(bad: BadRequest) -> bytes:
 
 def refusal_of(bad: BadRequest) -> tuple[int, Headers, bytes]:
     """The status, the headers and the body of that answer."""
-    status, headers, body = error_response(bad.status, bad.complaint, uuid.uuid4().hex)
+    status, headers, body = error_response(bad.status, bad.complaint, new_request_id())
     fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
     return status, [*fields, (b"content-length", b"%d" % len(body))], body

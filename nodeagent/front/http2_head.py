@@ -13,8 +13,9 @@ _TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE: Final = re.compile(rb"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")
 _PSEUDO: Final = frozenset({b":method", b":scheme", b":authority", b":path"})
-# Of the connection, which HTTP/2 has other means for; a gateway that passes them on may be made to smuggle.
-_OF_CONNECTION: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+# Of the connection, for which HTTP/2 has other means (RFC 9113, 8.2.2); a gateway that passes them on may be made to
+# smuggle.
+OF_CONNECTION: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 _BAD_REQUEST, _TOO_LARGE = 400, 431
 
 
@@ -90,7 +91,7 @@ def _split(fields: Fields) -> tuple[dict[bytes, bytes], Fields]:
             continue
         if not _NAME.fullmatch(name):
             raise MalformedRequest("a name is none, or has upper case")
-        if name in _OF_CONNECTION or (name == b"te" and value.lower() != b"trailers"):
+        if name in OF_CONNECTION or (name == b"te" and value.lower() != b"trailers"):
             raise MalformedRequest("a header is of the connection")
         headers.append((name, value))
     return pseudo, headers

@@ -3,13 +3,10 @@ room for it (`http2_stream.py`). No I/O.
 """
 
 from collections import deque
-from typing import Final
 
+from nodeagent.front.http2_head import OF_CONNECTION
 from nodeagent.front.protocol import RequestHead
 from nodeagent.front.response import BODILESS_STATUSES, Headers, ResponseWriter, breaks, date_line
-
-# HTTP/2 has no such headers (RFC 9113, 8.2.2).
-_OF_CONNECTION: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 
 
 class Http2Response(ResponseWriter):
@@ -36,7 +33,7 @@ class Http2Response(ResponseWriter):
             name = name.lower()
             if name == b"content-length":
                 self._left_bytes = int(value)
-            if name not in _OF_CONNECTION:
+            if name not in OF_CONNECTION:
                 fields.append((name, value))
         fields.append((b"date", date_line().removeprefix(b"date: ")))
         if breaks([part for field in fields for part in field]):

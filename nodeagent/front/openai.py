@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from nodeagent.errors import BodyTooLarge, InvalidRequest, WrongTask
 from nodeagent.front.accounts import account_var
+from nodeagent.front.answer import as_text
 from nodeagent.front.asgi import on_half_close, releases, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Dialect, Endpoint, Slots
 from nodeagent.front.first_bytes import InferenceRequest
@@ -44,7 +45,7 @@ def blueprint(node: Node, inference: Inference) -> "Blueprint":
         headers = [(name.lower(), value) for name, value in request.scope["headers"]]
         valid = read_request(node, request_id=request_id(), path=request.path, headers=headers, body=body)
         answer = await inference.serve(valid, releases())
-        return Response(answer.body, status=answer.status, headers=Headers(answer.headers_as_text()))
+        return Response(answer.body, status=answer.status, headers=Headers(as_text(answer.headers)))
 
     for path in ENDPOINTS:
         routes.post(path, endpoint=path.replace("/", "_"))(infer)

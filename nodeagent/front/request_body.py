@@ -7,11 +7,13 @@ only the fields named here, as slices of the body: 0.2 s for those 64 MiB.
 import codecs
 import hashlib
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from nodeagent.errors import InvalidRequest
+
+T = TypeVar("T")
 
 # Fields up to this size are looked into (is each message an object? how many prompts?); larger ones only at their
 # start. 256 KiB of "{}," take 20 ms.
@@ -83,7 +85,7 @@ def read_body(body: bytes, *, needs: str, instead: str | None = None) -> BodyFie
     Raises InvalidRequest, which names the field, the value and what would be right. Everything else in the body is
     checked by the server.
     """
-    raw = _parse(body)
+    raw = parse_object(body, _BODY)
     model, stream = _value(raw.model), _value(raw.stream)
     if model is not None and not (isinstance(model, str) and model):
         raise InvalidRequest(f"'model' must be the id of a model, not {kind_of(raw.model)}.", param="model")
@@ -103,10 +105,11 @@ def read_body(body: bytes, *, needs: str, instead: str | None = None) -> BodyFie
     )
 
 
-def _parse(body: bytes) -> _Raw:
+def parse_object(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The JSON object that the body is. Raises InvalidRequest."""
     try:
         _check_utf8(body)
-        return _BODY.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError:  # of the first value; what follows it was not read
         kind = kind_of(body.strip())
         raise InvalidRequest(f"The body must be a JSON object, not {kind}.", code="invalid_json") from None

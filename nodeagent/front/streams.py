@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 from quart import Response, request
 
-from nodeagent.front.answer import STREAM_HEADERS
+from nodeagent.front.answer import STREAM_HEADERS, as_text
 
 
 def follows() -> bool:
@@ -14,5 +14,4 @@ def follows() -> bool:
 
 def stream_response(source: AsyncIterator[bytes], content_type: str) -> Response:
     """The response whose body comes piece by piece; it ends with its source, or when the client leaves."""
-    headers = {name.decode("ascii"): value.decode("ascii") for name, value in STREAM_HEADERS}
-    return Response(source, content_type=content_type, headers=headers)
+    return Response(source, content_type=content_type, headers=dict(as_text(STREAM_HEADERS)))

@@ -11,6 +11,7 @@ from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
 
 from nodeagent.errors import InvalidRequest, PathForbidden
+from nodeagent.front.answer import as_text
 from nodeagent.front.asgi import on_half_close, releases, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Slots
 from nodeagent.front.first_bytes import InferenceRequest
@@ -64,7 +65,7 @@ def add_routes(admin: Blueprint, node: Node, inference: Inference) -> None:
             body=body,
         )
         answer = await inference.serve(asked, releases())
-        return Response(answer.body, status=answer.status, headers=Headers(answer.headers_as_text()))
+        return Response(answer.body, status=answer.status, headers=Headers(as_text(answer.headers)))
 
 
 def split(node: Node, where: str) -> tuple[ModelCard, str]:

@@ -37,6 +37,11 @@ class Window:
             return seen
 
 
+def no_answer(model_id: str, path: str) -> BackendUnavailable:
+    """The refusal where a model's server does not answer on that path."""
+    return BackendUnavailable(model_id, f"its server does not answer {path}", _RETRY_S)
+
+
 async def ask(model_id: str, server: Upstream, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
     """The status and body that a model's server answers to a short request, which needs none of its slots. Raises
     BackendUnavailable."""
@@ -49,6 +54,6 @@ async def ask(model_id: str, server: Upstream, method: str, path: str, body: byt
                 content += chunk
             return response.status, content
     except (UpstreamLost, trio.TooSlowError) as error:
-        raise BackendUnavailable(model_id, f"its server does not answer {path}", _RETRY_S) from error
+        raise no_answer(model_id, path) from error
     finally:
         sent.close()

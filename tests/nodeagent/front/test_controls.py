@@ -132,6 +132,7 @@ async def test_without_a_server_there_is_no_such_completion(autojump_clock: Mock
         (b"", "The body is not valid JSON"),
         (b"{", "The body is not valid JSON"),
         (b"[]", "The body must be a JSON object, not a list."),
+        (b'{"id": "\xff"}', "The body is not valid JSON"),
         ({"action": "reasoning_end"}, "'id' is missing."),
         ({"id": "x"}, "'action' is missing."),
         ({"id": 3, "action": "reasoning_end"}, "'id' must be a string, not the number 3."),
