@@ -9,9 +9,11 @@ The admin token is valid everywhere, and has no limits.
 
 import hmac
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 # How soon a key that a command made or removed counts, and how much of the sums a crash of the agent loses.
 _LOOK_S: Final = 1.0
 _WRITE_S: Final = 10.0
+_DAY_S: Final = 86_400
+_EPOCH: Final = date(1970, 1, 1)
 
 ReadKeys = Callable[[], Mapping[str, ApiKeyConfig]]
 """Reads every key by its SHA-256. Blocks; raises NodeAgentError."""
@@ -53,7 +57,7 @@ class Account:
     entry: ApiKeyConfig
     meter: Meter
     sums: Sums
-    today: Callable[[], date]
+    today: Callable[[], str]
 
     @property
     def name(self) -> str:
@@ -68,16 +72,21 @@ class Account:
         self.sums.add_tokens(self.today(), prompt, generated)
 
 
-def today() -> date:
-    """The day by UTC."""
-    return datetime.now(UTC).date()
+def today() -> str:
+    """The day by UTC, `2026-03-02`."""
+    return _day(int(time.time()) // _DAY_S)
+
+
+@lru_cache(maxsize=1)
+def _day(number: int) -> str:
+    return (_EPOCH + timedelta(number)).isoformat()
 
 
 class Gate:
     """What changes: `_accounts` (by SHA-256) and `_must_have_key` in `replace`; the meters and sums in the requests."""
 
     def __init__(
-        self, admin_token: str, state_dir: Path, keys: Mapping[str, ApiKeyConfig], *, clock: Callable[[], date] = today
+        self, admin_token: str, state_dir: Path, keys: Mapping[str, ApiKeyConfig], *, clock: Callable[[], str] = today
     ) -> None:
         self._admin_token = admin_token.encode()
         self._state_dir = state_dir
@@ -153,7 +162,7 @@ class Gate:
         if hmac.compare_digest(given, self._admin_token):
             return self._operator
         # Whoever tries keys can't choose their digests, so the time that the search takes tells nothing of a key.
-        return self._accounts.get(digest_of(given.decode("utf-8", "surrogateescape")))
+        return self._accounts.get(digest_of(given))
 
     async def run(
         self,

@@ -1,7 +1,6 @@
 """The limits of one API key. Pure: it takes the time and answers at once."""
 
 from dataclasses import dataclass
-from datetime import date
 
 _MINUTE_S = 60.0
 
@@ -71,7 +70,7 @@ class Meter:
 
 @dataclass(slots=True)
 class Sums:
-    """What a key has used: since it was made, and on the last day of UTC on which it was used."""
+    """What a key has used: since it was made, and on `day`, the last day of UTC on which it was used (`2026-03-02`)."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -79,13 +78,13 @@ class Sums:
     day: str = ""
     tokens_of_day: int = 0
 
-    def tokens_on(self, day: date) -> int:
+    def tokens_on(self, day: str) -> int:
         """The tokens of that day, which is today."""
-        return self.tokens_of_day if self.day == day.isoformat() else 0
+        return self.tokens_of_day if self.day == day else 0
 
-    def add_tokens(self, day: date, prompt: int, generated: int) -> None:
+    def add_tokens(self, day: str, prompt: int, generated: int) -> None:
         """Count a request's tokens on that day."""
         self.tokens_of_day = self.tokens_on(day) + prompt + generated
-        self.day = day.isoformat()
+        self.day = day
         self.prompt_tokens += prompt
         self.generated_tokens += generated

@@ -85,9 +85,9 @@ class ApiKeyConfig(Keys):
         return self
 
 
-def digest_of(key: str) -> str:
+def digest_of(key: str | bytes) -> str:
     """The SHA-256 of a key, in hexadecimal. Keys are long and random, so nothing slower is needed."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key).hexdigest()
 
 
 def read_digest(entry: ApiKeyConfig) -> str:

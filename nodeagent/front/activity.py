@@ -17,9 +17,11 @@ from nodeagent.timestamps import rfc3339
 
 DEFAULT_RECORDS: Final = 1000
 _USER_AGENT_CHARS: Final = 200
+# To how many places of decimals figures are shown.
+_PLACES: Final = {"queue_ms": 1, "load_ms": 1, "first_token_ms": 1, "duration_ms": 1, "tokens_per_s": 2}
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request. `began_at` is in seconds since the epoch. `status` is HTTP's, 499 if the client left before its
     answer was complete. `error` is the code of a refusal, or why the answer is not complete. What is unknown is None.
     """
@@ -58,11 +60,11 @@ class Activity:
         self.sink: Callable[[Record], None] | None = None
         self._records: deque[Record] = deque(maxlen=max_records)
         self._last_id = 0
-        self._more = trio.Event()
+        self._more: trio.Event | None = None
 
     @property
     def last_id(self) -> int:
-        """The number of the newest record, 0 if there was none yet."""
+        """The number of the newest record, 0 if there was none yet. The next one has the number that follows."""
         return self._last_id
 
     def recall(self, records: Iterable[Record]) -> None:
@@ -71,18 +73,17 @@ class Activity:
         if self._records:
             self._last_id = self._records[-1].id
 
-    def add(self, kept: KeptBodies | None = None, **fields: Any) -> Record:
-        """Keep one more record, with these fields but for `id`, and its bodies if there are any; return it."""
-        self._last_id += 1
-        record = Record(id=self._last_id, **fields)
+    def add(self, record: Record, kept: KeptBodies | None = None) -> None:
+        """Keep one more record, whose number follows `last_id`, and its bodies if there are any."""
+        self._last_id = record.id
         self._records.append(record)
         if kept is not None:
             self.bodies.keep(record.id, kept, oldest=self._records[0].id)
         if self.sink is not None:
             self.sink(record)
-        self._more.set()
-        self._more = trio.Event()
-        return record
+        if self._more is not None:
+            self._more.set()
+            self._more = None
 
     def newest(self, wanted: Callable[[Record], bool], *, limit: int, since: int = 0) -> list[Record]:
         """The newest records with a number above `since` that are wanted, the newest first, at most `limit`."""
@@ -101,12 +102,17 @@ class Activity:
     async def more_than(self, number: int) -> None:
         """Return once there is a record with a higher number."""
         while self._last_id <= number:
+            if self._more is None:
+                self._more = trio.Event()
             await self._more.wait()
 
 
 def as_json(record: Record) -> dict[str, Any]:
     """A record as `/v1/node/activity` shows it."""
     shown = {field: getattr(record, field) for field in record.__struct_fields__}
+    for field, places in _PLACES.items():
+        if shown[field] is not None:
+            shown[field] = round(shown[field], places)
     time = rfc3339(datetime.fromtimestamp(shown.pop("began_at"), UTC))
     return {"id": shown.pop("id"), "request_id": shown.pop("request_id"), "time": time, **shown}
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from nodeagent.access.gate import Gate
-from nodeagent.errors import ModelNotFound
+from nodeagent.errors import ModelForbidden, ModelNotFound
 from nodeagent.events import NodeEvent, Ring
-from nodeagent.front.accounts import check_model, may_use
+from nodeagent.front.accounts import account_var, may_use
 from nodeagent.front.parameters import Parameters
 from nodeagent.histogram import Histogram
 from nodeagent.llama_server.relay import Upstream
@@ -185,7 +185,9 @@ def find_card(node: Node, model: str) -> ModelCard:
         return _find_by_role(node, model)
     for card in cards:
         if model == card.model_id or model in card.aliases:
-            check_model(card.model_id, [one.model_id for one in cards])
+            account = account_var.get()
+            if account is not None and not account.may_use(card.model_id):
+                raise ModelForbidden(account.name, card.model_id, [one.model_id for one in visible_cards(node)])
             return card
     if model.endswith(_DEFAULT_TAG):
         with suppress(ModelNotFound):

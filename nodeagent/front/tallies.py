@@ -71,7 +71,8 @@ class Tallies:
             return
         status, code = code_of(refusal)
         account = account_var.get()
-        record = self.activity.add(
+        record = Record(
+            id=self.activity.last_id + 1,
             request_id=request_id,
             began_at=time.time(),
             path=path,
@@ -81,6 +82,7 @@ class Tallies:
             error=code,
             user_agent=user_agent_of(headers),
         )
+        self.activity.add(record)
         self.on_end(record, headers)
 
 
@@ -169,10 +171,10 @@ class RequestTally:
         return kept
 
     def _record(self, duration_s: float, usage: Usage) -> None:
-        request = self._request
+        request, activity = self._request, self._tallies.activity
         has_usage = bool(usage.prompt or usage.cached or usage.generated)
-        record = self._tallies.activity.add(
-            self.bodies,
+        record = Record(
+            id=activity.last_id + 1,
             request_id=request.request_id,
             began_at=self._began_on,
             path=request.client_path or request.path,
@@ -182,7 +184,7 @@ class RequestTally:
             queue_ms=_as_ms(self._queued_s),
             load_ms=_as_ms(self._load_s),
             first_token_ms=_as_ms(self._first_token_s),
-            duration_ms=round(duration_s * 1000, 1),
+            duration_ms=duration_s * 1000,
             prompt_tokens=usage.prompt + usage.cached if has_usage else None,
             completion_tokens=usage.generated if has_usage else None,
             cached_tokens=usage.cached if has_usage else None,
@@ -192,15 +194,16 @@ class RequestTally:
             streamed=request.streamed,
             user_agent=user_agent_of(request.headers),
         )
+        activity.add(record, self.bodies)
         self._tallies.on_end(record, request.headers)
 
     def _tokens_per_s(self, duration_s: float, usage: Usage) -> float | None:
         """How fast its tokens came: by what the server says, else by when they came."""
         if usage.per_token_s:
-            return round(1 / usage.per_token_s, 2)
+            return 1 / usage.per_token_s
         took_s = duration_s - (self._first_token_s or 0.0)
-        return round(usage.generated / took_s, 2) if usage.generated > 1 and took_s > 0 and self._pieces > 1 else None
+        return usage.generated / took_s if usage.generated > 1 and took_s > 0 and self._pieces > 1 else None
 
 
 def _as_ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 1)
+    return None if seconds is None else seconds * 1000

@@ -42,11 +42,9 @@ class Peer:
         return self.ready_at - self.spawned_at
 
     def cpu_s(self) -> dict[int, float]:
-        """User plus system time in seconds of each process of the front, without its upstream servers.
-
-        The kernel counts in ticks of 10 ms, so measure over much more than that.
-        """
-        return {it.pid: it.cpu_times().user + it.cpu_times().system for it in self._front()}
+        """User plus system time in seconds of each process of the front, without its upstream servers: that of the
+        threads that it has now, which the kernel counts in ns."""
+        return {it.pid: _of_threads_s(it.pid) for it in self._front()}
 
     def resident_mib(self) -> float:
         """The resident memory of the front's processes, without its upstream servers."""
@@ -57,6 +55,11 @@ class Peer:
 
     def _front(self) -> list[psutil.Process]:
         return [psutil.Process(self.pid), *(it for it in self.descendants() if not is_upstream(it.cmdline()))]
+
+
+def _of_threads_s(pid: int) -> float:
+    """The first number is the time on the CPU in ns (Linux, Documentation/scheduler/sched-stats.rst)."""
+    return sum(int(it.read_text().split()[0]) for it in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 def is_upstream(command_line: Collection[str]) -> bool:

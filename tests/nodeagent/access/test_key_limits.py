@@ -1,13 +1,11 @@
 """The limits of one API key, as tables and properties."""
 
-from datetime import date
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.access.limits import Exceeded, Limits, Meter, Sums
 
-MONDAY, TUESDAY = date(2026, 3, 2), date(2026, 3, 3)
+MONDAY, TUESDAY = "2026-03-02", "2026-03-03"
 
 
 def test_without_limits_everything_is_let_in() -> None:

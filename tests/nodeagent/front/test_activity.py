@@ -14,14 +14,14 @@ from trio.testing import MockClock
 
 from fakes.asgi import Exchange
 from nodeagent.errors import Refusal
-from nodeagent.front.activity import Activity, as_json, user_agent_of
+from nodeagent.front.activity import Activity, Record, as_json, user_agent_of
 from nodeagent.front.activity_file import ActivityFile
 from nodeagent.front.activity_routes import add_routes
 from nodeagent.front.bodies import KeptBodies, Limits
 from nodeagent.front.refusals import refusal_response
 
 
-def add(activity: Activity, count: int = 1, **fields: Any) -> None:
+def add(activity: Activity, count: int = 1, kept: KeptBodies | None = None, **fields: Any) -> None:
     record: dict[str, Any] = {
         "request_id": "r",
         "began_at": 1_700_000_000.5,
@@ -30,7 +30,7 @@ def add(activity: Activity, count: int = 1, **fields: Any) -> None:
         "status": 200,
     }
     for _ in range(count):
-        activity.add(**(record | fields))
+        activity.add(Record(id=activity.last_id + 1, **(record | fields)), kept)
 
 
 def ids(activity: Activity, limit: int = 1000, since: int = 0) -> list[int]:

@@ -1,7 +1,5 @@
 """What is counted of each request."""
 
-from datetime import date
-
 import pytest
 import trio
 from msgspec.structs import replace
@@ -150,7 +148,7 @@ async def test_requests_that_fail_are_records_with_the_reason(autojump_clock: Mo
 
 async def test_the_tokens_of_a_request_count_for_its_key_also_if_it_is_cut_short(autojump_clock: MockClock) -> None:
     entry = ApiKeyConfig(name="alice", sha256="0" * 64)
-    account = Account(entry, Meter(Limits(), 0.0), Sums(), lambda: date(2026, 3, 2))
+    account = Account(entry, Meter(Limits(), 0.0), Sums(), lambda: "2026-03-02")
     account_var.set(account)
     tallies = Tallies()
     whole, cut = RequestTally(tallies, REQUEST), RequestTally(tallies, REQUEST)
