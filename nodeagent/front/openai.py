@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import trio
 from msgspec.structs import replace
 
-from nodeagent.config.api_keys import PRIORITIES
 from nodeagent.errors import BodyTooLarge, InvalidRequest, WrongTask
 from nodeagent.front.accounts import account_var
 from nodeagent.front.answer import as_text
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from quart import Blueprint, Response
 
 _SLOTS = {Slots.ONE: 1, Slots.NONE: 0}
-_HIGHEST = {name: Priority[name.upper()] for name in PRIORITIES}
+_PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 
 
 def blueprint(node: Node, inference: Inference) -> "Blueprint":
@@ -161,7 +160,7 @@ def headers_of_json(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes,
 def allowed_priority(wanted: Priority) -> Priority:
     """The priority that a request gets: at most that of its API key."""
     account = account_var.get()
-    return wanted if account is None else max(wanted, _HIGHEST[account.entry.priority])
+    return wanted if account is None else max(wanted, _PRIORITIES[account.entry.priority])
 
 
 def read_priority(header: str | None) -> Priority:
