@@ -1,5 +1,6 @@
 """Which keys are let in, and what the gate remembers, in virtual time and with its real files."""
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from nodeagent.access.gate import Account, Gate
+from nodeagent.access.gate import Account, Gate, today
 from nodeagent.access.sums import sums_file
 from nodeagent.config import ApiKeyConfig, key_file, read_key_file
 from nodeagent.config.api_keys import digest_of
@@ -109,6 +110,20 @@ async def test_the_tokens_of_a_day_are_counted_by_its_date(tmp_path: Path) -> No
         gate.begin(let_in(gate), Releases())
     day = "2026-03-03"
     gate.begin(let_in(gate), Releases())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "day"),
+    [
+        (0.0, "1970-01-01"),
+        (1772495999.9, "2026-03-02"),
+        (1772496000.0, "2026-03-03"),
+        (1709164800.0, "2024-02-29"),
+    ],
+)
+def test_a_day_is_that_of_utc(seconds: float, day: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: seconds)
+    assert today() == day
 
 
 async def test_a_removed_key_is_not_valid_any_more_and_without_any_nobody_is_let_in(
