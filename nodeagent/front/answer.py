@@ -2,7 +2,7 @@
 for a client of another API."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -212,11 +212,6 @@ async def translated_answer(
         raise body.failure from None
     except Untranslatable as error:
         raise BadAnswer(lease.model_id, str(error)) from error
-
-
-def as_text(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    """Headers as web frameworks have them."""
-    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
 
 
 def with_type(headers: Headers, content_type: str) -> Headers:

@@ -14,6 +14,7 @@ from nodeagent.front.endpoints import ENDPOINTS
 from nodeagent.front.exchange import AbortResponse, Exchange, Handler
 from nodeagent.front.guard import enter, given_key
 from nodeagent.front.half_close import HalfClose
+from nodeagent.front.header_text import as_bytes, text_of
 from nodeagent.front.hosts import refuse_foreign_host
 from nodeagent.front.inference import Inference
 from nodeagent.front.openai import read_request
@@ -52,9 +53,9 @@ class FastRoad:
         headers = dict(request.headers)
         path = self._path(exchange.path)
         identity, marks = self._front.identify(headers)
-        origin, host, site = (_text(headers.get(name)) for name in (b"origin", b"host", b"sec-fetch-site"))
+        origin, host, site = (text_of(headers.get(name)) for name in (b"origin", b"host", b"sec-fetch-site"))
         if path in health.PATHS:
-            marks += _encoded(origins.headers_for(self._node, origin))
+            marks += as_bytes(origins.headers_for(self._node, origin))
         try:
             refuse_foreign_host(self._node, host, origin=origin, fetch_site=site)
             if path in health.PATHS:
@@ -75,17 +76,17 @@ class FastRoad:
         path = self._path(exchange.path)
         identity, marks = self._front.identify(headers)
         origin = headers.get(b"origin")
-        page = _text(origin)
-        marks += _encoded(origins.headers_for(self._node, page))
+        page = text_of(origin)
+        marks += as_bytes(origins.headers_for(self._node, page))
         body = self._front.body(headers, exchange.receive)
         error = None
         try:
             with Releases() as held:
                 held.add(body.release)
                 body.admit()
-                site = _text(headers.get(b"sec-fetch-site"))
+                site = text_of(headers.get(b"sec-fetch-site"))
                 if page is not None or site is not None:
-                    host = _text(headers.get(b"host"))
+                    host = text_of(headers.get(b"host"))
                     refuse_foreign_host(self._node, host, origin=page, fetch_site=site)
                     origins.refuse_foreign(self._node, request.method, path, page, host=host, fetch_site=site)
                 enter(self._node, request.method, path, given_key(headers), held)
@@ -141,16 +142,8 @@ async def _answer(
     exchange: Exchange, status: int, fields: list[tuple[str, str]], marks: Headers, content: bytes, *, close: bool
 ) -> None:
     """Write a whole answer with these headers and the marks, which have the request's id already."""
-    headers = [*_encoded([field for field in fields if field[0] != "x-request-id"]), *marks]
+    headers = [*as_bytes([field for field in fields if field[0] != "x-request-id"]), *marks]
     headers.append((b"content-length", b"%d" % len(content)))
     if close:
         headers.append((b"connection", b"close"))
     await exchange.start(status, headers, content, more=False)
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
-
-
-def _encoded(headers: list[tuple[str, str]]) -> Headers:
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]

@@ -14,6 +14,7 @@ import trio
 from nodeagent.front.asgi import new_request_id
 from nodeagent.front.exchange import Exchange
 from nodeagent.front.half_close import HalfClose, connection_reset, input_ended
+from nodeagent.front.header_text import as_bytes
 from nodeagent.front.protocol import BadRequest, EndOfBody, RequestEvent, RequestHead, RequestParser
 from nodeagent.front.refusals import error_response
 from nodeagent.front.response import Headers, ResponseWriter
@@ -279,5 +280,4 @@ def refusal(bad: BadRequest) -> bytes:
 def refusal_of(bad: BadRequest) -> tuple[int, Headers, bytes]:
     """The status, the headers and the body of that answer."""
     status, headers, body = error_response(bad.status, bad.complaint, new_request_id())
-    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    return status, [*fields, (b"content-length", b"%d" % len(body))], body
+    return status, [*as_bytes(headers), (b"content-length", b"%d" % len(body))], body

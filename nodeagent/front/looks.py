@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from nodeagent.front.guard import given_key
+from nodeagent.front.header_text import text_of
 from nodeagent.front.origins import is_own_page
 from nodeagent.front.seam import Node
 from nodeagent.llama_server.relay import Upstream
@@ -31,11 +32,7 @@ def is_foreign_page(headers: Headers) -> bool:
     origin, host, site = (headers.get(name) for name in (b"origin", b"host", b"sec-fetch-site"))
     if origin is None:
         return False
-    return not is_own_page(
-        origin.decode("latin-1"),
-        host=None if host is None else host.decode("latin-1"),
-        fetch_site=None if site is None else site.decode("latin-1"),
-    )
+    return not is_own_page(origin.decode("latin-1"), host=text_of(host), fetch_site=text_of(site))
 
 
 def _inventory(node: Node, headers: Headers) -> bytes:

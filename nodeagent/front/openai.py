@@ -11,11 +11,11 @@ from msgspec.structs import replace
 
 from nodeagent.errors import BodyTooLarge, InvalidRequest, WrongTask
 from nodeagent.front.accounts import account_var
-from nodeagent.front.answer import as_text
 from nodeagent.front.asgi import on_half_close, releases, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Dialect, Endpoint, Slots
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.half_close import HalfClose
+from nodeagent.front.header_text import as_text, text_of
 from nodeagent.front.inference import Inference
 from nodeagent.front.ollama_requests import translate
 from nodeagent.front.remote_media import refuse_remote_media
@@ -66,7 +66,7 @@ def read_request(
     if endpoint.is_form:
         from nodeagent.front.request_form import read_form  # with werkzeug, which other requests do not need
 
-        fields = read_form(body, _text(values.get(b"content-type")), needs=endpoint.needs)
+        fields = read_form(body, text_of(values.get(b"content-type")), needs=endpoint.needs)
     else:
         body = without_bom(body)
         fields = read_body(body, needs=endpoint.needs, instead=endpoint.instead)
@@ -82,8 +82,8 @@ def read_request(
     request = InferenceRequest(
         request_id=request_id,
         model_id=card.model_id,
-        priority=allowed_priority(read_priority(_text(values.get(b"x-priority")))),
-        conversation=conversation_of(_text(values.get(b"x-session-id")), fields) if several else None,
+        priority=allowed_priority(read_priority(text_of(values.get(b"x-priority")))),
+        conversation=conversation_of(text_of(values.get(b"x-session-id")), fields) if several else None,
         slots=_SLOTS.get(endpoint.slots, fields.completions),
         ping_s=node.stream_ping_s if streamed else 0.0,
         streamed=streamed,
@@ -147,10 +147,6 @@ def conversation_of(session: str | None, fields: BodyFields) -> str | None:
     return f"session {session[:256]}" if session else fields.conversation
 
 
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
-
-
 def headers_of_json(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """The headers for the server. The body is JSON, whatever type the client gave it; the server looks at the type."""
     others = [header for header in forwardable(headers) if header[0] != b"content-type"]
@@ -168,9 +164,9 @@ def read_priority(header: str | None) -> Priority:
     if header is None:
         return Priority.NORMAL
     try:
-        return Priority[header.strip().upper()]
+        return _PRIORITIES[header.strip().lower()]
     except KeyError:
-        allowed = ", ".join(priority.name.lower() for priority in Priority)
+        allowed = ", ".join(_PRIORITIES)
         raise InvalidRequest(
             f"'X-Priority' must be one of {allowed}, not {header[:40]!r}.", param="X-Priority"
         ) from None

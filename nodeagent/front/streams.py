@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator
 
 from quart import Response, request
 
-from nodeagent.front.answer import STREAM_HEADERS, as_text
+from nodeagent.front.answer import STREAM_HEADERS
+from nodeagent.front.header_text import as_text
 
 
 def follows() -> bool:

@@ -11,11 +11,11 @@ from quart import Blueprint, Response, request
 from werkzeug.datastructures import Headers
 
 from nodeagent.errors import InvalidRequest, PathForbidden
-from nodeagent.front.answer import as_text
 from nodeagent.front.asgi import on_half_close, releases, request_id
 from nodeagent.front.endpoints import ENDPOINTS, Slots
 from nodeagent.front.first_bytes import InferenceRequest
 from nodeagent.front.half_close import HalfClose
+from nodeagent.front.header_text import as_text
 from nodeagent.front.inference import Inference
 from nodeagent.front.seam import ModelCard, Node, find_card
 from nodeagent.llama_server.headers import forwardable

@@ -58,7 +58,10 @@ class Peer:
 
 
 def _of_threads_s(pid: int) -> float:
-    """The first number is the time on the CPU in ns (Linux, Documentation/scheduler/sched-stats.rst)."""
+    """The CPU time of the threads that the process has now, in seconds.
+
+    The first number of `schedstat` is it in ns (Linux, Documentation/scheduler/sched-stats.rst).
+    """
     return sum(int(it.read_text().split()[0]) for it in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
