@@ -307,6 +307,7 @@ class Agent:
     async def _serve_front(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None]) -> None:
         node = self.node
         inference = Inference(node.scheduler, self._activity)
+        node.gate.settle = inference.tallies.settle
         if self._tracing is not None:
             inference.tallies.on_end = self._tracing.ended
         app = LazyApp(partial(_web_application, node, inference))

@@ -83,7 +83,11 @@ def _day(number: int) -> str:
 
 
 class Gate:
-    """What changes: `_accounts` (by SHA-256) and `_must_have_key` in `replace`; the meters and sums in the requests."""
+    """`settle` is called before the sums of all keys are looked at: it adds to them what has not been added yet.
+
+    What changes: `_accounts` (by SHA-256) and `_must_have_key` in `replace`; the meters and sums in the requests;
+    `settle`, once, by its owner.
+    """
 
     def __init__(
         self, admin_token: str, state_dir: Path, keys: Mapping[str, ApiKeyConfig], *, clock: Callable[[], str] = today
@@ -97,6 +101,7 @@ class Gate:
         self._accounts: dict[str, Account] = {}
         self._must_have_key = False
         self._can_write = True
+        self.settle: Callable[[], None] = lambda: None
         self._containment = Containment("looking after the API keys")
         operator = ApiKeyConfig(name="operator", sha256="0" * 64, roles=("admin",))
         self._operator = Account(operator, Meter(Limits(), 0.0), Sums(), clock)
@@ -105,6 +110,7 @@ class Gate:
     @property
     def accounts(self) -> list[Account]:
         """Every key, in the order of the configuration."""
+        self.settle()
         return list(self._accounts.values())
 
     def replace(self, keys: Mapping[str, ApiKeyConfig]) -> None:
@@ -188,6 +194,7 @@ class Gate:
                         write_at = trio.current_time() + write_s
                         await self._write()
         finally:
+            self.settle()
             self.write_sums(encode_sums(self._sums))
 
     async def _read_again(self, read_keys: ReadKeys) -> None:
@@ -200,6 +207,7 @@ class Gate:
         logger.info("API keys are read again: there are %d", len(keys))
 
     async def _write(self) -> None:
+        self.settle()
         content = encode_sums(self._sums)
         if content != self._written:
             await trio.to_thread.run_sync(self.write_sums, content)

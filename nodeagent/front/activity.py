@@ -50,14 +50,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Activity:
     """The last `max_records` records. Each gets a number that rises with each, also over restarts of the agent.
 
-    `bodies` are those of some of them. What changes: `_records` and `_last_id` in `add` and `recall`; `sink`, which
-    gets each new record, once, by its owner.
+    `bodies` are those of some of them. `settle` is called before anything is looked at: it adds what has not been added
+    yet. What changes: `_records` and `_last_id` in `add` and `recall`; once each, by their owners, `settle` and `sink`,
+    which gets each new record.
     """
 
     def __init__(self, max_records: int = DEFAULT_RECORDS) -> None:
         self.max_records = max_records
         self.bodies = Bodies()
         self.sink: Callable[[Record], None] | None = None
+        self.settle: Callable[[], None] = lambda: None
         self._records: deque[Record] = deque(maxlen=max_records)
         self._last_id = 0
         self._more: trio.Event | None = None
@@ -65,7 +67,13 @@ class Activity:
     @property
     def last_id(self) -> int:
         """The number of the newest record, 0 if there was none yet. The next one has the number that follows."""
+        self.settle()
         return self._last_id
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody waits for the next record."""
+        return self._more is not None or self.sink is not None
 
     def recall(self, records: Iterable[Record]) -> None:
         """Take over the records of earlier runs, the oldest first."""
@@ -87,6 +95,7 @@ class Activity:
 
     def newest(self, wanted: Callable[[Record], bool], *, limit: int, since: int = 0) -> list[Record]:
         """The newest records with a number above `since` that are wanted, the newest first, at most `limit`."""
+        self.settle()
         found: list[Record] = []
         for record in reversed(self._records):
             if record.id <= since or len(found) == limit:
@@ -97,11 +106,12 @@ class Activity:
 
     def find(self, number: int) -> Record | None:
         """The record with that number, None if there is none (any more)."""
+        self.settle()
         return next((record for record in reversed(self._records) if record.id == number), None)
 
     async def more_than(self, number: int) -> None:
         """Return once there is a record with a higher number."""
-        while self._last_id <= number:
+        while self.last_id <= number:
             if self._more is None:
                 self._more = trio.Event()
             await self._more.wait()

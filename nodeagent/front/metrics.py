@@ -126,26 +126,26 @@ class _NodeCollector(Collector):
             yield family
 
     def _of_requests(self) -> Iterator[Metric]:
-        tallies = self._tallies
+        tallies, sums = self._tallies, self._tallies.settled
         requests = CounterMetricFamily(
             f"{_PREFIX}_requests",
             "Requests for inference that have ended, by status and by why they were not answered completely.",
             labels=["model", "code", "reason"],
         )
-        for (model_id, status, reason), count in tallies.requests.items():
+        for (model_id, status, reason), count in sums.requests.items():
             requests.add_metric([model_id, str(status), reason], count)
         yield requests
         for name, text, histograms in (
-            ("request_duration_seconds", "From the admission of a request to its end.", tallies.duration_s),
+            ("request_duration_seconds", "From the admission of a request to its end.", sums.duration_s),
             ("time_to_first_token_seconds", "From its admission to its first bytes.", tallies.first_token_s),
-            ("time_per_output_token_seconds", "Mean time per generated token of a request.", tallies.per_token_s),
+            ("time_per_output_token_seconds", "Mean time per generated token of a request.", sums.per_token_s),
             ("queue_wait_seconds", "Its wait for a turn, the load of its model not counted.", tallies.queue_wait_s),
         ):
             yield _histograms(name, text, histograms)
         for name, text, counts in (
-            ("prompt_tokens", "Tokens of prompts that were processed.", tallies.prompt_tokens),
-            ("cached_prompt_tokens", "Tokens of prompts that were in a server's cache.", tallies.cached_tokens),
-            ("generation_tokens", "Tokens that were generated.", tallies.generated_tokens),
+            ("prompt_tokens", "Tokens of prompts that were processed.", sums.prompt_tokens),
+            ("cached_prompt_tokens", "Tokens of prompts that were in a server's cache.", sums.cached_tokens),
+            ("generation_tokens", "Tokens that were generated.", sums.generated_tokens),
         ):
             family = CounterMetricFamily(f"{_PREFIX}_{name}", text, labels=["model"])
             for model_id, count in counts.items():

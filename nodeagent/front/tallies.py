@@ -2,6 +2,9 @@
 
 They are counted as the answers pass, without a look into more than the first and the last bytes of each: llama-server
 says there how many tokens there were (`usage.py`).
+
+Requests that have ended are added up several at a time, or as soon as somebody looks: one by one, each costs four times
+as much, since whatever else the agent does in between has taken over the processor's caches.
 """
 
 import time
@@ -35,30 +38,64 @@ CLIENT_CLOSED: Final = 499
 CLIENT_LEFT: Final = "client_left"
 SERVER_LOST: Final = "server_lost"
 
+# How many requests that have ended are added up at once, at most. They delay another request by 0.3 ms.
+_AT_ONCE: Final = 32
+
 
 OnEnd = Callable[[Record, Iterable[tuple[bytes, bytes]]], None]
 
 
-class Tallies:
-    """The sums since the start, by model id; those of `requests` by model id, status and reason ("" if complete).
+class Sums:
+    """Sums over the requests that have ended since the start, by model id; those of `requests` by model id, status and
+    reason ("" if complete). What changes: everything, in `RequestTally.settle`."""
 
-    Only requests that were admitted, or refused for want of a place, count: until then they may name any model.
-    `whole_in_flight` are the requests in flight whose answers are not streamed, by model. `on_end` gets the record of
-    each request that has ended, with its headers; it may not wait.
-    """
-
-    def __init__(self, activity: Activity | None = None) -> None:
+    def __init__(self) -> None:
         self.requests: Counter[tuple[str, int, str]] = Counter()
         self.duration_s = defaultdict[str, Histogram](partial(Histogram, DURATIONS_S))
-        self.first_token_s = defaultdict[str, Histogram](partial(Histogram, FIRST_TOKENS_S))
         self.per_token_s = defaultdict[str, Histogram](partial(Histogram, PER_TOKEN_S))
-        self.queue_wait_s = defaultdict[str, Histogram](partial(Histogram, WAITS_S))
         self.prompt_tokens: Counter[str] = Counter()
         self.cached_tokens: Counter[str] = Counter()
         self.generated_tokens: Counter[str] = Counter()
+
+
+class Tallies:
+    """The sums since the start, by model id: `settled`, and those that requests in flight count in as well.
+
+    Only requests that were admitted, or refused for want of a place, count: until then they may name any model.
+    `whole_in_flight` are the requests in flight whose answers are not streamed, by model. `on_end` gets the record of
+    each request that has ended, with its headers, at once; it may not wait.
+
+    What changes: the sums, in `settle` and in the tallies of requests in flight; `_ended`, the requests that are not
+    added up yet, in `ended` and `settle`.
+    """
+
+    def __init__(self, activity: Activity | None = None) -> None:
+        self.first_token_s = defaultdict[str, Histogram](partial(Histogram, FIRST_TOKENS_S))
+        self.queue_wait_s = defaultdict[str, Histogram](partial(Histogram, WAITS_S))
         self.whole_in_flight: Counter[str] = Counter()
         self.activity = Activity() if activity is None else activity
-        self.on_end: OnEnd = lambda _record, _headers: None
+        self.activity.settle = self.settle
+        self.on_end: OnEnd | None = None
+        self._sums = Sums()
+        self._ended: list[RequestTally] = []
+
+    @property
+    def settled(self) -> "Sums":
+        """The sums over the requests that have ended, all of them."""
+        self.settle()
+        return self._sums
+
+    def ended(self, tally: "RequestTally", *, at_once: bool) -> None:
+        """A request has ended. It is added up later unless somebody waits for that."""
+        self._ended.append(tally)
+        if at_once or len(self._ended) >= _AT_ONCE or self.on_end is not None or self.activity.is_watched:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up the requests that have ended."""
+        ended, self._ended = self._ended, []
+        for tally in ended:
+            tally.settle(self._sums)
 
     def refused_early(
         self, path: str, request_id: str, headers: Iterable[tuple[bytes, bytes]], refusal: Refusal
@@ -83,16 +120,21 @@ class Tallies:
             user_agent=user_agent_of(headers),
         )
         self.activity.add(record)
-        self.on_end(record, headers)
+        if self.on_end is not None:
+            self.on_end(record, headers)
 
 
 class RequestTally:
-    """What is noted of one request until `close` adds it to the sums and to the activity. `bodies` are its own, None if
-    they are not to be kept. What changes: everything else, in each method."""
+    """What is noted of one request, until `settle` adds it to the sums and to the activity after `close`. `bodies` are
+    its own, None if they are not to be kept. What changes: everything else, in each method."""
 
     def __init__(self, tallies: Tallies, request: "InferenceRequest") -> None:
         self._tallies = tallies
-        self._request = request
+        # Not the request itself: this may outlast it, and its body may be large.
+        self._request_id = request.request_id
+        self._path = request.client_path or request.path
+        self._headers = request.headers
+        self._streamed = request.streamed
         self._model_id = request.model_id
         self._account = account_var.get()
         self._began_at = trio.current_time()
@@ -103,18 +145,19 @@ class RequestTally:
         self._queued_s: float | None = None
         self._load_s: float | None = None
         self._first_token_s: float | None = None
+        self._duration_s = 0.0
         # The last pieces of the answer. The very last one may only say that the stream is over.
         self._last = b""
         self._before = b""
         self._first = b""
         self._pieces = 0
         self._is_whole = False
-        self.bodies = None if tallies.activity.bodies.limits is None else self._keep_bodies()
+        self.bodies = None if tallies.activity.bodies.limits is None else self._keep_bodies(request)
 
     def granted(self, device_id: str, queued_s: float, load_s: float) -> None:
         """It has its turn there, for which it waited that long, and then for the load of its model."""
         self._device_id, self._queued_s, self._load_s = device_id, queued_s, load_s
-        if not self._request.streamed and not self._is_whole:
+        if not self._streamed and not self._is_whole:
             self._is_whole = True
             self._tallies.whole_in_flight[self._model_id] += 1
         self._tallies.queue_wait_s[self._model_id].observe(queued_s)
@@ -147,37 +190,50 @@ class RequestTally:
         self._reason = ""
 
     def close(self) -> None:
+        """It has ended."""
+        tallies = self._tallies
+        if self._is_whole:
+            tallies.whole_in_flight[self._model_id] -= 1
+        self._duration_s = trio.current_time() - self._began_at
+        # A long answer may have come in one piece.
+        self._last = (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
+        self._before = b""
+        if self._pieces == 1 and len(self._last) < TAIL_BYTES:
+            self._first = b""  # it is in the other
+        # What a key has used of its quota is known before its next request.
+        has_quota = self._account is not None and self._account.entry.tokens_per_day is not None
+        tallies.ended(self, at_once=has_quota or self.bodies is not None)
+
+    def settle(self, sums: "Sums") -> None:
         """Add it to the sums, and to the activity."""
-        tallies, model_id = self._tallies, self._model_id
-        tallies.whole_in_flight[model_id] -= self._is_whole
-        duration_s = trio.current_time() - self._began_at
-        tallies.requests[model_id, self._status, self._reason] += 1
-        tallies.duration_s[model_id].observe(duration_s)
-        usage = usage_of(self._first, (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:])
-        tallies.prompt_tokens[model_id] += usage.prompt
-        tallies.cached_tokens[model_id] += usage.cached
-        tallies.generated_tokens[model_id] += usage.generated
+        model_id, duration_s = self._model_id, self._duration_s
+        usage = usage_of(self._first, self._last)
+        sums.requests[model_id, self._status, self._reason] += 1
+        sums.duration_s[model_id].observe(duration_s)
+        sums.prompt_tokens[model_id] += usage.prompt
+        sums.cached_tokens[model_id] += usage.cached
+        sums.generated_tokens[model_id] += usage.generated
         if usage.generated > 1 and usage.per_token_s is not None:
-            tallies.per_token_s[model_id].observe(usage.per_token_s)
+            sums.per_token_s[model_id].observe(usage.per_token_s)
         if self._account is not None:
             # An answer that was cut short does not tell its tokens. Each piece of it had one at least.
             generated = usage.generated or (self._pieces if self._reason else 0)
             self._account.count_tokens(usage.prompt + usage.cached, generated)
         self._record(duration_s, usage)
 
-    def _keep_bodies(self) -> KeptBodies:
+    def _keep_bodies(self, request: "InferenceRequest") -> KeptBodies:
         kept = KeptBodies(self._tallies.activity.bodies)
-        kept.requested(self._request.headers, self._request.body)
+        kept.requested(request.headers, request.body)
         return kept
 
     def _record(self, duration_s: float, usage: Usage) -> None:
-        request, activity = self._request, self._tallies.activity
+        activity, on_end = self._tallies.activity, self._tallies.on_end
         has_usage = bool(usage.prompt or usage.cached or usage.generated)
         record = Record(
             id=activity.last_id + 1,
-            request_id=request.request_id,
+            request_id=self._request_id,
             began_at=self._began_on,
-            path=request.client_path or request.path,
+            path=self._path,
             key_name=None if self._account is None else self._account.name,
             model_id=self._model_id,
             device_id=self._device_id,
@@ -191,11 +247,12 @@ class RequestTally:
             tokens_per_s=self._tokens_per_s(duration_s, usage),
             status=CLIENT_CLOSED if self._reason == CLIENT_LEFT else self._status,
             error=self._reason or None,
-            streamed=request.streamed,
-            user_agent=user_agent_of(request.headers),
+            streamed=self._streamed,
+            user_agent=user_agent_of(self._headers),
         )
         activity.add(record, self.bodies)
-        self._tallies.on_end(record, request.headers)
+        if on_end is not None:
+            on_end(record, self._headers)
 
     def _tokens_per_s(self, duration_s: float, usage: Usage) -> float | None:
         """How fast its tokens came: by what the server says, else by when they came."""

@@ -32,7 +32,20 @@ def _chat(alias: str) -> bytes:
     message = {"role": "assistant", "content": "word " * 80}
     choices = [{"finish_reason": "stop", "index": 0, "message": message}]
     usage = {"completion_tokens": 80, "prompt_tokens": 20, "total_tokens": 100}
-    return json.dumps({"choices": choices, "model": alias, "object": "chat.completion", "usage": usage}).encode()
+    # What llama-server appends to each answer.
+    timings = {
+        "cache_n": 0,
+        "prompt_n": 20,
+        "prompt_ms": 30.958,
+        "prompt_per_token_ms": 1.5479,
+        "prompt_per_second": 646.036565669617,
+        "predicted_n": 80,
+        "predicted_ms": 661.064,
+        "predicted_per_token_ms": 8.2633,
+        "predicted_per_second": 121.0170270957608,
+    }
+    answer = {"choices": choices, "model": alias, "object": "chat.completion", "usage": usage, "timings": timings}
+    return json.dumps(answer, separators=(",", ":")).encode()
 
 
 def _embeddings(alias: str) -> bytes:

@@ -269,7 +269,7 @@ async def test_an_error_in_mid_stream_ends_it_in_the_same_way(nursery: trio.Nurs
     with pytest.raises(AbortResponse):
         await node.serve(ollama(text()), received)
     assert lines(received[-1]) == [{"error": "out of context"}]
-    assert node.inference.tallies.requests == {("a", 502, "bad_answer"): 1}
+    assert node.inference.tallies.settled.requests == {("a", 502, "bad_answer"): 1}
     node.assert_nothing_is_held()
 
 

@@ -108,7 +108,7 @@ async def test_one_whose_answer_has_not_begun_ends_at_once_too(node: InferenceNo
     [client] = await cancelled_at(node, 5.0, REQUEST)
     assert isinstance(client.error, RequestCancelled)
     assert client.ended_at == pytest.approx(5.0)
-    assert node.inference.tallies.requests == {("a", 503, "request_cancelled"): 1}
+    assert node.inference.tallies.settled.requests == {("a", 503, "request_cancelled"): 1}
 
 
 @pytest.mark.parametrize("ping_s", [0.0, 3.0])

@@ -1,9 +1,12 @@
 """What is counted of each request."""
 
+import gc
+import weakref
+
 import pytest
 import trio
 from msgspec.structs import replace
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.inference_node import REQUEST
 from nodeagent.access.gate import Account
@@ -35,11 +38,11 @@ async def test_a_complete_request_counts_with_its_times_and_tokens(autojump_cloc
     await trio.sleep(2)
     tally.completed()
     tally.close()
-    assert tallies.requests == {("a", 200, ""): 1}
-    assert (tallies.first_token_s["a"].sum, tallies.duration_s["a"].sum) == (1, 3)
-    assert (tallies.queue_wait_s["a"].sum, tallies.per_token_s["a"].sum) == (0.75, 0.0205)
-    tokens = (tallies.prompt_tokens["a"], tallies.cached_tokens["a"], tallies.generated_tokens["a"])
-    assert tokens == (5, 3, 7)
+    assert tallies.settled.requests == {("a", 200, ""): 1}
+    assert (tallies.first_token_s["a"].sum, tallies.settled.duration_s["a"].sum) == (1, 3)
+    assert (tallies.queue_wait_s["a"].sum, tallies.settled.per_token_s["a"].sum) == (0.75, 0.0205)
+    sums = tallies.settled
+    assert (sums.prompt_tokens["a"], sums.cached_tokens["a"], sums.generated_tokens["a"]) == (5, 3, 7)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ async def test_the_tokens_of_a_stream_are_in_one_of_its_last_events(
     for chunk in chunks:
         tally.passed(chunk)
     tally.close()
-    assert tallies.generated_tokens["a"] == 7
+    assert tallies.settled.generated_tokens["a"] == 7
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ async def test_what_a_model_writes_is_not_counted(chunk: bytes, autojump_clock: 
     tally = RequestTally(tallies, REQUEST)
     tally.passed(chunk)
     tally.close()
-    assert tallies.generated_tokens["a"] == 0
+    assert tallies.settled.generated_tokens["a"] == 0
 
 
 async def test_a_request_that_is_not_answered_completely_counts_with_the_reason(autojump_clock: MockClock) -> None:
@@ -80,7 +83,7 @@ async def test_a_request_that_is_not_answered_completely_counts_with_the_reason(
     refused.refused(QueueFull("a", 2, 1.0))
     for tally in (left, cut, refused):
         tally.close()
-    assert tallies.requests == {
+    assert tallies.settled.requests == {
         ("a", 499, "client_left"): 1,
         ("a", 200, "server_lost"): 1,
         ("a", 429, "queue_full"): 1,
@@ -158,5 +161,58 @@ async def test_the_tokens_of_a_request_count_for_its_key_also_if_it_is_cut_short
         cut.passed(b"data: {}\n\n")
     whole.close()
     cut.close()
+    tallies.settle()
     assert (account.sums.prompt_tokens, account.sums.generated_tokens, account.sums.tokens_of_day) == (8, 12, 20)
     assert {record.key_name for record in tallies.activity.newest(lambda _: True, limit=9)} == {"alice"}
+
+
+async def test_the_tokens_of_a_key_with_a_quota_count_at_once(autojump_clock: MockClock) -> None:
+    entry = ApiKeyConfig(name="alice", sha256="0" * 64, tokens_per_day=100)
+    account = Account(entry, Meter(Limits(tokens_per_day=100), 0.0), Sums(), lambda: "2026-03-02")
+    account_var.set(account)
+    tally = RequestTally(Tallies(), REQUEST)
+    tally.passed(b"{" + TIMINGS + b"}")
+    tally.close()
+    assert account.sums.tokens_of_day == 15
+
+
+async def test_requests_that_have_ended_keep_no_body_of_theirs(autojump_clock: MockClock) -> None:
+    tallies = Tallies()
+    request, answer = replace(REQUEST, body=bytes(10**6)), b"{" + TIMINGS + b"}" + b" " * 10**6
+    tally = RequestTally(tallies, request)
+    tally.passed(answer)
+    tally.completed()
+    tally.close()
+    held = list(vars(tally).values())
+    assert max(len(it) for it in held if isinstance(it, bytes)) <= 4096
+    assert not any(it is request for it in held)
+
+
+async def test_whoever_waits_for_the_next_record_gets_it_at_once(autojump_clock: MockClock) -> None:
+    tallies, seen = Tallies(), list[int]()
+
+    async def watch() -> None:
+        await tallies.activity.more_than(0)
+        seen.append(tallies.activity.last_id)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await wait_all_tasks_blocked()
+        RequestTally(tallies, REQUEST).close()
+        with trio.fail_after(1):
+            await wait_all_tasks_blocked()
+        assert seen == [1]
+
+
+async def test_many_requests_that_have_ended_do_not_pile_up(autojump_clock: MockClock) -> None:
+    tallies = Tallies()
+    kept = [RequestTally(tallies, REQUEST) for _ in range(1000)]
+    for tally in kept:
+        tally.close()
+    gone = weakref.ref(kept[0])
+    kept.clear()
+    del tally
+    gc.collect()
+    assert gone() is None
+    assert tallies.settled.requests == {("a", 499, "client_left"): 1000}
+    assert tallies.activity.last_id == 1000
