@@ -33,7 +33,7 @@ _KEY_TEXT = "the-key-of-the-benchmark"
 _HEADERS = {"Authorization": f"Bearer {_KEY_TEXT}"}
 # The differences are smaller than the noise of a shared machine, which only ever adds: so there are more turns than in
 # other measurements, each shorter, and their lower quartile is taken.
-_TURNS = 8
+_TURNS = 16
 _SHARE = 0.25
 
 
@@ -52,7 +52,7 @@ def measure(options: Options) -> Section:
         for turn in range(turns):
             # There and back, so that none always comes first.
             for name in sorted(variants, reverse=bool(turn % 2)):
-                measured[name].append(_round(variants[name], options.seconds / 4))
+                measured[name].append(_round(variants[name], options.seconds / 8))
     figures = {
         name: {figure: quantile(values, _SHARE) for figure, values in by_figure(its_turns).items()}
         for name, its_turns in measured.items()
