@@ -3,8 +3,8 @@
 They are counted as the answers pass, without a look into more than the first and the last bytes of each: llama-server
 says there how many tokens there were (`usage.py`).
 
-Requests that have ended are added up several at a time, or as soon as somebody looks: one by one, each costs four times
-as much, since whatever else the agent does in between has taken over the processor's caches.
+Requests that have ended are added up several at a time, or as soon as somebody looks. One by one, figures cost a
+quarter more (33 instead of 25 us of a request's 250): what is done in between has taken over the processor's caches.
 """
 
 import time
@@ -38,7 +38,7 @@ CLIENT_CLOSED: Final = 499
 CLIENT_LEFT: Final = "client_left"
 SERVER_LOST: Final = "server_lost"
 
-# How many requests that have ended are added up at once, at most. They delay another request by 0.3 ms.
+# How many requests that have ended are added up at once, at most. That takes some 0.3 ms.
 _AT_ONCE: Final = 32
 
 

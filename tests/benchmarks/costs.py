@@ -4,9 +4,9 @@
     python tests/benchmarks/costs.py [--seconds 2] [--rounds 3] [--quick]
 
 "figures" is the agent as it is: counters and histograms for `/metrics`, and a record of each request in the activity.
-"bare" is the agent without them. "key" is the agent with an API key. The aims are that figures
-cost at most 15 % of what the bare agent takes, and a key at most 5 % of what the agent without keys takes. All are
-sent the key with each request: clients' libraries send one whether the node has keys or not.
+"bare" is the agent without them. "key" is the agent with an API key. The aims are that figures cost at most 15 % of
+what the bare agent takes, and a key at most 5 % of what the agent without keys takes. All are sent the key with each
+request: clients' libraries send one whether the node has keys or not.
 """
 
 import hashlib
