@@ -194,8 +194,7 @@ class Gate:
                         write_at = trio.current_time() + write_s
                         await self._write()
         finally:
-            self.settle()
-            self.write_sums(encode_sums(self._sums))
+            self.write_sums(self._encoded_sums())
 
     async def _read_again(self, read_keys: ReadKeys) -> None:
         try:
@@ -207,10 +206,13 @@ class Gate:
         logger.info("API keys are read again: there are %d", len(keys))
 
     async def _write(self) -> None:
-        self.settle()
-        content = encode_sums(self._sums)
+        content = self._encoded_sums()
         if content != self._written:
             await trio.to_thread.run_sync(self.write_sums, content)
+
+    def _encoded_sums(self) -> bytes:
+        self.settle()
+        return encode_sums(self._sums)
 
     def write_sums(self, content: bytes) -> None:
         """Write the file of sums if they have changed. Blocks; if that fails, logs so once."""

@@ -45,7 +45,7 @@ _AT_ONCE: Final = 32
 OnEnd = Callable[[Record, Iterable[tuple[bytes, bytes]]], None]
 
 
-class Sums:
+class RequestSums:
     """Sums over the requests that have ended since the start, by model id; those of `requests` by model id, status and
     reason ("" if complete). What changes: everything, in `RequestTally.settle`."""
 
@@ -76,11 +76,11 @@ class Tallies:
         self.activity = Activity() if activity is None else activity
         self.activity.settle = self.settle
         self.on_end: OnEnd | None = None
-        self._sums = Sums()
+        self._sums = RequestSums()
         self._ended: list[RequestTally] = []
 
     @property
-    def settled(self) -> "Sums":
+    def settled(self) -> RequestSums:
         """The sums over the requests that have ended, all of them."""
         self.settle()
         return self._sums
@@ -119,7 +119,11 @@ class Tallies:
             error=code,
             user_agent=user_agent_of(headers),
         )
-        self.activity.add(record)
+        self.note(record, headers)
+
+    def note(self, record: Record, headers: Iterable[tuple[bytes, bytes]], bodies: KeptBodies | None = None) -> None:
+        """Add the record of a request that has ended to the activity, and give it to `on_end`."""
+        self.activity.add(record, bodies)
         if self.on_end is not None:
             self.on_end(record, headers)
 
@@ -198,13 +202,11 @@ class RequestTally:
         # A long answer may have come in one piece.
         self._last = (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
         self._before = b""
-        if self._pieces == 1 and len(self._last) < TAIL_BYTES:
-            self._first = b""  # it is in the other
         # What a key has used of its quota is known before its next request.
         has_quota = self._account is not None and self._account.entry.tokens_per_day is not None
         tallies.ended(self, at_once=has_quota or self.bodies is not None)
 
-    def settle(self, sums: "Sums") -> None:
+    def settle(self, sums: RequestSums) -> None:
         """Add it to the sums, and to the activity."""
         model_id, duration_s = self._model_id, self._duration_s
         usage = usage_of(self._first, self._last)
@@ -227,10 +229,9 @@ class RequestTally:
         return kept
 
     def _record(self, duration_s: float, usage: Usage) -> None:
-        activity, on_end = self._tallies.activity, self._tallies.on_end
         has_usage = bool(usage.prompt or usage.cached or usage.generated)
         record = Record(
-            id=activity.last_id + 1,
+            id=self._tallies.activity.last_id + 1,
             request_id=self._request_id,
             began_at=self._began_on,
             path=self._path,
@@ -250,9 +251,7 @@ class RequestTally:
             streamed=self._streamed,
             user_agent=user_agent_of(self._headers),
         )
-        activity.add(record, self.bodies)
-        if on_end is not None:
-            on_end(record, self._headers)
+        self._tallies.note(record, self._headers, self.bodies)
 
     def _tokens_per_s(self, duration_s: float, usage: Usage) -> float | None:
         """How fast its tokens came: by what the server says, else by when they came."""
