@@ -69,9 +69,9 @@ class Shared:
 class Connection:
     """One client's connection.
 
-    Anyone may cancel `reading` to end it; its deadline is the protocol's to set while the connection is not idle. `run`
-    closes the socket. What changes: `idle`, in `become_idle` and `become_busy` (called by the protocol); `_protocol`,
-    once, after the handshake.
+    Anyone may cancel `reading` to end it; its deadline is the protocol's to set. `run` closes the socket. What changes:
+    `idle` and `_idle_until`, in `become_idle` and `become_busy` (called by the protocol); `_protocol`, once, after the
+    handshake.
     """
 
     def __init__(self, shared: Shared, stream: trio.SocketStream) -> None:
@@ -84,9 +84,9 @@ class Connection:
         self.shared = shared
         self.secure = context is not None
         self.transport = Transport(stream, None if context is None else Tls(context), shared.send_timeout_s)
-        self.idle = True
         self.nursery: trio.Nursery
         self._protocol: Http1 | Http2 | None = None
+        self.become_idle()
 
     def __repr__(self) -> str:
         return f"<Connection {self.peer.name} {'idle' if self.idle else 'busy'}>"
@@ -95,7 +95,6 @@ class Connection:
         """Serve the connection until it ends, then close the socket. Raises nothing but Cancelled."""
         try:
             async with trio.open_nursery() as self.nursery:
-                self.become_idle()
                 left = await self._read()
                 if self._protocol is not None:
                     await self._protocol.end(left=left)
@@ -125,20 +124,21 @@ class Connection:
 
     @property
     def idle_until(self) -> float:
-        """When the connection ends if it stays idle; infinite if it is not idle."""
-        return self.reading.deadline if self.idle and not self.reading.cancel_called else float("inf")
+        """When the connection is to end if it stays idle; infinite if it is not idle, or ends already."""
+        return float("inf") if self.reading.cancel_called else self._idle_until
 
     # What the protocol tells.
 
     def become_idle(self) -> None:
-        """No request is served from now on: the connection ends unless one comes within the keep-alive timeout."""
+        """No request is served from now on: the server ends the connection unless one comes within the keep-alive
+        timeout."""
         self.idle = True
-        self.reading.deadline = trio.current_time() + self.shared.keep_alive_timeout_s
+        self._idle_until = trio.current_time() + self.shared.keep_alive_timeout_s
 
     def become_busy(self) -> None:
         """A request is served from now on, for as long as it takes."""
         self.idle = False
-        self.reading.deadline = float("inf")
+        self._idle_until = float("inf")
 
     # The beginning.
 

@@ -171,7 +171,7 @@ class FirstBytes:
 
 def refuse_poison(request: InferenceRequest, poison: PoisonGuard) -> None:
     """Raise PoisonedRequest if servers have crashed on this body."""
-    blocked_s = poison.blocked_s(request.body, trio.current_time())
+    blocked_s = poison.blocked_s(request.body, trio.current_time()) if poison else 0.0
     if blocked_s:
         raise PoisonedRequest(request.model_id, blocked_s)
 

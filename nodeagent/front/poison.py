@@ -24,6 +24,10 @@ class PoisonGuard:
     def __init__(self) -> None:
         self._records: dict[bytes, _Record] = {}
 
+    def __bool__(self) -> bool:
+        """Whether a server has crashed lately."""
+        return bool(self._records)
+
     def record_crash(self, body: bytes, now: float) -> None:
         """A server crashed while it handled this body."""
         digest = _digest(body)

@@ -1,6 +1,7 @@
 """The memory of one device: what is free of it, what each model takes, and what a load that ran out of it showed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_not
 
 from nodeagent.config import ModelConfig
 from nodeagent.devices.values import DeviceRef
@@ -63,7 +64,7 @@ class DeviceMemory:
             return None
         made_of = (header, model, self._measurements.changes if self._measurements is not None else 0)
         known = self._fits.get(model_id)
-        if known is None or any(ours is not now for ours, now in zip(known[0], made_of, strict=True)):
+        if known is None or any(map(is_not, known[0], made_of)):
             measured_bytes = least_bytes = None
             if self._measurements is not None:
                 measured_bytes = self._measurements.memory_bytes(model, self._specs[model_id])

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from operator import is_not
 
 import trio
 
@@ -184,13 +185,15 @@ class DeviceServers:
         if not runs_on(model, self.device):
             kept_to = " and ".join(model.devices) or "a single device"
             return Obstacle(f"it is kept to {kept_to}", reason_code=ReasonCode.KEPT_ELSEWHERE, elsewhere=True)
+        child = self._child(model_id)
+        if child is not None and child.state is ChildState.READY:
+            return None
         fit = self.fit(model_id)
         if fit is not None and fit.misfit is not None:
             return Obstacle(fit.misfit, reason_code=ReasonCode.DOES_NOT_FIT)
         crowded = self._memory.crowded_out(model_id, self._max_models)
         if crowded is not None:
             return Obstacle(crowded, reason_code=ReasonCode.NO_ROOM_BESIDE_PINNED)
-        child = self._child(model_id)
         if child is not None and self._is_unnoted(child, model_id):
             return None  # `ensure` notes how much memory there was
         least_bytes = fit.least_bytes if fit is not None else None
@@ -433,7 +436,7 @@ class DeviceServers:
         upstream = self._upstreams.get(model_id)
         made_of = (model, child, upstream, still_starting, upstream.slot_ctx_size if upstream is not None else None)
         known = self._ready_views.get(model_id)
-        if known is None or any(ours is not now for ours, now in zip(known[0], made_of, strict=True)):
+        if known is None or any(map(is_not, known[0], made_of)):
             view = view_of_child(model_id, model, child, made_of[2], still_starting=still_starting)
             known = self._ready_views[model_id] = made_of, view
         return known[1]

@@ -80,7 +80,7 @@ class Upstream:
 
     def _take_idle(self) -> "_Connection | None":
         """The connection that was used last, if the server has neither closed it nor sent anything on it."""
-        self._close_old()
+        self._close_old(trio.current_time())
         while self._idle:
             _since, connection = self._idle.pop()
             if connection.is_quiet():
@@ -89,15 +89,15 @@ class Upstream:
         return None
 
     def _keep(self, connection: "_Connection") -> None:
-        self._close_old()
+        now = trio.current_time()
+        self._close_old(now)
         if self.closed.is_set():
             connection.close()
         else:
-            self._idle.append((trio.current_time(), connection))
+            self._idle.append((now, connection))
 
-    def _close_old(self) -> None:
-        oldest = trio.current_time() - self._idle_max_s
-        while self._idle and self._idle[0][0] <= oldest:
+    def _close_old(self, now: float) -> None:
+        while self._idle and self._idle[0][0] <= now - self._idle_max_s:
             self._idle.popleft()[1].close()
 
     async def _connect(self) -> "_Connection":

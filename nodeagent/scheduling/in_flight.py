@@ -58,6 +58,10 @@ class InFlight(Generic[E]):
         """Whether one is for the model."""
         return model_id in self._slots
 
+    def uses_only(self, model_id: str) -> bool:
+        """Whether none is for another model."""
+        return len(self._slots) == (model_id in self._slots)
+
     @property
     def models(self) -> set[str]:
         """The models that they are for."""

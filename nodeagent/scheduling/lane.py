@@ -118,7 +118,7 @@ class Lane(Generic[E]):
     @property
     def places_taken(self) -> int:
         """The same, with those of the lanes that this one shares its places with."""
-        return sum(lane.admitted for lane in self._sharing)
+        return sum([lane._admitted for lane in self._sharing])
 
     def share_places(self, home: "Lane[E]") -> None:
         """Count requests here among those of the `home` lane, which has the same limit. Call it before either runs."""
@@ -172,10 +172,11 @@ class Lane(Generic[E]):
         if ticket.state in (TicketState.WAITING, TicketState.GRANTED):
             self._admitted -= ticket.counted
         if ticket in self._in_flight:
-            self._return_lease(ticket)
+            now = trio.current_time()
+            self._return_lease(ticket, now)
             assert ticket.granted_at is not None
             if ticket.slots:  # else it says nothing of how long a slot is in use
-                self.times.served(ticket.model_id, trio.current_time() - ticket.granted_at)
+                self.times.served(ticket.model_id, now - ticket.granted_at)
         elif self._queue.remove(ticket):
             self._loads.waiter_left(ticket.model_id, self.wanted)
         ticket.state = TicketState.CLOSED
@@ -186,10 +187,9 @@ class Lane(Generic[E]):
 
     def requeue(self, ticket: Ticket[E]) -> None:
         """Put a request whose server died back at the head of the queue: it had its turn already."""
-        self._return_lease(ticket)
+        self._return_lease(ticket, trio.current_time())
         self._queue.insert_first(ticket)
         ticket.state, ticket.lease, ticket.granted_at = TicketState.WAITING, None, None
-        ticket.reset_decision()
         self.nudge()
 
     def refuse(self, ticket: Ticket[E], refusal: Refusal) -> None:
@@ -328,15 +328,7 @@ class Lane(Generic[E]):
 
     def serves_at_once(self, model_id: str) -> bool:
         """Whether a request for one slot of the model would be granted at once; False if that is not sure."""
-        uses = self._in_flight
-        if self._queue.models or self._loads.current is not None or uses.holds or len(self.device_ids) > 1:
-            return False
-        if self._loads.is_held(model_id) or not (self.rules.concurrent_models or uses.models <= {model_id}):
-            return False
-        view = self._servers.view(model_id)
-        if view is None or view.state is not ServerState.READY:
-            return False
-        return uses.slots_in_use(model_id, view.slots) < view.slots
+        return not self._queue.models and len(self.device_ids) == 1 and self._free_server(model_id, 1) is not None
 
     # What the lane of models that span this device asks.
 
@@ -452,15 +444,32 @@ class Lane(Generic[E]):
         One that needs no slot passes nobody who waits for a slot of the same model.
         """
         self._queue.collect()
-        others = len(self._queue.waiting) - 1
+        others, now = len(self._queue.waiting) - 1, ticket.admitted_at
+        if not others and (server := self._free_server(ticket.model_id, ticket.slots)) is not None:
+            self._grant(0, "nobody else waits", now, [server])
+            return True
         if others and (ticket.slots or len(self._queue.models) > 1):
             return False
-        now, views = trio.current_time(), self._servers.views()
+        views = self._servers.views()
         decision = step(self._snapshot(now, views), others, "nobody is passed")  # whatever the policy, it is its turn
         if not isinstance(decision, Grant):
             return False
         self._grant(decision.index, decision.reason, now, views)
         return True
+
+    def _free_server(self, model_id: str, slots: int) -> ServerView[E] | None:
+        """The model's server, if it has so many slots free, and so clearly that the policy need not be asked; every
+        request for a model that is loaded comes here. None where a load or a hold is under way, say."""
+        running = self._in_flight
+        if self._loads.current is not None or running.holds or self._loads.is_held(model_id):
+            return None
+        if not (self.rules.concurrent_models or running.uses_only(model_id)):
+            return None
+        server = self._servers.view(model_id)
+        if server is None or server.state is not ServerState.READY or not self._may_serve(model_id):
+            return None
+        free = server.slots - running.slots_in_use(model_id, server.slots)
+        return server if min(slots, server.slots) <= free else None
 
     def _grant_load_requests(self, now: float, views: Sequence[ServerView[E]]) -> None:
         """Operators who asked for a load need the model to be ready, and no slot."""
@@ -648,9 +657,9 @@ class Lane(Generic[E]):
             self._in_flight.add(ticket)
         ticket.decided()
 
-    def _return_lease(self, ticket: Ticket[E]) -> None:
+    def _return_lease(self, ticket: Ticket[E], now: float) -> None:
         self._in_flight.remove(ticket)
-        self._loads.lease_returned(ticket.model_id)
+        self._loads.lease_returned(ticket.model_id, now)
 
     def _load_ended(self, load: Loading) -> None:
         self._queue.collect()

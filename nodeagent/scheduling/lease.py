@@ -81,7 +81,7 @@ class Ticket(msgspec.Struct, Generic[E], eq=False, kw_only=True):
     tried_again: bool = False
     holder: SpanningLane[E] | None = None
     beside: frozenset[str] | None = None
-    _decided: trio.Event = msgspec.field(default_factory=trio.Event)
+    _decided: trio.Event | None = None  # made by the task that waits for it
     _as_queued: QueuedRequest | None = None
 
     @property
@@ -92,24 +92,24 @@ class Ticket(msgspec.Struct, Generic[E], eq=False, kw_only=True):
     async def granted(self) -> Lease[E]:
         """Wait for the lane's decision: return the lease, or raise the Refusal. Cancelling keeps the place; `close`
         gives it up."""
-        if not self._decided.is_set():
-            await self._decided.wait()
+        await self.held()
         if self.refusal is not None:
             raise self.refusal
         assert self.lease is not None, f"ticket {self.request_id} was closed while a task waited for it"
         return self.lease
 
     async def held(self) -> None:
-        """Wait until the lane grants this hold."""
-        await self._decided.wait()
+        """Wait until the lane has decided: grants this hold, say."""
+        if self.state is TicketState.WAITING:
+            if self._decided is None:
+                self._decided = trio.Event()
+            await self._decided.wait()
 
     def decided(self) -> None:
         """Wake the request's task; called by the lane after it set the outcome."""
-        self._decided.set()
-
-    def reset_decision(self) -> None:
-        """Make the next `granted()` wait again; called by the lane when the request goes back into the queue."""
-        self._decided = trio.Event()
+        if self._decided is not None:
+            self._decided.set()
+            self._decided = None
 
     def requeue(self) -> None:
         """Give the lease back and wait again, at the head of the lane. See `Lane.requeue`."""

@@ -40,8 +40,8 @@ class Loads(Generic[E]):
 
     What changes: `current` in `begin` and in the load's own task, `preloads` in `begin_preload` and `unload_idle`,
     `_prepared` (the model that was last prepared for, until something is loaded) in `prepare` and `begin`, `_held` in
-    the unloads, `_used_at` (when the last lease of a model was returned) and `_lease_returned` in `lease_returned`,
-    `_displaced` (models that gave way and are to return) in `displaced`, `begin` and `unload_idle`.
+    the unloads, `_used_at` (when the last lease of a model was returned) in `lease_returned`, `_displaced` (models that
+    gave way and are to return) in `displaced`, `begin` and `unload_idle`.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Loads(Generic[E]):
         self._prepared: str | None = None
         self._held: Counter[str] = Counter()
         self._displaced: list[str] = []
-        self._lease_returned = trio.Event()
+        self._wait_for_leases = trio.lowlevel.ParkingLot()
 
     def is_held(self, model_id: str) -> bool:
         """Whether the model is being unloaded, so that nothing may be granted on it."""
@@ -81,11 +81,10 @@ class Loads(Generic[E]):
         so_far_s = trio.current_time() - self.current.began_at
         return max(0.0, self._times.load_s(self.current.model_id) - so_far_s)
 
-    def lease_returned(self, model_id: str) -> None:
+    def lease_returned(self, model_id: str, now: float) -> None:
         """A request on the model has ended: an unload that waits for it looks again."""
-        self._used_at[model_id] = trio.current_time()
-        self._lease_returned.set()
-        self._lease_returned = trio.Event()
+        self._used_at[model_id] = now
+        self._wait_for_leases.unpark_all()
 
     def used_at(self, model_id: str) -> float:
         """When the last lease of the model was returned; 0 if none was."""
@@ -192,7 +191,7 @@ class Loads(Generic[E]):
     async def _unload_held(self, model_id: str, in_use: Callable[[], bool] = lambda: False) -> None:
         try:
             while in_use():
-                await self._lease_returned.wait()
+                await self._wait_for_leases.park()
             if self.current is not None and self.current.model_id == model_id:
                 # Cancelled, not failed: if a request waits for the model, it is loaded again afterwards.
                 self.current.scope.cancel()
