@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from operator import is_not
 from typing import Final, Protocol
 
 import trio
@@ -123,7 +122,7 @@ class Node:
         self.on_reload: Callable[[NodeConfig], None] = lambda _config: None
         self.count_connections: Callable[[], Mapping[str, int]] = dict
         self._cards: list[ModelCard] = []
-        self._cards_of: list[object] = []
+        self._cards_of: tuple[object, int] | None = None  # the models, and the changes of the catalogue
         self.backend_exits: Counter[tuple[str, str, str]] = Counter()
         self.backend_load_s = defaultdict[tuple[str, str], Histogram](partial(Histogram, LOADS_S))
         self._started_at: dict[str, float] = {}
@@ -196,14 +195,13 @@ class Node:
     def cards(self) -> list[ModelCard]:
         # Every request looks for its model here, so they are kept until the configuration or a model's file changes.
         models = self._config.models
-        headers = [self._catalogue.header(model.model_id) for model in models]
-        made_of: list[object] = [*models, *headers]
-        if len(made_of) != len(self._cards_of) or any(map(is_not, made_of, self._cards_of)):
+        changes = self._catalogue.changes
+        if self._cards_of is None or self._cards_of[0] is not models or self._cards_of[1] != changes:
             created = int(self.identity.started_at.timestamp())
             self._cards = [
-                _card(model, created, task_of(model, header)) for model, header in zip(models, headers, strict=True)
+                _card(model, created, task_of(model, self._catalogue.header(model.model_id))) for model in models
             ]
-            self._cards_of = made_of
+            self._cards_of = models, changes
         return self._cards
 
     def details(self, model_id: str) -> ModelDetails:

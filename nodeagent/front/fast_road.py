@@ -50,7 +50,7 @@ class FastRoad:
     async def _read(self, exchange: Exchange) -> None:
         """Answer a request that only reads: a health check, or a look at the node."""
         request = exchange.request
-        headers = dict(request.headers)
+        headers = request.values
         path = self._path(exchange.path)
         identity, marks = self._front.identify(headers)
         origin, host, site = (text_of(headers.get(name)) for name in (b"origin", b"host", b"sec-fetch-site"))
@@ -72,7 +72,7 @@ class FastRoad:
         # The end of input is how most clients leave, and a generation costs much.
         exchange.line.on_half_close(HalfClose.GRACE)
         request = exchange.request
-        headers = dict(request.headers)
+        headers = request.values
         path = self._path(exchange.path)
         identity, marks = self._front.identify(headers)
         origin = headers.get(b"origin")

@@ -385,6 +385,7 @@ def _head_of(bad: BadRequest, *, ended: bool) -> RequestHead:
         target=b"/",
         http_version="2",
         headers=[],
+        values={},
         has_body=not ended,
         keep_alive=True,
         expects_continue=False,

@@ -54,6 +54,7 @@ def request_head(fields: Fields, *, ended: bool) -> RequestHead | BadRequest:
         target=target,
         http_version="2",
         headers=headers,
+        values=dict(headers),
         has_body=not ended,
         keep_alive=True,
         expects_continue=not ended and b"100-continue" in expects,

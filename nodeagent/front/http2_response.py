@@ -6,7 +6,7 @@ from collections import deque
 
 from nodeagent.front.http2_head import OF_CONNECTION
 from nodeagent.front.protocol import RequestHead
-from nodeagent.front.response import BODILESS_STATUSES, Headers, ResponseWriter, breaks, date_line
+from nodeagent.front.response import BODILESS_STATUSES, Headers, ResponseWriter, date_line
 
 
 class Http2Response(ResponseWriter):
@@ -36,7 +36,8 @@ class Http2Response(ResponseWriter):
             if name not in OF_CONNECTION:
                 fields.append((name, value))
         fields.append((b"date", date_line().removeprefix(b"date: ")))
-        if breaks([part for field in fields for part in field]):
+        joined = b"".join([part for field in fields for part in field])
+        if b"\n" in joined or b"\r" in joined or b"\0" in joined:
             raise ValueError(f"a header has a line break or a NUL: {headers!r:.200}")
         self._bodiless = self._is_head or status in BODILESS_STATUSES
         self.fields = fields

@@ -58,6 +58,8 @@ def read_request(
 ) -> InferenceRequest:
     """Check a request for inference; the names of `headers` are lower case. Raises InvalidRequest and ModelNotFound."""
     client_path, dialect, translated = path, ENDPOINTS[path].dialect, None
+    # On one device there is nothing to choose, so its requests need not be told apart.
+    several = len(node.scheduler.lanes) > 1
     if dialect is Dialect.OLLAMA:
         translated = translate(path, without_bom(body), node.default_model_id, trio.current_time())
         path, body = translated.path, translated.body
@@ -69,15 +71,13 @@ def read_request(
         fields = read_form(body, text_of(values.get(b"content-type")), needs=endpoint.needs)
     else:
         body = without_bom(body)
-        fields = read_body(body, needs=endpoint.needs, instead=endpoint.instead)
+        fields = read_body(body, needs=endpoint.needs, instead=endpoint.instead, identify=several)
     card = find_card(node, model_of_name(node, fields.model))
     _check_task(node, card, endpoint)
     if card.max_request_bytes is not None and len(body) > card.max_request_bytes:
         raise BodyTooLarge(card.max_request_bytes, card.model_id)
     if endpoint.may_have_media and not node.allow_remote_media:
         refuse_remote_media(body)
-    # On one device there is nothing to choose, so its requests need not be told apart.
-    several = len(node.scheduler.lanes) > 1
     streamed = fields.stream and endpoint.streams
     request = InferenceRequest(
         request_id=request_id,

@@ -20,7 +20,8 @@ _BAD_REQUEST, _TOO_LARGE, _NOT_IMPLEMENTED, _BAD_VERSION = 400, 431, 501, 505
 
 
 class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
-    """The head of a request. `target` is in origin form, ASCII; the names of `headers` are lower case.
+    """The head of a request. `target` is in origin form, ASCII; the names of `headers` are lower case. `values` are the
+    headers by name, the last one of each.
 
     `has_body` is whether a body follows, even an empty one. `keep_alive` is whether the client may send another request
     after this one. `expects_continue` is whether it waits for a 100 before it sends the body.
@@ -30,6 +31,7 @@ class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
     target: bytes
     http_version: str
     headers: list[tuple[bytes, bytes]]
+    values: dict[bytes, bytes]
     has_body: bool
     keep_alive: bool
     expects_continue: bool
@@ -194,14 +196,17 @@ class RequestParser:
         if version not in ("1.1", "1.0"):
             raise _Rejected(_BAD_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
         values = dict(headers)
-        if version == "1.1" and len([None for name, _value in headers if name == b"host"]) != 1:
+        if version == "1.1" and [name for name, _value in headers].count(b"host") != 1:
             raise _Rejected(_BAD_REQUEST, "it must have exactly one Host header")
-        encoding = _transfer_encoding(headers, version)
+        encoding = b"transfer-encoding" in values
+        if encoding:
+            _check_encoding(headers, version)
         return RequestHead(
             method=self._method(),
             target=_origin_form(self._target),
             http_version=version,
             headers=headers,
+            values=values,
             has_body=encoding or b"content-length" in values,
             keep_alive=version == "1.1" and self._parser.should_keep_alive(),
             expects_continue=version == "1.1" and values.get(b"expect", b"").lower() == b"100-continue",
@@ -218,19 +223,16 @@ class _Rejected(Exception):
         self.status = status
 
 
-def _transfer_encoding(headers: list[tuple[bytes, bytes]], version: str) -> bool:
-    """Whether the body is chunked. With two lengths a request can be smuggled past a proxy that uses the other one
-    (RFC 9112, 6.1)."""
+def _check_encoding(headers: list[tuple[bytes, bytes]], version: str) -> None:
+    """Refuse a body that is not plainly chunked. With two lengths a request can be smuggled past a proxy that uses the
+    other one (RFC 9112, 6.1)."""
     encodings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
-    if not encodings:
-        return False
     if any(name == b"content-length" for name, _value in headers):
         raise _Rejected(_BAD_REQUEST, "it has both Content-Length and Transfer-Encoding")
     if version == "1.0":
         raise _Rejected(_BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")
     if encodings != [b"chunked"]:
         raise _Rejected(_NOT_IMPLEMENTED, "the only Transfer-Encoding supported is 'chunked'")
-    return True
 
 
 def _origin_form(target: bytes) -> bytes:

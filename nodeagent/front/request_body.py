@@ -38,31 +38,35 @@ class BodyFields(msgspec.Struct, frozen=True, kw_only=True):
     conversation: str | None
 
 
-class _Raw(msgspec.Struct):
-    """The fields as they are in the body; `null` if missing."""
+_MISSING = msgspec.Raw(b"null")
 
-    model: msgspec.Raw = msgspec.Raw(b"null")
-    stream: msgspec.Raw = msgspec.Raw(b"null")
-    n: msgspec.Raw = msgspec.Raw(b"null")
-    n_cmpl: msgspec.Raw = msgspec.Raw(b"null")
-    messages: msgspec.Raw = msgspec.Raw(b"null")
-    prompt: msgspec.Raw = msgspec.Raw(b"null")
-    prompt_cache_key: msgspec.Raw = msgspec.Raw(b"null")
-    input: msgspec.Raw = msgspec.Raw(b"null")
-    content: msgspec.Raw = msgspec.Raw(b"null")
-    query: msgspec.Raw = msgspec.Raw(b"null")
-    input_prefix: msgspec.Raw = msgspec.Raw(b"null")
-    tokens: msgspec.Raw = msgspec.Raw(b"null")
+
+class _Raw(msgspec.Struct):
+    """The fields as they are in the body."""
+
+    model: msgspec.Raw = _MISSING
+    stream: msgspec.Raw = _MISSING
+    n: msgspec.Raw = _MISSING
+    n_cmpl: msgspec.Raw = _MISSING
+    messages: msgspec.Raw = _MISSING
+    prompt: msgspec.Raw = _MISSING
+    prompt_cache_key: msgspec.Raw = _MISSING
+    input: msgspec.Raw = _MISSING
+    content: msgspec.Raw = _MISSING
+    query: msgspec.Raw = _MISSING
+    input_prefix: msgspec.Raw = _MISSING
+    tokens: msgspec.Raw = _MISSING
 
 
 class _Message(msgspec.Struct):
-    role: msgspec.Raw = msgspec.Raw(b"null")
+    role: msgspec.Raw = _MISSING
 
 
 _MODEL_FIRST = re.compile(rb'[\s\xef\xbb\xbf]{0,64}\{\s{0,64}"model"\s{0,64}:\s{0,64}("(?:[^"\\]|\\.){1,512}")')
 _BODY = msgspec.json.Decoder(_Raw)
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _MESSAGE = msgspec.json.Decoder(_Message)
+_MESSAGES = msgspec.json.Decoder(list[_Message])
 
 
 def without_bom(body: bytes) -> bytes:
@@ -79,8 +83,9 @@ def model_at_start(body: bytes) -> str | None:
         return None
 
 
-def read_body(body: bytes, *, needs: str, instead: str | None = None) -> BodyFields:
-    """Check and read a body; `needs` (`messages`, say) is the field that it must have, or else `instead`.
+def read_body(body: bytes, *, needs: str, instead: str | None = None, identify: bool = True) -> BodyFields:
+    """Check and read a body; `needs` (`messages`, say) is the field that it must have, or else `instead`. Without
+    `identify` the conversation is not looked for.
 
     Raises InvalidRequest, which names the field, the value and what would be right. Everything else in the body is
     checked by the server.
@@ -96,12 +101,13 @@ def read_body(body: bytes, *, needs: str, instead: str | None = None) -> BodyFie
         raise InvalidRequest(f"'{needs}' is missing.", param=needs)
     if has == "input":
         _check_input(raw.input)
-    messages = _messages(raw.messages) if needs == "messages" else []
+    if needs == "messages":
+        _check_messages(raw.messages)
     return BodyFields(
         model=model,
         stream=bool(stream),
         completions=max(_count(raw.n), _count(raw.n_cmpl)) * (_prompts(raw.prompt) if needs == "prompt" else 1),
-        conversation=_conversation(raw.prompt_cache_key, messages),
+        conversation=_conversation(raw, needs) if identify else None,
     )
 
 
@@ -131,6 +137,8 @@ def _check_utf8(body: bytes) -> None:
 
 def _value(raw: msgspec.Raw) -> Any:
     """A scalar, or Ellipsis for what is too long to be one, or a number beyond all bounds."""
+    if raw is _MISSING:
+        return None
     try:
         return msgspec.json.decode(raw) if memoryview(raw).nbytes <= _SHOWN_BYTES else ...
     except msgspec.DecodeError:
@@ -171,25 +179,30 @@ def _prompts(raw: msgspec.Raw) -> int:
     return max(1, len(items))
 
 
-def _messages(raw: msgspec.Raw) -> list[bytes]:
-    """The messages as they are in the body, none if they are too long to look into."""
+def _check_messages(raw: msgspec.Raw) -> None:
+    """Refuse messages that are no objects, unless they are too long to look into."""
     if not _starts_with(raw, b"["):
         raise InvalidRequest(f"'messages' must be a list of objects, not {kind_of(raw)}.", param="messages")
     if memoryview(raw).nbytes > _LOOK_INTO_BYTES:
-        return []
-    messages = [bytes(item) for item in _LIST.decode(raw)]
-    for index, message in enumerate(messages):
-        if not message.startswith(b"{"):
-            raise InvalidRequest(f"'messages[{index}]' must be an object, not {kind_of(message)}.", param="messages")
-    return messages
+        return
+    try:
+        _MESSAGES.decode(raw)
+    except msgspec.ValidationError:
+        wrong = [(index, one) for index, one in enumerate(_LIST.decode(raw)) if not _starts_with(one, b"{")]
+        index, message = wrong[0]
+        kind = kind_of(message)
+        raise InvalidRequest(f"'messages[{index}]' must be an object, not {kind}.", param="messages") from None
 
 
-def _conversation(key: msgspec.Raw, messages: list[bytes]) -> str | None:
+def _conversation(raw: _Raw, needs: str) -> str | None:
     """By `prompt_cache_key`, OpenAI's field for this; else by the messages up to the user's first one, which every
-    later turn repeats."""
-    named = _value(key)
+    later turn repeats, unless they are too long to look into."""
+    named = _value(raw.prompt_cache_key)
     if isinstance(named, str) and named:
         return f"key {named[:256]}"
+    if needs != "messages" or memoryview(raw.messages).nbytes > _LOOK_INTO_BYTES:
+        return None
+    messages = [bytes(item) for item in _LIST.decode(raw.messages)]
     for index, message in enumerate(messages):
         if bytes(_MESSAGE.decode(message).role) == b'"user"':
             return "head " + hashlib.blake2b(b"\n".join(messages[: index + 1]), digest_size=16).hexdigest()

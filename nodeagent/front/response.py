@@ -18,7 +18,7 @@ Headers = list[tuple[bytes, bytes]]
 BODILESS_STATUSES: Final = frozenset({204, 304})
 _PHRASES: Final = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 # The framing is ours alone.
-_FRAMING: Final = frozenset({b"connection", b"transfer-encoding"})
+_FRAMING: Final = frozenset({b"connection", b"transfer-encoding", b"content-length"})
 
 
 class ResponseWriter:
@@ -62,9 +62,10 @@ class ResponseWriter:
         lines = [b"HTTP/1.1 %d %s" % (status, _PHRASES.get(status, b""))]
         for name, value in headers:
             name = name.lower()
-            if name == b"content-length":
-                self._left_bytes = int(value)
             if name not in _FRAMING:
+                lines.append(name + b": " + value)
+            elif name == b"content-length":
+                self._left_bytes = int(value)
                 lines.append(name + b": " + value)
             elif name == b"connection" and value.lower() == b"close":
                 close = True
@@ -76,10 +77,13 @@ class ResponseWriter:
         if close or not self.keep_alive:
             self.keep_alive = False
             lines.append(b"connection: close")
-        if breaks(lines):
+        lines += (b"", b"")
+        head = b"\r\n".join(lines)
+        ends = len(lines) - 1
+        if head.count(b"\n") != ends or head.count(b"\r") != ends or b"\0" in head:
             raise ValueError(f"a header has a line break or a NUL: {headers!r:.200}")
         self.started = True
-        return b"\r\n".join([*lines, b"", b""])
+        return head
 
     def body(self, data: bytes) -> bytes:
         """The next bytes of the body. Raises ValueError if they exceed its `content-length`."""
@@ -101,12 +105,6 @@ class ResponseWriter:
             raise ValueError(f"the body is {self._left_bytes} bytes shorter than its Content-Length")
         self.complete = True
         return b"0\r\n\r\n" if self._chunked else b""
-
-
-def breaks(lines: list[bytes]) -> bool:
-    """Whether these would be more lines than they should."""
-    joined = b"".join(lines)
-    return b"\n" in joined or b"\r" in joined or b"\0" in joined
 
 
 _date: tuple[int, bytes] = (0, b"")

@@ -27,7 +27,7 @@ PATIENCE_S = 10.0
 
 
 class Catalogue:
-    """Headers and problems by model id. Only `inspect` writes them.
+    """Headers and problems by model id. Only `inspect` writes them. `changes` counts the headers that were read.
 
     `look_at_programs` is called with each inspection: what a load needs to know of the llama-servers themselves.
     """
@@ -44,6 +44,7 @@ class Catalogue:
         self._patience_s = patience_s
         # One thread for each model: a mount that hangs must not use up the threads of other models and of the devices.
         self._threads = defaultdict[str, trio.CapacityLimiter](lambda: trio.CapacityLimiter(1))
+        self.changes = 0
         self._headers: dict[str, GgufHeader] = {}
         self._problems: dict[str, str] = {}
 
@@ -64,6 +65,7 @@ class Catalogue:
                 self._headers[model.model_id] = await trio.to_thread.run_sync(
                     _read_all, model, self._read, abandon_on_cancel=True, limiter=self._threads[model.model_id]
                 )
+                self.changes += 1
         except GgufError as error:
             self._problems[model.model_id] = str(error)
         except trio.TooSlowError:

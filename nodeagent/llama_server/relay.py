@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 from collections import deque
-from contextlib import suppress
 from typing import Final, NoReturn
 
 import httptools
@@ -57,6 +56,8 @@ class Upstream:
         self.awaited = 0
         self.bytes_received = 0
         self.slot_ctx_size: int | None = None
+        host, key = address.encode("ascii"), api_key.encode("ascii")
+        self._own_headers = b"host: %b\r\nauthorization: Bearer %b" % (host, key)
         self._ip, _, port = address.rpartition(":")
         self._port = int(port)
         self._idle: deque[tuple[float, _Connection]] = deque()
@@ -67,10 +68,10 @@ class Upstream:
 
     def request(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> "SentRequest":
         """A request to this server; its `response` sends it."""
-        lines = [f"{method} {path} HTTP/1.1".encode("ascii"), b"host: " + self.address.encode("ascii")]
+        lines = [f"{method} {path} HTTP/1.1".encode("ascii"), self._own_headers]
         lines += [name + b": " + value for name, value in headers]
-        lines += [b"authorization: Bearer " + self.api_key.encode("ascii"), b"content-length: %d" % len(body)]
-        return SentRequest(self, b"\r\n".join([*lines, b"", body]))
+        lines += (b"content-length: %d" % len(body), b"", body)
+        return SentRequest(self, b"\r\n".join(lines))
 
     def close(self) -> None:
         """The server is gone: set `closed`, and close the idle connections."""
@@ -217,8 +218,10 @@ class _Connection:
         """What has arrived, b"" at the end of the connection. Raises OSError and trio.ClosedResourceError."""
         while True:
             await trio.lowlevel.wait_readable(self._socket)
-            with suppress(BlockingIOError):
+            try:
                 return os.read(self._socket.fileno(), _READ_BYTES)
+            except BlockingIOError:
+                continue
 
     def send_now(self, data: bytes | memoryview) -> int:
         """Send what fits into the socket's buffer; return how many bytes that was. Raises OSError."""

@@ -13,6 +13,7 @@ def response(method: str = "GET") -> Http2Response:
             target=b"/",
             http_version="2",
             headers=[],
+            values={},
             has_body=False,
             keep_alive=True,
             expects_continue=False,

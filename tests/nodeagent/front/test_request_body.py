@@ -150,6 +150,8 @@ def test_a_conversation_keeps_its_key_from_turn_to_turn() -> None:
     assert key(SYSTEM, USER, prompt_cache_key="k") == key(USER, prompt_cache_key="k") == "key k"
     assert key(SYSTEM, USER, prompt_cache_key=7) == first
     assert read_body(encoded(prompt="once"), needs="prompt").conversation is None
+    assert read_body(encoded(prompt="once", messages=[1, USER]), needs="prompt").conversation is None
+    assert read_body(encoded(messages=[USER]), needs="messages", identify=False).conversation is None
 
 
 def test_a_huge_body_of_tiny_objects_is_read_in_little_memory() -> None:
