@@ -16,6 +16,7 @@ from benchmarks.processes import LOAD_CPUS, Peer, process
 from fakes import tiny_models
 
 CANNED = Path(__file__).parent / "canned_server.py"
+TRIO_RELAY = Path(__file__).parent / "trio_relay.py"
 CANNED_ALIAS = "canned"
 # More than any load here has clients.
 MAX_REQUESTS = 128
@@ -34,6 +35,7 @@ def canned_peers(options: Options) -> Iterator[dict[str, Peer]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         direct = stack.enter_context(canned(folder))
         peers = {"direct": direct, "agent": stack.enter_context(agent_before_canned(folder))}
+        peers["trio"] = stack.enter_context(trio_relay(folder, direct.base_url))
         if shutil.which("haproxy"):
             peers["haproxy"] = stack.enter_context(haproxy(folder, direct.base_url))
         if shutil.which("nginx"):
@@ -124,6 +126,15 @@ def router(folder: Path, server: Path, models: Mapping[str, Path], flags: Sequen
     argv = [str(server), "--models-dir", str(files), "--models-max", "1", "--host", "127.0.0.1", "--port", str(port)]
     argv += ["-np", "1", "--device", "none", *flags]
     with process(argv, f"http://127.0.0.1:{port}/health", folder / "router.log") as peer:
+        yield peer
+
+
+@contextmanager
+def trio_relay(folder: Path, upstream: str) -> Iterator[Peer]:
+    """What trio itself costs: a relay that copies bytes."""
+    port = free_port()
+    argv = [sys.executable, str(TRIO_RELAY), str(port), upstream.rpartition(":")[2]]
+    with process(argv, f"http://127.0.0.1:{port}/health", folder / "trio.log") as peer:
         yield peer
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {
     "agent": "#08519c",
+    "trio": "#3182bd",
     "llama-swap": "#b33c00",
     "haproxy": "#74a9cf",
     "nginx": "#9ebcda",
