@@ -348,20 +348,27 @@ class UpstreamResponse:
 
     async def _chunk(self) -> bytes | None:
         while True:
-            pieces, self._pieces = self._pieces, []
-            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            if self._cutter is not None:
-                data = self._cutter.feed(data)
+            if self._pieces or self._complete:
+                data = self._arrived()
+                if data:
+                    return data
                 if self._complete:
-                    data += self._cutter.rest()
-                elif self._cutter.kept_bytes > _EVENT_MAX_BYTES:
-                    raise UpstreamLost(self._upstream.address, f"sent an event of more than {_EVENT_MAX_BYTES} bytes")
-            if data:
-                return data
-            if self._complete:
-                self.close()
-                return None
+                    self.close()
+                    return None
             await self._receive()
+
+    def _arrived(self) -> bytes:
+        """What has arrived of the body and was not returned yet; of an event stream, whole events."""
+        pieces, self._pieces = self._pieces, []
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        cutter = self._cutter
+        if cutter is not None:
+            data = cutter.feed(data)
+            if self._complete:
+                data += cutter.rest()
+            elif cutter.kept_bytes > _EVENT_MAX_BYTES:
+                raise UpstreamLost(self._upstream.address, f"sent an event of more than {_EVENT_MAX_BYTES} bytes")
+        return data
 
     async def _receive(self) -> None:
         """Feed the parser with what has arrived; it calls the methods below."""
@@ -384,8 +391,9 @@ class UpstreamResponse:
             if not self._complete:
                 raise UpstreamLost(address, f"sent invalid HTTP: {error}") from error
             self._keeps_alive = False  # what follows the response belongs to no request
-        self._head_bytes += 0 if self._head_done else len(data)
-        if max(self._head_bytes, self._unframed_bytes) > _HEAD_MAX_BYTES:
+        if not self._head_done:
+            self._head_bytes += len(data)
+        if self._head_bytes > _HEAD_MAX_BYTES or self._unframed_bytes > _HEAD_MAX_BYTES:
             raise UpstreamLost(address, f"sent more than {_HEAD_MAX_BYTES} bytes of headers or trailers")
 
     def _lost(self, reason: str) -> NoReturn:
