@@ -65,6 +65,8 @@ class Inference:
         """
         if request.answer is not None:
             return Answer(200, [(b"content-type", b"application/json")], WholeBody(request.answer))
+        if not request.fallbacks:
+            return await self._serve_counted(request, held)
         try:
             return await self._serve_once(request, held)
         except (BackendUnavailable, ModelLoadTimeout) as refusal:
@@ -75,7 +77,7 @@ class Inference:
             raise
 
     async def _serve_once(self, request: InferenceRequest, held: Releases) -> Answer:
-        """Serve the request by its own model. What one that is refused holds is given back at once."""
+        """Serve the request by its own model. What one that is refused holds is given back before the next is tried."""
         own = Releases()
         try:
             answer = await self._serve_counted(request, own)
