@@ -25,13 +25,13 @@ import ssl
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from nodeagent import descriptors, host_names, reload, state_dir
@@ -148,8 +148,7 @@ async def _bind_agent_check(config: NodeConfig) -> list[trio.SocketListener]:
     return listeners
 
 
-@dataclass(frozen=True, slots=True)
-class Listeners:
+class Listeners(msgspec.Struct, frozen=True):
     """Where the node listens."""
 
     http: list[trio.SocketListener]

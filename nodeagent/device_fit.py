@@ -1,7 +1,8 @@
 """Why a model is where it is: how it fits on one device, for people and programs. Pure."""
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from nodeagent.llama_server.fit import Fit, readable
 from nodeagent.llama_server.reason_codes import ReasonCode
@@ -11,8 +12,7 @@ from nodeagent.status import DeviceFit, FitState
 _OBSTACLES_OF_ROOM = {ReasonCode.DOES_NOT_FIT, ReasonCode.OUT_OF_DEVICE_MEMORY, ReasonCode.NO_ROOM_BESIDE_PINNED}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one model on one device.
 
     `server` is its server there; `why_loaded` who asked for its load. `free_bytes` of the device's memory are free, and

@@ -47,16 +47,16 @@ Errors carry fields, not formatted text. `str()` is for logs; the front writes t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 
 class NodeAgentError(Exception):
     """The root of the agent's own errors."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True):
     """One thing that is wrong with a configuration.
 
     `where` is the dotted key (`models[0].ctx_size`), or "" for the file as a whole. `line` counts from 1; None if the

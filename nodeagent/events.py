@@ -2,10 +2,10 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
+import msgspec
 import trio
 
 from nodeagent.llama_server.server_id import ServerId
@@ -18,8 +18,7 @@ KEPT = 1000
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
+class Page(msgspec.Struct, Generic[T], frozen=True):
     """What a reader gets: `items`, the number of the last one, and how many items before them it missed."""
 
     items: list[T]
@@ -59,8 +58,7 @@ class Ring(Generic[T]):
             await self._more.wait()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeEvent:
+class NodeEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One transition; what does not apply is None.
 
     `kind` is a server's new state (`starting`, `ready`, ...), `exited`, `stopped`, or `node` if the status of the node

@@ -1,8 +1,8 @@
 """One device as the node runs it, or several that models span: its servers, its lane, and what its servers printed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 from msgspec.structs import replace
 
 from nodeagent.config import NodeConfig
@@ -129,8 +129,7 @@ class ManagedDevice:
         return {model_id: device_fit(its) for model_id, its in facts.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """What a managed device is made of."""
 
     ref: DeviceRef

@@ -9,12 +9,13 @@ import ssl
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import Final, Protocol
 
+import msgspec
 import trio
+from msgspec.structs import replace
 
 from nodeagent import events, logs, loop_lag, reload
 from nodeagent.access.gate import Gate
@@ -70,8 +71,7 @@ class Dispatcher(Protocol):
     def register_again(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeIdentity:
+class NodeIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What does not change while the agent runs.
 
     Other hosts reach the node at `base_url`, this host reaches it at `local_url`. `incarnation` is random for each

@@ -6,8 +6,9 @@
 import logging
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
+
+import msgspec
 
 from nodeagent.config import (
     ApiKeyConfig,
@@ -50,8 +51,7 @@ TLS_KEYS = ("tls_cert", "tls_key", "tls_client_ca")
 _ACTIVITY = "activity."
 
 
-@dataclass(frozen=True, slots=True)
-class Again:
+class Again(msgspec.Struct, frozen=True):
     """What a reload reads: the configuration, its API keys by SHA-256, and its TLS."""
 
     config: NodeConfig

@@ -11,10 +11,11 @@ derives the status from it and from the state of the servers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, StrEnum
 from typing import Any
+
+import msgspec
 
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.scheduling.seam import LaneView, ServerState, ServerView
@@ -54,8 +55,7 @@ class Phase(Enum):
     STOPPING = "stopping"
 
 
-@dataclass(frozen=True, slots=True)
-class NodeState:
+class NodeState(msgspec.Struct, frozen=True):
     """The node's status. Each of `reasons` has its code at the same place in `reason_codes`.
 
     `can_serve` is False if every model has failed on every device.
@@ -67,8 +67,7 @@ class NodeState:
     reason_codes: tuple[NodeReason, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceStatus:
+class DeviceStatus(msgspec.Struct, frozen=True):
     """One device with its last reading (None before the first), its lane and its servers. `used_by` are the models
     whose server is that of another device and spans this one too."""
 
@@ -97,8 +96,7 @@ class FitState(StrEnum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceFit:
+class DeviceFit(msgspec.Struct, frozen=True, kw_only=True):
     """How a model fits on a device, and why: if it is loaded, who asked for that; else what it needs and what is free.
 
     `needed_bytes` is what a server of it takes of the device's memory, by a measurement (`is_measured`) or an estimate;
@@ -113,8 +111,7 @@ class DeviceFit:
     is_measured: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelStatus:
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model: what its configuration and its file say, and its average load time in seconds (None: not measured).
 
     `fits`, if it was asked for, has an entry for each device that the model may run on, or for those that it spans
@@ -136,8 +133,7 @@ class ModelStatus:
     fits: tuple[DeviceFit, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeSnapshot:
+class NodeSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about the node at one moment. `now` is `trio.current_time()`, as are the times of servers and
     readings; `started_at` is wall clock."""
 

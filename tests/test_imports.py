@@ -21,8 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Generic: could be a project of its own.
     "supervisor": set(),
     # Leaves.
-    "nodeagent.errors": set(),
-    "nodeagent.devices.values": set(),
+    "nodeagent.errors": {"msgspec"},
+    "nodeagent.devices.values": {"msgspec"},
     "nodeagent.timestamps": set(),
     "nodeagent.logs": {"nodeagent.timestamps"},
     "nodeagent.containment": {"supervisor.containment"},
@@ -157,9 +157,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_NEEDS: dict[str, set[str]] = {
     "supervisor": {"psutil", "trio"},
     "nodeagent.scheduling": {"msgspec", "trio"},
-    "nodeagent.errors": set(),
-    "nodeagent.devices.values": set(),
-    "nodeagent.status": {"trio"},
+    "nodeagent.errors": {"msgspec"},
+    "nodeagent.devices.values": {"msgspec"},
+    "nodeagent.status": {"msgspec", "trio"},
     "nodeagent.logs": set(),
     "nodeagent.timestamps": set(),
     "nodeagent.containment": set(),
@@ -169,7 +169,7 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "nodeagent.self_watch": {"trio"},
     "nodeagent.loop_lag": {"trio"},
     "nodeagent.histogram": set(),
-    "nodeagent.gguf": set(),
+    "nodeagent.gguf": {"msgspec"},
 }
 
 HTTP = {"h11", "hypercorn", "http", "httptools", "httpx", "quart", "quart_trio", "urllib.request"}

@@ -11,12 +11,12 @@ import hmac
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import trio
 
 from nodeagent.access.limits import Exceeded, Limits, Meter, Sums
@@ -49,8 +49,7 @@ ReadKeys = Callable[[], Mapping[str, ApiKeyConfig]]
 """Reads every key by its SHA-256. Blocks; raises NodeAgentError."""
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(msgspec.Struct, frozen=True):
     """One key while the agent runs. `entry` says what it may do. A new entry of the same name gets the same meter and
     sums."""
 

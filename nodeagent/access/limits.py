@@ -1,12 +1,12 @@
+import msgspec
+
 """The limits of one API key. Pure: it takes the time and answers at once."""
 
-from dataclasses import dataclass
 
 _MINUTE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What a key may have; None is no limit."""
 
     requests_per_minute: int | None = None
@@ -14,8 +14,7 @@ class Limits:
     tokens_per_day: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Exceeded:
+class Exceeded(msgspec.Struct, frozen=True):
     """A request is too much: `what` names the key of the configuration, `retry_after_s` says when it may come again,
     None if nobody knows."""
 
@@ -68,8 +67,7 @@ class Meter:
         self.in_flight -= 1
 
 
-@dataclass(slots=True)
-class Sums:
+class Sums(msgspec.Struct):
     """What a key has used: since it was made, and on `day`, the last day of UTC on which it was used (`2026-03-02`)."""
 
     requests: int = 0

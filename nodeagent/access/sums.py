@@ -1,11 +1,11 @@
 """What each API key has used, kept in a file: the sums and the tokens of the day last over restarts of the agent."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec.structs import asdict
 
 from nodeagent.access.limits import Sums
 from nodeagent.config import ApiKeyConfig

@@ -20,10 +20,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+import msgspec
 import platformdirs
 
 from nodeagent.config import NodeConfig, find_llama_server, load_config
@@ -52,8 +52,7 @@ SERVER_CHECK_S: Final = 30.0
 LOAD_TIMEOUT_S: Final = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSource:
+class ModelSource(msgspec.Struct, frozen=True):
     """A GGUF inside a wheel: `requirement` names the wheel exactly, `member` the file in it."""
 
     requirement: str

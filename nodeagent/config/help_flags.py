@@ -12,7 +12,8 @@ end before the description.
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.config.keys import NodeConfig
 from nodeagent.config.server_flags import FlagValue, flags_argv
@@ -33,8 +34,7 @@ def parse_help(text: str) -> dict[str, bool]:
     return flags if len(flags) >= _LEAST_FLAGS else {}
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(msgspec.Struct, frozen=True):
     """What builds of llama-server spell differently; the defaults are those of the newest."""
 
     has_spec_type: bool = True

@@ -6,8 +6,9 @@ in the table is used as it is, since other builds have other flags.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 FlagValue = bool | int | float | str | tuple[int | float | str, ...] | None
 
@@ -152,8 +153,7 @@ _STRUCTURED = {
 _FLAG_NAME = re.compile(r"-{0,2}[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(msgspec.Struct, frozen=True):
     """One flag with all its spellings as on a command line. `name` is one of them without dashes."""
 
     name: str
@@ -229,8 +229,7 @@ def sets_flag(server_args: Mapping[str, FlagValue], name: str) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class FileArg:
+class FileArg(msgspec.Struct, frozen=True):
     """A file in a flag's value; `scale` is what follows it in the value (":0.5"), "" if nothing does."""
 
     path: str

@@ -9,9 +9,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import yaml
 
 from nodeagent.config.variables import expand
@@ -58,8 +58,7 @@ for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
     )
 
 
-@dataclass(slots=True)
-class Source:
+class Source(msgspec.Struct):
     """One file's text as values. `lines` has the line (from 1) of each key and list item, `problems` what is wrong,
     `warnings` what is not an error.
 
@@ -68,9 +67,9 @@ class Source:
 
     file: Path | None
     value: object = None
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
+    lines: dict[KeyPath, int] = msgspec.field(default_factory=dict)
+    problems: list[Problem] = msgspec.field(default_factory=list)
+    warnings: list[Problem] = msgspec.field(default_factory=list)
 
     @property
     def folder(self) -> Path:

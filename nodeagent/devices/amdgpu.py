@@ -5,9 +5,10 @@ topology, in which ROCm numbers the cards; `unique_id` in it is the UUID that RO
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from nodeagent.devices.backend import DriverError
 from nodeagent.devices.cards import Card
@@ -18,8 +19,7 @@ from supervisor.cgroups import number, read
 _LAST: Final = 1 << 30  # cards that KFD does not list come after those that it does
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
+class _Node(msgspec.Struct, frozen=True):
     """A GPU in KFD's topology. `gfx` is 110000 for gfx1100; `is_apu`, whether CPU cores are part of it."""
 
     order: int

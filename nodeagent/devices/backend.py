@@ -7,9 +7,11 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.errors import ConfigError, NodeAgentError, Problem
@@ -32,13 +34,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Build:
+class Build(msgspec.Struct, frozen=True):
     """The llama-server that runs on devices, the variables that the configuration gives it there, and how the ids of
     these devices begin."""
 
     binary: Path
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = msgspec.field(default_factory=dict)
     id_prefix: str = "gpu"
 
 

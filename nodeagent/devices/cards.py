@@ -5,8 +5,9 @@ runs there; the vendor's driver can, and `match` finds which of its cards a devi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nodeagent.devices.listing import ListedDevice
 from nodeagent.devices.values import DeviceMetrics
@@ -15,8 +16,7 @@ from nodeagent.devices.values import DeviceMetrics
 _SAME_MEMORY = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class Card(msgspec.Struct, frozen=True, kw_only=True):
     """One card as its driver knows it. `key` is the driver's own name for it."""
 
     key: str

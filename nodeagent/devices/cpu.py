@@ -7,10 +7,10 @@ of it.
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import psutil
 
 from nodeagent.devices.backend import DeclaredDevice, as_declared
@@ -22,8 +22,7 @@ _ID_PREFIX: Final = "cpu:"
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
-@dataclass(frozen=True, slots=True)
-class CpuTimes:
+class CpuTimes(msgspec.Struct, frozen=True):
     """Seconds since the host started: `busy` of `total`."""
 
     busy: float
@@ -33,8 +32,7 @@ class CpuTimes:
         return CpuTimes(self.busy + other.busy, self.total + other.total)
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True):
     """Memory in bytes. `available` can be used without swapping; it includes caches that can be dropped."""
 
     total: int

@@ -6,9 +6,10 @@ sysfs-devices-power of the kernel.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from nodeagent.devices.backend import DriverError
 from nodeagent.devices.listing import pci_address
@@ -21,8 +22,7 @@ _IDLE_BYTES: Final = 256 << 20
 _IDLE_UTILIZATION: Final = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class DrmCard:
+class DrmCard(msgspec.Struct, frozen=True):
     """`folder` is /sys/class/drm/cardN; `device` in it is the PCI device."""
 
     folder: Path

@@ -5,9 +5,10 @@ the files. Neither driver tells in sysfs how much memory is in use. Power is wha
 readings, and utilisation the time that the card did not idle between them.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from nodeagent.devices.backend import DriverError
 from nodeagent.devices.cards import Card
@@ -23,8 +24,7 @@ _IDLE: Final = {"xe": "device/tile*/gt*/gtidle/idle_residency_ms", "i915": "gt/g
 _TEMPERATURES: Final = {"xe": ("temp2_input", "temp1_input"), "i915": ("temp1_input",)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Counters:
+class _Counters(msgspec.Struct, frozen=True):
     at: float
     microjoules: int | None
     idle_ms: tuple[int, ...]

@@ -7,11 +7,12 @@ counts, since each of them includes what is below it. Nothing here raises: a lim
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import psutil
+from msgspec.structs import replace
 
 from nodeagent.devices.values import DeviceRef
 from supervisor.cgroups import number, own_folders, read
@@ -27,8 +28,7 @@ _PAGE_CACHE: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Cpus:
+class Cpus(msgspec.Struct, frozen=True):
     """The CPUs of this process. `allowed` are those of its affinity; `quota` is how many of them its control groups let
     it use at a time, as a fraction, None without a limit; `cores` are the host's physical ones, None if unknown."""
 
@@ -90,8 +90,7 @@ def _quota_of(folder: Path) -> float | None:
     return quota_us / period_us if quota_us and period_us else None
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryLimit:
+class MemoryLimit(msgspec.Struct, frozen=True):
     """A limit of a control group in bytes, and how much of it can still be used; None if unknown."""
 
     total: int

@@ -8,8 +8,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.devices.backend import Build, DeclaredDevice, DriverError, Faults, as_declared, within
 from nodeagent.devices.cards import Card, CardSource, match, same
@@ -29,8 +31,7 @@ _SOURCE_MAX_S: Final = 20.0
 # which does not say so: nothing but the total is taken from the list.
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(msgspec.Struct, frozen=True):
     """One device: its names in the binary's list and in the vendor's software (None: unknown), and the card that it is,
     with what measures it."""
 

@@ -17,9 +17,11 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.devices.backend import Build, DriverError
 
@@ -47,8 +49,7 @@ _PREFIXES: Final = {
 _ENV: Final = {"ZES_ENABLE_SYSMAN": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListedDevice:
+class ListedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One row. `backend` is the name in the configuration, None for a vendor that the agent does not know.
 
     `pci_id` and `integrated` are None where the binary does not say.

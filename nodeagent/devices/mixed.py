@@ -5,8 +5,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.devices.backend import Backend, DeclaredDevice
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
@@ -15,8 +17,7 @@ from nodeagent.errors import ConfigError, Problem
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """One backend, and the declared devices that are its own, by their places in the configuration."""
 
     backend: Backend

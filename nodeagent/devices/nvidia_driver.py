@@ -3,14 +3,14 @@
 Both number the GPUs by their PCI bus ids, as CUDA does with CUDA_DEVICE_ORDER=PCI_BUS_ID.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nodeagent.devices.values import DeviceMetrics
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(msgspec.Struct, frozen=True):
     """One GPU as the driver lists it. `uuid` is None if it has none (some virtual GPUs); `pci_id` is as in sysfs."""
 
     index: int
@@ -20,8 +20,7 @@ class Gpu:
     pci_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuReading:
+class GpuReading(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured; None is unknown, as the memory of a GPU that shares the host's memory."""
 
     memory_total_bytes: int | None = None

@@ -14,9 +14,10 @@ spans are numbered from 0 in their order.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 # Empty, each of them hides all devices of its backends. There is no such value for ONEAPI_DEVICE_SELECTOR.
 HIDDEN: Final[Mapping[str, str]] = MappingProxyType(
@@ -26,8 +27,7 @@ HIDDEN: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(msgspec.Struct, frozen=True):
     """`masks` are applied one after the other, each to what the one before left; the first pins, by `entry`.
 
     `fixed` are the variables that each child of this backend gets besides; `{}` in them stands for the numbers of the
@@ -36,7 +36,7 @@ class Rule:
 
     masks: tuple[str, ...] = ()
     entry: str = "{}"
-    fixed: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, str] = msgspec.field(default_factory=dict)
     by_number: bool = False
 
 
@@ -61,8 +61,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
+class Pin(msgspec.Struct, frozen=True):
     env: Mapping[str, str]
     args: tuple[str, ...] = ()
 

@@ -1,8 +1,9 @@
 """The NVIDIA driver through the command `nvidia-smi`, for hosts where its library can't be loaded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from nodeagent.devices.backend import DriverError
 from nodeagent.devices.commands import run_command
@@ -27,8 +28,7 @@ _FRESH_S: Final = 1.0
 _MIB: Final = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class SmiResult:
+class SmiResult(msgspec.Struct, frozen=True):
     """The result of one call of nvidia-smi, which writes its errors to stdout."""
 
     returncode: int

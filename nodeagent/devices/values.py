@@ -4,11 +4,11 @@ Nothing here depends on the vendor.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceRef:
+class DeviceRef(msgspec.Struct, frozen=True, kw_only=True):
     """One device that can run a server.
 
     `device_id` is its name for people and on the wire (`cpu:0`, `gpu:0`); `index` is its number in the vendor's tools
@@ -28,11 +28,14 @@ class DeviceRef:
     threads: int | None = None
     cpus: frozenset[int] | None = None
     llama_server_bin: str | None = None
-    env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    env: Mapping[str, str] = msgspec.field(default_factory=dict)
     memory_reserve_bytes: int = 0
     """Memory that is kept free for other programs, by the configuration."""
     members: "tuple[DeviceRef, ...]" = ()
     """The devices that models span, in the order of their `devices`; empty for a device of its own."""
+
+    def __hash__(self) -> int:
+        return hash(self.device_id)  # `env` has no hash
 
     @property
     def parts(self) -> "tuple[DeviceRef, ...]":
@@ -64,8 +67,7 @@ def span_id(device_ids: Sequence[str]) -> str:
     return "+".join(device_ids)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceMetrics:
+class DeviceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """One reading of a device, taken at `measured_at` (`trio.current_time()`); None is unknown."""
 
     measured_at: float

@@ -4,8 +4,8 @@ import email.utils
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import msgspec
 from pydantic import ValidationError
 
 from nodeagent.dispatcher.wire import INTERVAL_MAX_S, INTERVAL_MIN_S, HeartbeatResponse
@@ -14,8 +14,7 @@ BACKOFF_FIRST_S = 1.0
 BACKOFF_LONGEST_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class DispatcherResponse:
+class DispatcherResponse(msgspec.Struct, frozen=True):
     """The response to a call; `failure` says why there is none."""
 
     status: int = 0
@@ -24,22 +23,19 @@ class DispatcherResponse:
     failure: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """The call succeeded. `interval_s` is the heartbeat interval that the dispatcher asks for, None if it does not."""
 
     interval_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Unknown:
+class Unknown(msgspec.Struct, frozen=True):
     """The dispatcher does not know this node: register again."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """The call failed: repeat it after `wait_s` if the dispatcher gave one, else after a back-off.
 
     `error` marks what a person has to fix: another incarnation is newer, or the token is wrong.

@@ -6,15 +6,15 @@ header is kept of a request, and so no key. What is no text, such as a form with
 
 import codecs
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 _TEXTS: Final = frozenset({"application/json", "application/x-ndjson", "application/x-www-form-urlencoded"})
 _TYPE_CHARS: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """How many bytes are kept of each body, and of all together."""
 
     each_bytes: int

@@ -14,10 +14,10 @@ import ipaddress
 import logging
 import socket
 import ssl
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import trio
 
 from nodeagent.front.exchange import FindHandler, Peer
@@ -53,8 +53,7 @@ class Http2Road:
         return self._make(connection, stranger)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
+class Shared(msgspec.Struct, frozen=True, kw_only=True):
     """What all connections of a server share. `draining` is set when the server drains."""
 
     ordinary_road: OrdinaryRoad
@@ -62,8 +61,8 @@ class Shared:
     keep_alive_timeout_s: float
     send_timeout_s: float
     find_tls: FindContext = no_tls
-    http2_road: Http2Road = field(default_factory=Http2Road)
-    draining: trio.Event = field(default_factory=trio.Event)
+    http2_road: Http2Road = msgspec.field(default_factory=Http2Road)
+    draining: trio.Event = msgspec.field(default_factory=trio.Event)
 
 
 class Connection:

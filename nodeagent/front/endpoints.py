@@ -4,9 +4,10 @@ A path is here as the server has it, and as `paths.canonical` makes it of what a
 commands, fetches for others, or writes files (`/tools`, `/cors-proxy`, saved slots, POST `/props`).
 """
 
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
+
+import msgspec
 
 
 class Dialect(Enum):
@@ -26,8 +27,7 @@ class Slots(Enum):
     NONE = auto()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """One path of inference.
 
     The body must have the field `needs`, or the field `instead` if there is one. `streams` is whether `"stream": true`

@@ -8,9 +8,9 @@ is done for a request for inference.
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import trio
 
 from nodeagent.front.half_close import HalfClose
@@ -24,8 +24,7 @@ class AbortResponse(Exception):
     """Raised in mid-answer: end the connection so that the client sees a truncated answer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
+class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """A connection's client and its own address, as ASGI has them, and the client's address for logs."""
 
     client: tuple[str, int] | None

@@ -6,9 +6,9 @@ between the client and the model's server.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 from werkzeug.routing import Map, Rule
 
 from nodeagent.front.endpoints import ENDPOINTS, Dialect, Endpoint, Slots
@@ -71,13 +71,12 @@ _ERRORS: Final[Mapping[Dialect, tuple[str, Schema]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
+class Note(msgspec.Struct, frozen=True, kw_only=True):
     """What a route does, and what the application's routes don't say: its query's parameters, its body's fields, the
     types of its answers (None: those of the model's server) and their statuses."""
 
     summary: str
-    query: Mapping[str, Schema] = field(default_factory=dict)
+    query: Mapping[str, Schema] = msgspec.field(default_factory=dict)
     body: Mapping[str, Schema] | None = None
     required: tuple[str, ...] = ()
     answers: tuple[str, ...] | None = (_JSON,)

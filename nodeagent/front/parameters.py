@@ -5,14 +5,12 @@ fields and overrides after them. A body of a model without either stays as it is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(msgspec.Struct, frozen=True):
     """The fields as they are put into a JSON object: `"name":value`, each followed (`head`) or preceded (`tail`) by a
     comma."""
 

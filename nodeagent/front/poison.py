@@ -6,14 +6,14 @@ cause.
 """
 
 import hashlib
-from dataclasses import dataclass
+
+import msgspec
 
 BLOCKED_S = 60.0
 _CRASHES_TO_BLOCK = 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(msgspec.Struct, frozen=True):
     crashes: int
     expires_at: float
 

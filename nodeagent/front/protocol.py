@@ -5,7 +5,6 @@
     feed(bytes) ──> RequestHead, body pieces..., END_OF_BODY, RequestHead, ... ──> BadRequest (the last event)
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 import httptools
@@ -44,8 +43,7 @@ class EndOfBody:
 END_OF_BODY: Final = EndOfBody()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BadRequest:
+class BadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What follows on this connection can't be read as a request. `complaint` says why, in a sentence.
 
     `answers_head` is whether it is the fault of a HEAD request, whose answer has no body.

@@ -8,9 +8,10 @@ may help. `x-should-retry: false` tells OpenAI's clients not to retry. `error_ta
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
+
+import msgspec
 
 from nodeagent.errors import (
     BackendCrashed,
@@ -64,8 +65,7 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 Headers = list[tuple[str, str]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True):
     """How one error is answered. `message` makes the sentence from the error.
 
     An error's own `retry_after_s` comes before the row's. `final` says that a retry would end the same way. `when` and

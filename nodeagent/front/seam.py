@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, Protocol
+
+import msgspec
 
 from nodeagent.access.gate import Gate
 from nodeagent.errors import ModelForbidden, ModelNotFound
@@ -20,8 +21,7 @@ _ROLE: Final = "role:"
 _STATES: Final = ("loaded", "loading")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelCard(msgspec.Struct, frozen=True):
     """A model as `/v1/models` lists it. `created` is in seconds since the epoch, as OpenAI has it.
     `task` is what the model is for (chat, embedding or rerank), None if that is not known. `fallback` are the ids of
     models that serve its requests if it can't. `parameters` are put into the body of each of its requests."""
@@ -36,8 +36,7 @@ class ModelCard:
     max_request_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelDetails:
+class ModelDetails(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a model now. `state` is in llama-server's words: unloaded, loading or loaded; `failed` is
     whether its last start failed. `server` is a server that is ready, None if there is none. The sizes are those of its
     file and its configuration, None if unknown. `size_label` is the number of parameters in words, such as 8B; it
@@ -55,8 +54,7 @@ class ModelDetails:
     takes_images: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Reloaded:
+class Reloaded(msgspec.Struct, frozen=True):
     """What a new configuration changed: the models, and the keys that need a restart to take effect."""
 
     added: tuple[str, ...]

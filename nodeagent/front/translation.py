@@ -7,8 +7,9 @@ A request is translated before anything else is done with it (`openai.py`). From
 carries its translator along; only errors and the answer's bytes have another form (`error_shapes.py`, `answer.py`).
 """
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 
 class Untranslatable(Exception):
@@ -37,8 +38,7 @@ class Translator(Protocol):
         its model to be loaded, `now` is `trio.current_time()`. Raises Untranslatable."""
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
+class Translation(msgspec.Struct, frozen=True):
     """What a request is for the server: POST to `path`, which is a path of `endpoints.ENDPOINTS`, with that body.
 
     `answer` is set if the client gets this without any server being asked.

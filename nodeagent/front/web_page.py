@@ -7,11 +7,11 @@ log line contains.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from quart import Blueprint, Response, request
 from werkzeug.exceptions import NotFound
 
@@ -40,8 +40,7 @@ _HEADERS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
+class _File(msgspec.Struct, frozen=True):
     content: bytes
     content_type: str
     etag: str

@@ -6,15 +6,15 @@ Read from llama.cpp b11434 (src/llama-model.cpp, src/models, src/llama-hparams.c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
+
+import msgspec
 
 from nodeagent.gguf.metadata import Metadata
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheShape:
+class CacheShape(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers that are kept. `keys` and `values` have one entry for each layer: the numbers for each token.
 
     Layers that are `windowed` keep only the last `window` tokens. `state` is the total of all recurrent layers, for
@@ -37,8 +37,7 @@ class _Kept(Enum):
     NOTHING = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class _Windows:
+class _Windows(msgspec.Struct, frozen=True):
     """Of `period` layers the last one sees everything, the first one with `dense_first`; the others have a window.
 
     `default` is the window of a file that names none: then there are none at all if it is 0.

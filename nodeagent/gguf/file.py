@@ -14,11 +14,12 @@ import os
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Final
+
+import msgspec
 
 from nodeagent.errors import NodeAgentError
 
@@ -111,8 +112,7 @@ class GgufError(NodeAgentError):
         super().__init__(f"{path}: {reason}")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """One file: its size, its metadata by key, and the sizes in bytes of those of NAMED_TENSORS that it has."""
 
     size_bytes: int

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Final, Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.gguf.cache_shape import CacheShape, cache_shape
 from nodeagent.gguf.file import LAYER_ROWS, OUTPUT_ROWS, TOKEN_ROWS, GgufError, read_part
@@ -40,8 +42,7 @@ _ENCODERS: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufHeader:
+class GgufHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What the metadata says. `size_bytes` is the whole model, all parts of a split one.
 
     `embedding_length` is how many numbers a token's row has, `heads` the most attention heads of a layer. `cache` is

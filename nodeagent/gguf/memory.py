@@ -6,8 +6,9 @@ Read from llama.cpp b11434 (src/llama-context.cpp, llama-kv-cache*.cpp, llama-me
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from nodeagent.gguf.cache_shape import CacheShape
 from nodeagent.gguf.header import GgufHeader
@@ -33,8 +34,7 @@ CACHE_TYPES: Final[Mapping[str, tuple[int, int]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of llama-server that its memory depends on.
 
     `ctx_size` is `-c`, which all slots share: None counts `least_ctx`, the least context that llama-server picks by
@@ -54,8 +54,7 @@ class Settings:
     flash_attn: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes: the weights, KV caches and recurrent states, the compute buffer, and what is loaded beside the model."""
 
     weights: int

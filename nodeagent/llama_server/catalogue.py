@@ -7,10 +7,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import trio
+from msgspec.structs import replace
 
 from nodeagent.config import ModelConfig, NodeConfig
 from nodeagent.devices.values import DeviceRef

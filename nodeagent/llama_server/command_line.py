@@ -8,10 +8,11 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
+
+import msgspec
 
 from nodeagent.config import Dialect, ModelConfig, NodeConfig
 from nodeagent.config.server_flags import flags_argv, sets_flag
@@ -69,8 +70,7 @@ class Pinning(Protocol):
     def child_args(self, device: DeviceRef) -> Sequence[str]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """The whole argv, and the variables that are added to the inherited environment: the configured ones, and those of
     the agent, which are no secrets."""
 

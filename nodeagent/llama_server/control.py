@@ -6,7 +6,6 @@ Whatever the child sends, or does not, ends in a Reply or a ControlError by the 
 import json
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import httptools
@@ -33,8 +32,7 @@ class ControlError(Exception):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """A whole answer."""
 
     status: int

@@ -5,8 +5,10 @@ On a CPU mapped weights do not count: all servers share them, and the system rec
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.config import ModelConfig, NodeConfig
 from nodeagent.config.server_flags import FlagValue, find_flag, sets_flag
@@ -21,8 +23,7 @@ _GIB: Final = 2**30
 _MIB: Final = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(msgspec.Struct, frozen=True):
     """What a model takes of a device's memory, and why it is known not to fit there, None if it may.
 
     `least_bytes` has to be free at least, since a load ran out of memory; None if none did. `measured`: what it takes

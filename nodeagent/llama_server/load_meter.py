@@ -11,9 +11,9 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import psutil
 import trio
 
@@ -47,16 +47,14 @@ class Readings(Protocol):
     async def read_now(self, device_id: str) -> DeviceMetrics: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
+class _Begun(msgspec.Struct, frozen=True):
     """A start: when, and the device's free memory before it, None if unknown."""
 
     at: float
     free_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
+class _Done(msgspec.Struct, frozen=True):
     """A server that has become ready."""
 
     model: ModelConfig

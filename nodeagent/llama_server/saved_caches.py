@@ -13,8 +13,9 @@ import logging
 import os
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nodeagent.config import ModelConfig
 from nodeagent.errors import UpstreamLost
@@ -32,8 +33,7 @@ SaveSlot = Callable[[Upstream, int, str], Awaitable[tuple[int, int]]]
 RestoreSlot = Callable[[Upstream, int, str], Awaitable[int]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Saved:
+class _Saved(msgspec.Struct, frozen=True):
     """What was saved of one server: by slot the file and its size in bytes; and what it belongs to."""
 
     files: dict[int, tuple[Path, int]]

@@ -13,7 +13,6 @@ it spins while it waits for the device.)
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -43,8 +42,7 @@ _GAP_MAX_S = 60.0
 Counts = tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """A server at `at` (`trio.current_time()`). `awaited` counts the requests of which something more is waited for;
     `counts` and `cpu_s` are None if unknown."""
 
@@ -82,8 +80,7 @@ class StallDetector:
         return now.counts is not None and self._counts is not None and now.counts != self._counts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """A ready server to be watched; `counts_cpu` means that its CPU time shows whether it makes progress."""
 
     child_id: str

@@ -10,10 +10,10 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
 import trio
 from msgspec.structs import replace
 
@@ -41,8 +41,7 @@ E = TypeVar("E")
 _A_REQUEST, _AN_OPERATOR, _PRELOAD = "for a request", "by an operator", "preload"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneRules:
+class LaneRules(msgspec.Struct, frozen=True, kw_only=True):
     """`max_pending` requests in flight plus queued; `queue_timeout_s` for a turn, `queue_timeouts_s` for those of some
     models; `startup_timeout_s` for a start.
 
@@ -56,8 +55,8 @@ class LaneRules:
     abandoned_load_grace_s: float = 30.0
     max_models: int = 1
     concurrent_models: bool = False
-    policy: Policy = field(default_factory=SwapAware)
-    queue_timeouts_s: Mapping[str, float] = field(default_factory=dict)
+    policy: Policy = msgspec.field(default_factory=SwapAware)
+    queue_timeouts_s: Mapping[str, float] = msgspec.field(default_factory=dict)
 
     def timeout_of(self, model_id: str) -> float:
         """How long a request for the model may wait for its turn."""

@@ -4,10 +4,10 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
+import msgspec
 import trio
 
 from nodeagent.errors import BackendUnavailable, Refusal
@@ -19,8 +19,7 @@ logger = logging.getLogger(__name__)
 E = TypeVar("E")
 
 
-@dataclass(slots=True)
-class Loading:
+class Loading(msgspec.Struct):
     """A load under way, which leaves the servers of `beside` alone. `abandoned_at` is when the last request that waited
     for it left; None while one waits, and if none ever did (a preload, say)."""
 

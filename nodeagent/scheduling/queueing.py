@@ -6,7 +6,6 @@ A policy decides whose turn it is; what follows from that is the same for all po
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -104,8 +103,7 @@ class Policy(Protocol):
     def decide(self, lane: LaneSnapshot) -> Decision: ...
 
 
-@dataclass(frozen=True, slots=True)
-class FirstCome:
+class FirstCome(msgspec.Struct, frozen=True):
     """First come, first served: models alternate in the order of the requests.
 
     A request behind the oldest runs beside it only if it wants the same model and a slot is free.

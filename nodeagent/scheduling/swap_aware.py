@@ -23,8 +23,9 @@ quick no request waits long.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
+
+import msgspec
 
 from nodeagent.scheduling.queueing import (
     IDLE,
@@ -42,8 +43,7 @@ _LOADS_PER_TURN = 8.0
 _CLASSES = len(Priority)
 
 
-@dataclass(frozen=True, slots=True)
-class SwapAware:
+class SwapAware(msgspec.Struct, frozen=True):
     """The policy, by its two durations in seconds (the configuration keys of the same names)."""
 
     swap_fairness_s: float = 30.0

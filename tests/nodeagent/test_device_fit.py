@@ -1,9 +1,9 @@
 """Why a model is where it is, in words and as a code."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from trio import Nursery
 from trio.testing import MockClock, wait_all_tasks_blocked
 

@@ -98,4 +98,4 @@ def test_an_event_as_json_has_every_field() -> None:
         "reason_code": "exited",
         "last_lines": ["x"],
     }
-    assert NodeEvent(at=at, kind="node").as_json().keys() == set(NodeEvent.__slots__)
+    assert NodeEvent(at=at, kind="node").as_json().keys() == set(NodeEvent.__struct_fields__)

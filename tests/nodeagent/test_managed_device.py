@@ -1,10 +1,10 @@
 """One device of the node: how it looks, and what a new configuration changes for it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.child_process import Fate

@@ -1,10 +1,10 @@
 """The payloads, field by field, from a snapshot made by hand."""
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 from nodeagent.dispatcher.payloads import heartbeat, inventory, register

@@ -4,12 +4,12 @@ import csv
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import trio
+from msgspec.structs import replace
 
 from fakes.balanced_node import FakeLane, FakeNode
 from nodeagent.front import agent_check

@@ -1,10 +1,10 @@
 """How the files beside a model reach the server, and how the memory for others is kept free."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from fakes import tiny_families
 from nodeagent.config import Dialect, ModelConfig, parse_config, parse_dialect

@@ -1,10 +1,10 @@
 """Which models can't fit on a device: only those which no setting of llama-server that is left to it could make fit."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.config import ModelConfig, parse_config
 from nodeagent.devices.values import DeviceRef

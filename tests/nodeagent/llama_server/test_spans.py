@@ -1,10 +1,10 @@
 """Models that span devices: which groups there are, what a server is started with, and what fits."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.config import ModelConfig, NodeConfig, parse_config
 from nodeagent.devices.values import DeviceRef, joined

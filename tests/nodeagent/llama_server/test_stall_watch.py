@@ -1,9 +1,9 @@
 """Busy servers that make no progress: the detector as a table, the watch in virtual time."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -21,7 +21,7 @@ def stalled_s(*changes: dict[str, object]) -> float:
     detector = StallDetector()
     seconds = 0.0
     for number, change in enumerate(changes):
-        seconds = detector.add(dataclasses.replace(STILL, at=5.0 * number, **change))  # type: ignore[arg-type]
+        seconds = detector.add(msgspec.structs.replace(STILL, at=5.0 * number, **change))
     return seconds
 
 
@@ -59,7 +59,7 @@ def test_clients_that_give_up_and_retry_are_no_sign_of_progress() -> None:
 def test_a_long_gap_between_two_observations_is_no_evidence() -> None:
     detector = StallDetector()
     for at in (0.0, 5.0, 905.0, 910.0):
-        seconds = detector.add(dataclasses.replace(STILL, at=at))
+        seconds = detector.add(msgspec.structs.replace(STILL, at=at))
     assert seconds == 10
 
 
@@ -139,7 +139,7 @@ async def test_a_server_that_can_not_be_observed_does_not_keep_another_from_bein
 ) -> None:
     strange, hung = Upstream("127.0.0.1:1", "key"), Upstream("127.0.0.1:2", "key")
     hung.awaited = 1
-    both = [worker(strange), dataclasses.replace(worker(hung), child_id="gpu:1/m")]
+    both = [worker(strange), msgspec.structs.replace(worker(hung), child_id="gpu:1/m")]
     failed = []
 
     async def observe(seen: Worker, *, with_counts: bool) -> Observation:

@@ -1,8 +1,7 @@
 """What a model is for, and the flags that its server gets for it."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.config import ModelConfig
 from nodeagent.gguf.header import GgufHeader, Task

@@ -1,11 +1,11 @@
 """A lane in virtual time, over servers that are a table."""
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.servers import FakeServers

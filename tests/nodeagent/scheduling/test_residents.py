@@ -1,10 +1,10 @@
 """A lane whose device has several models loaded, in virtual time, over servers that are a table."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.checked_policy import CheckedPolicy
@@ -31,7 +31,7 @@ Start = Callable[..., Awaitable[tuple[Lane[str], FakeServers]]]
 def start(nursery: trio.Nursery) -> Start:
     async def started(servers: FakeServers | None = None, **rules: object) -> tuple[Lane[str], FakeServers]:
         servers = servers or FakeServers()
-        lane: Lane[str] = Lane("cpu:0", servers, replace(RULES, **rules))  # type: ignore[arg-type]
+        lane: Lane[str] = Lane("cpu:0", servers, replace(RULES, **rules))
         servers.on_change = lane.nudge
         await nursery.start(lane.run)
         return lane, servers

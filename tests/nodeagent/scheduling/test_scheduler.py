@@ -1,10 +1,10 @@
 """Several lanes in virtual time: where requests go, and where they go when that turns out worse than thought."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.servers import FakeServers

@@ -1,10 +1,10 @@
 """A load that runs out of a device's memory: others make room for one more try, or another device takes over."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from fakes.checked_policy import CheckedPolicy
@@ -30,7 +30,7 @@ Start = Callable[..., Awaitable[Scheduler[str]]]
 @pytest.fixture
 def start(nursery: trio.Nursery) -> Start:
     async def started(*devices: FakeServers, **rules: object) -> Scheduler[str]:
-        own = replace(RULES, **rules)  # type: ignore[arg-type]
+        own = replace(RULES, **rules)
         lanes = {f"gpu:{number}": Lane(f"gpu:{number}", servers, own) for number, servers in enumerate(devices)}
         scheduler: Scheduler[str] = Scheduler(lanes, dict(zip(lanes, devices, strict=True)))
         for lane, servers in zip(lanes.values(), devices, strict=True):

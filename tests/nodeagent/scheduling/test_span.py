@@ -1,9 +1,8 @@
 """How the lane of a spanning model takes its devices, keeps them and gives them back."""
 
-from dataclasses import replace
-
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fakes.servers import FakeServers
