@@ -8,6 +8,7 @@ Upstream.request ──> SentRequest.response ──> UpstreamResponse: the head
 import json
 import logging
 import os
+import select
 import socket
 from collections import deque
 from typing import Final, NoReturn
@@ -199,6 +200,8 @@ class _Connection:
     def __init__(self, address: str, stream: trio.SocketStream) -> None:
         self._socket = stream.socket
         self._address = address
+        self._arrivals = select.poll()
+        self._arrivals.register(self._socket, select.POLLIN)
 
     def __repr__(self) -> str:
         state = "closed" if self._socket.fileno() < 0 else "open"
@@ -206,13 +209,7 @@ class _Connection:
 
     def is_quiet(self) -> bool:
         """Whether nothing has come on it since its last response: neither its end nor bytes that nobody asked for."""
-        try:
-            os.read(self._socket.fileno(), 1)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return not self._arrivals.poll(0)
 
     async def receive(self) -> bytes:
         """What has arrived, b"" at the end of the connection. Raises OSError and trio.ClosedResourceError."""

@@ -1,6 +1,5 @@
 """What a lane has granted: requests in flight, and holds of its device for models that span it."""
 
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -19,7 +18,7 @@ class InFlight(Generic[E]):
         self._tickets: dict[Ticket[E], None] = {}
         self.holds: list[Ticket[E]] = []
         # By model, how many tickets there are of each number of slots.
-        self._slots = defaultdict[str, Counter[int]](Counter)
+        self._slots: dict[str, dict[int, int]] = {}
 
     def __iter__(self) -> Iterator[Ticket[E]]:
         return iter(self._tickets)
@@ -38,7 +37,8 @@ class InFlight(Generic[E]):
     def add(self, ticket: Ticket[E]) -> None:
         """The ticket was granted."""
         self._tickets[ticket] = None
-        self._slots[ticket.model_id][ticket.slots] += 1
+        counts = self._slots.setdefault(ticket.model_id, {})
+        counts[ticket.slots] = counts.get(ticket.slots, 0) + 1
         if ticket.holder is not None:
             self.holds.append(ticket)
 
@@ -75,4 +75,4 @@ class InFlight(Generic[E]):
 
     def without_slot(self, model_id: str) -> int:
         """How many for the model use none of its slots."""
-        return self._slots[model_id][0] if model_id in self._slots else 0
+        return self._slots.get(model_id, {}).get(0, 0)
