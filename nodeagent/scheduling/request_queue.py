@@ -1,6 +1,5 @@
 """The queued requests of one lane: the memory channel that they arrive through, and the ordered list behind it."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
@@ -26,7 +25,7 @@ class RequestQueue(Generic[E]):
         self._on_arrival = on_arrival
         self._send, self._receive = trio.open_memory_channel[Ticket[E]](capacity)
         self._in_channel = 0
-        self._models: Counter[str] = Counter()
+        self._models: dict[str, int] = {}
         self._wake_up = trio.Event()
 
     @property
@@ -39,7 +38,7 @@ class RequestQueue(Generic[E]):
         self.collect()  # so the channel is never full, though the limit may have been raised since it was made
         self._send.send_nowait(ticket)
         self._in_channel += 1
-        self._models[ticket.model_id] += 1
+        self._count(ticket)
 
     def nudge(self) -> None:
         """Wake the lane's task."""
@@ -61,13 +60,13 @@ class RequestQueue(Generic[E]):
     def insert(self, ticket: Ticket[E]) -> None:
         """Insert a ticket by its age."""
         self.collect()
-        self._models[ticket.model_id] += 1
+        self._count(ticket)
         self._place(ticket)
 
     def insert_first(self, ticket: Ticket[E]) -> None:
         """Put it at the head of the queue, whatever its age."""
         self.collect()
-        self._models[ticket.model_id] += 1
+        self._count(ticket)
         self.waiting.insert(0, ticket)
         self._on_arrival(ticket)
 
@@ -82,6 +81,9 @@ class RequestQueue(Generic[E]):
         if not self._models[ticket.model_id]:
             del self._models[ticket.model_id]
         return True
+
+    def _count(self, ticket: Ticket[E]) -> None:
+        self._models[ticket.model_id] = self._models.get(ticket.model_id, 0) + 1
 
     def _place(self, ticket: Ticket[E]) -> None:
         """Behind every older ticket: nearly always at the end."""
