@@ -21,8 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Generic: could be a project of its own.
     "supervisor": set(),
     # Leaves.
-    "nodeagent.errors": {"msgspec"},
-    "nodeagent.devices.values": {"msgspec"},
+    "nodeagent.errors": set(),
+    "nodeagent.devices.values": set(),
     "nodeagent.timestamps": set(),
     "nodeagent.logs": {"nodeagent.timestamps"},
     "nodeagent.containment": {"supervisor.containment"},

@@ -1,7 +1,6 @@
-import msgspec
-
 """The limits of one API key. Pure: it takes the time and answers at once."""
 
+import msgspec
 
 _MINUTE_S = 60.0
 

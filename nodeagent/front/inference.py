@@ -77,7 +77,7 @@ class Inference:
             raise
 
     async def _serve_once(self, request: InferenceRequest, held: Releases) -> Answer:
-        """Serve the request by its own model. What one that is refused holds is given back before the next is tried."""
+        """Serve the request by its own model. What one that is refused holds is given back at once."""
         own = Releases()
         try:
             answer = await self._serve_counted(request, own)

@@ -25,7 +25,7 @@ class PoisonGuard:
         self._records: dict[bytes, _Record] = {}
 
     def __bool__(self) -> bool:
-        """Whether a server has crashed lately."""
+        """Whether it remembers any crash."""
         return bool(self._records)
 
     def record_crash(self, body: bytes, now: float) -> None:

@@ -23,6 +23,8 @@ __all__ = ["ASGIApp", "AbortResponse", "OpenConnections", "bind", "serve"]
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+# How often idle connections are looked for at most.
+_IDLE_LOOK_S = 1.0
 
 
 async def bind(host: str, port: int, *, port_key: str = "listen_port") -> tuple[list[trio.SocketListener], int]:
@@ -176,17 +178,20 @@ class _Server:
         """Close each connection that has been idle for the keep-alive timeout.
 
         One task does it for all: to move a deadline with each request takes 8 us, and here a connection notes a time.
+        Since it looks at every connection, it does so once a second at most, and a connection may end that much later.
         """
+        pause_s = min(_IDLE_LOOK_S, self._shared.keep_alive_timeout_s / 10)
         while True:
             now = trio.current_time()
             # None that is busy now or that comes from now on is due before this.
             next_at = now + self._shared.keep_alive_timeout_s
             for connection in self._connections:
-                if connection.idle_until <= now:
+                idle_until = connection.idle_until
+                if idle_until <= now:
                     connection.end_if_idle()
-                else:
-                    next_at = min(next_at, connection.idle_until)
-            await trio.sleep_until(next_at)
+                elif idle_until < next_at:
+                    next_at = idle_until
+            await trio.sleep_until(max(next_at, now + pause_s))
 
     def close_longest_idle(self, *, spare: int) -> None:
         """Close the connection that has been idle the longest, if one is, but not that with descriptor `spare`."""

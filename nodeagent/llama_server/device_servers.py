@@ -66,9 +66,10 @@ class DeviceServers:
     that will be restarted only after `patience_s` is an obstacle, and so are pinned models that leave no room among the
     `max_models` which may run at the same time.
 
-    What changes: `_models`, `_specs`, `_patience_s` and `_max_models` in `replace`; `_started` (the spec with which
-    each model was last started) and `_still_starting` (the model whose server is not ready before `after_ready` is
-    done) in `ensure`, and `_noted` (the generation of each model's child whose running out of memory has been noted);
+    What changes: `_models`, `_specs`, `_patience_s` and `_max_models` in `replace`; `_outdated` (the models whose
+    server was started before a reload that changed it) in `replace` and `ensure`; `_started` (the spec with which each
+    model was last started) and `_still_starting` (the model whose server is not ready before `after_ready` is done) in
+    `ensure`, and `_noted` (the generation of each model's child whose running out of memory has been noted);
     `_upstreams` in `handle`; `_ready_views`, which keeps what every request asks, in `_view_of_ready`.
     """
 
@@ -102,6 +103,7 @@ class DeviceServers:
         self._sharing: Sequence[Sequence[DeviceServers]] = ((self,),)
         self._still_starting: str | None = None
         self._started: dict[str, ChildSpec] = {}
+        self._outdated: set[str] = set()
         self._noted: dict[str, int] = {}
         self._upstreams: dict[str, Upstream] = {}
         self._ready_views: dict[str, tuple[_MadeOf, ServerView[Upstream]]] = {}
@@ -137,7 +139,9 @@ class DeviceServers:
         for model_id, spec in self._started.items():
             if specs.get(model_id) != spec:
                 self.reset_failure(model_id)
-        return [it for it in self._running() if not (self.serves(it) and self._runs_as(it, specs.get(it)))]
+        outdated = [it for it in self._running() if not (self.serves(it) and self._runs_as(it, specs.get(it)))]
+        self._outdated = set(outdated)
+        return outdated
 
     def reset_failure(self, model_id: str) -> bool:
         """Let a model that has failed be started at once, as if it never had; return whether it had failed."""
@@ -178,7 +182,7 @@ class DeviceServers:
 
     def obstacle(self, model_id: str) -> Obstacle | None:
         """What keeps this device from serving the model: it is no longer configured, is kept to other devices, does not
-        fit, or has failed."""
+        fit, or has failed. A ready server that is configured as it runs shows that there is nothing."""
         model = self._models.get(model_id)
         if model is None:
             return Obstacle("it is no longer configured", reason_code=ReasonCode.NOT_CONFIGURED)
@@ -186,7 +190,7 @@ class DeviceServers:
             kept_to = " and ".join(model.devices) or "a single device"
             return Obstacle(f"it is kept to {kept_to}", reason_code=ReasonCode.KEPT_ELSEWHERE, elsewhere=True)
         child = self._child(model_id)
-        if child is not None and child.state is ChildState.READY:
+        if child is not None and child.state is ChildState.READY and model_id not in self._outdated:
             return None
         fit = self.fit(model_id)
         if fit is not None and fit.misfit is not None:
@@ -243,6 +247,7 @@ class DeviceServers:
             spec = self._started[model_id]
         else:
             self._prepare_try_after_shortage(model_id)
+            self._outdated.discard(model_id)
         self._started[model_id] = spec
         try:
             await self._start(model, spec)

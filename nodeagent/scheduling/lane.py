@@ -457,8 +457,8 @@ class Lane(Generic[E]):
         return True
 
     def _free_server(self, model_id: str, slots: int) -> ServerView[E] | None:
-        """The model's server, if it has so many slots free, and so clearly that the policy need not be asked; every
-        request for a model that is loaded comes here. None where a load or a hold is under way, say."""
+        """The model's server, if it has so many slots free, and so clearly that the policy need not be asked; None
+        otherwise (during a load or a hold, say). Nearly every request for a loaded model is granted by this."""
         running = self._in_flight
         if self._loads.current is not None or running.holds or self._loads.is_held(model_id):
             return None

@@ -99,7 +99,7 @@ class Ticket(msgspec.Struct, Generic[E], eq=False, kw_only=True):
         return self.lease
 
     async def held(self) -> None:
-        """Wait until the lane has decided: grants this hold, say."""
+        """Wait until the lane has decided (has granted this hold, say)."""
         if self.state is TicketState.WAITING:
             if self._decided is None:
                 self._decided = trio.Event()

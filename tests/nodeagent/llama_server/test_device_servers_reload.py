@@ -71,6 +71,23 @@ async def test_whether_a_model_fits_follows_its_file_and_the_configuration(autoj
         assert device.servers.obstacle("a") is None
 
 
+async def test_a_server_of_before_a_reload_does_not_show_that_the_model_fits_now(autojump_clock: MockClock) -> None:
+    async with running_device(backend="cuda", gpu_layers=1) as device:
+        device.files.headers["a"] = header(size_bytes=8 * GIB)
+        await device.servers.ensure("a")
+        assert device.servers.obstacle("a") is None
+        models, specs = (
+            device.models | {"a": model("a", gpu_layers=99)},
+            device.specs | {"a": spec("a", argument="-ngl")},
+        )
+        assert device.servers.replace(models, specs, 1000) == ["a"]
+        obstacle = device.servers.obstacle("a")
+        assert obstacle is not None
+        assert obstacle.reason_code == "does_not_fit"
+        assert device.servers.replace(device.models, device.specs, 1000) == []
+        assert device.servers.obstacle("a") is None
+
+
 async def test_a_model_that_has_failed_may_be_started_at_once_if_its_configuration_changes(
     autojump_clock: MockClock,
 ) -> None:
