@@ -34,9 +34,6 @@ class DeviceRef(msgspec.Struct, frozen=True, kw_only=True):
     members: "tuple[DeviceRef, ...]" = ()
     """The devices that models span, in the order of their `devices`; empty for a device of its own."""
 
-    def __hash__(self) -> int:
-        return hash(self.device_id)  # `env` has no hash
-
     @property
     def parts(self) -> "tuple[DeviceRef, ...]":
         """The members, or the device itself."""

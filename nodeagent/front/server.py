@@ -23,7 +23,7 @@ __all__ = ["ASGIApp", "AbortResponse", "OpenConnections", "bind", "serve"]
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
-# How often idle connections are looked for at most.
+# The least time between two looks for idle connections.
 _IDLE_LOOK_S = 1.0
 
 

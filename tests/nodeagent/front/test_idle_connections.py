@@ -1,7 +1,6 @@
 """When idle connections are closed, in virtual time and without sockets."""
 
 from collections.abc import Iterable
-from functools import partial
 from typing import cast
 
 import trio
@@ -34,9 +33,8 @@ async def serve_for(seconds: float, connections: Iterable[Idle], keep_alive_time
     """Run a server without listeners that has these connections."""
     current = OpenConnections()
     current.current = cast("set[Connection]", set(connections))
-    serving = partial(serve, no_app, [], shutdown=trio.Event(), connections=current)
     with trio.move_on_after(seconds):
-        await serving(keep_alive_timeout_s=keep_alive_timeout_s)
+        await serve(no_app, [], shutdown=trio.Event(), keep_alive_timeout_s=keep_alive_timeout_s, connections=current)
 
 
 async def no_app(_scope: object, _receive: object, _send: object) -> None:

@@ -71,15 +71,13 @@ async def test_whether_a_model_fits_follows_its_file_and_the_configuration(autoj
         assert device.servers.obstacle("a") is None
 
 
-async def test_a_server_of_before_a_reload_does_not_show_that_the_model_fits_now(autojump_clock: MockClock) -> None:
+async def test_a_server_from_before_a_reload_does_not_show_that_the_model_fits_now(autojump_clock: MockClock) -> None:
     async with running_device(backend="cuda", gpu_layers=1) as device:
         device.files.headers["a"] = header(size_bytes=8 * GIB)
         await device.servers.ensure("a")
         assert device.servers.obstacle("a") is None
-        models, specs = (
-            device.models | {"a": model("a", gpu_layers=99)},
-            device.specs | {"a": spec("a", argument="-ngl")},
-        )
+        models = device.models | {"a": model("a", gpu_layers=99)}
+        specs = device.specs | {"a": spec("a", argument="-ngl 99")}
         assert device.servers.replace(models, specs, 1000) == ["a"]
         obstacle = device.servers.obstacle("a")
         assert obstacle is not None
