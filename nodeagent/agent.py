@@ -20,6 +20,7 @@ around all of it, from the start to the end (`signals`).
 
 import gc
 import logging
+import os
 import secrets
 import ssl
 import uuid
@@ -395,6 +396,7 @@ class _ChildSpecs(Mapping[str, ChildSpec]):
         self._dialects = dialects
         self._config = config
         self._models = {model.model_id: model for model in config.models}
+        self._environ = dict(os.environ)
         for model_id in self._models:
             self[model_id]  # so that the binaries that matter are known before the first load
 
@@ -415,6 +417,7 @@ class _ChildSpecs(Mapping[str, ChildSpec]):
             api_key=self._api_key,
             dialect_of=self._dialects.of,
             header=self._catalogue.header(model_id),
+            environ=self._environ,
         )
 
 

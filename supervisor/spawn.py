@@ -21,11 +21,14 @@ import trio
 
 from supervisor.memory import OomWatch
 from supervisor.output import Output
-from supervisor.strays import Kin, Origin, marked, reap_orphans, reap_strays
+from supervisor.strays import Kin, Origin, marked, reap_orphans, reap_strays, stat_of
 
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 65536
+# Programs write their lines one by one. What comes within this time is read together: to wake up for each line costs
+# more than to handle it.
+_READ_PAUSE_S = 0.005
 # After about this many lines other tasks get to run: each line costs a call of `on_line`.
 _LINES_PER_CHUNK = 32
 # After the exit of a child its last output is still in the pipe. Reading that takes no time, unless a process outside
@@ -77,6 +80,7 @@ class Process:
         self._popen = popen
         self._pipe = trio.lowlevel.FdStream(read_end)
         self._attending = trio.CancelScope(shield=True)
+        self._exited = trio.Event()
         self._grace = trio.CancelScope()
         self._killed = False
         self._kin = Kin(popen.pid)
@@ -93,6 +97,9 @@ class Process:
 
     def is_suspended(self) -> bool:
         """Whether a stop signal (SIGSTOP, a debugger) holds it: it can't answer, and can't obey SIGTERM either."""
+        if sys.platform == "linux":
+            stat = stat_of(self.pid)
+            return stat is not None and stat.state == "T"
         try:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
         except (psutil.Error, OSError):  # gone, or no file descriptor is free
@@ -136,6 +143,7 @@ class Process:
                 nursery.start_soon(self._read, read_all, name=f"read output of {self}")
                 nursery.start_soon(self._look_after, name=f"look after {self}")
                 await _wait_exit(self._popen)
+                self._exited.set()
                 # Until the leader is reaped, no other process group can get its number.
                 self._signal_group(signal.SIGKILL)
                 self._popen.wait()
@@ -219,9 +227,14 @@ class Process:
     async def _read(self, read_all: trio.Event) -> None:
         try:
             while data := await self._pipe.receive_some(_READ_BYTES):
-                for piece in _chunks(data):
-                    self.output.feed(piece)
+                first, *others = _chunks(data)
+                self.output.feed(first)
+                for piece in others:
                     await trio.lowlevel.checkpoint()
+                    self.output.feed(piece)
+                if len(data) < _READ_BYTES:
+                    with trio.move_on_after(_READ_PAUSE_S):
+                        await self._exited.wait()
         except OSError as error:
             logger.warning("%s: can't read its output: %s", self, error)
         read_all.set()

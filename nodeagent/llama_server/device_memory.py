@@ -67,8 +67,9 @@ class DeviceMemory:
         if known is None or any(map(is_not, known[0], made_of)):
             measured_bytes = least_bytes = None
             if self._measurements is not None:
-                measured_bytes = self._measurements.memory_bytes(model, self._specs[model_id])
-                least_bytes = self._measurements.least_bytes(model, self._specs[model_id])
+                spec = self._specs[model_id]
+                measured_bytes = self._measurements.memory_bytes(model, spec)
+                least_bytes = self._measurements.least_bytes(model, spec)
             fit = fit_of(header, model, self._device, measured_bytes, least_bytes)
             known = self._fits[model_id] = made_of, fit
         return known[1]

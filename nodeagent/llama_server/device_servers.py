@@ -306,8 +306,10 @@ class DeviceServers:
     async def stop(self, model_id: str) -> None:
         """Return once no server of that model runs. See `scheduling.seam.Servers`."""
         model, upstream = self._models.get(model_id), self._upstreams.get(model_id)
-        if model is not None and upstream is not None and self._specs[model_id] == self._started.get(model_id):
-            await self._hooks.before_stop(model, self._specs[model_id], upstream)
+        if model is not None and upstream is not None:
+            spec = self._specs[model_id]
+            if spec == self._started.get(model_id):
+                await self._hooks.before_stop(model, spec, upstream)
         await self._supervisor.stop(self._child_id(model_id))
 
     # What the rest of the node asks.

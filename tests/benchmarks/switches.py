@@ -3,10 +3,10 @@
 
     python tests/benchmarks/switches.py [--rounds 3] [--quick] [--llama-swap BINARY]
 
-"direct" is the least that a switch can take: the very command that the agent runs, started on its own with nothing to
-stop before it, until its answer's first byte. The models are a tiny one, which loads in about 20 ms, and the demo's
-(98 MB, fetched into the user's cache); `--quick` takes a second tiny one instead. All servers run on the CPU of what
-is in front of them.
+"direct" is the least that a switch can take: the very command that the agent runs, in the same environment but for the
+API key, started on its own with nothing to stop before it, until its answer's first byte. The models are a tiny one,
+which loads in about 20 ms, and the demo's (98 MB, fetched into the user's cache); `--quick` takes a second tiny one
+instead. All servers run on the CPU of what is in front of them.
 """
 
 import json
@@ -28,6 +28,7 @@ from benchmarks.processes import Peer, keep_to_load_cpu, process
 from fakes import tiny_models
 from nodeagent.cli.demo import fetch_model
 from nodeagent.config import find_llama_server, parse_config
+from nodeagent.llama_server.command_line import API_KEY_VARIABLE
 
 CTX_SIZE = 2048
 SWITCHES_PER_ROUND = 2
@@ -64,8 +65,8 @@ def _measure(folder: Path, options: Options) -> dict[str, Mapping[str, list[floa
         for _switch in range(1 if options.quick else SWITCHES_PER_ROUND * options.rounds):
             for name, peer in targets.items():
                 rounds.setdefault(name, []).append({_label(it): _switch_ms(peer, it) for it in files})
-            commands = {it: _server_command(targets["agent"], it, path) for it, path in files.items()}
-            direct = {_label(it): _direct_start_ms(folder, command, it) for it, command in commands.items()}
+            servers = {it: _server_of(targets["agent"], it, path) for it, path in files.items()}
+            direct = {_label(it): _direct_start_ms(folder, *server, it) for it, server in servers.items()}
             rounds.setdefault("direct", []).append(direct)
     return {name: by_figure(its_rounds) for name, its_rounds in rounds.items()}
 
@@ -102,19 +103,19 @@ def _switch_ms(peer: Peer, model: str) -> float:
     return first_byte_s(peer.base_url, {"model": model, "messages": question, "max_tokens": 1, "stream": True}) * 1000
 
 
-def _server_command(agent: Peer, model: str, path: Path) -> list[str]:
-    """What the agent runs for the model, which is loaded for it."""
+def _server_of(agent: Peer, model: str, path: Path) -> tuple[list[str], dict[str, str]]:
+    """The command of the agent's server of the model, which is loaded for it, and its environment without the key."""
     _switch_ms(agent, model)
-    commands = [it.cmdline() for it in agent.descendants()]
-    return next(command for command in commands if str(path) in command)
+    server = next(it for it in agent.descendants() if str(path) in it.cmdline())
+    return server.cmdline(), {name: value for name, value in server.environ().items() if name != API_KEY_VARIABLE}
 
 
-def _direct_start_ms(folder: Path, command: list[str], model: str) -> float:
+def _direct_start_ms(folder: Path, command: list[str], env: Mapping[str, str], model: str) -> float:
     """From the spawn of that server, on a port that is known, to its first byte."""
     port = peers.free_port()
     argv = list(command)
     argv[argv.index("--port") + 1] = str(port)
-    with process(argv, f"http://127.0.0.1:{port}/health", folder / "direct.log") as peer:
+    with process(argv, f"http://127.0.0.1:{port}/health", folder / "direct.log", env=env) as peer:
         return peer.ready_after_s * 1000 + _switch_ms(peer, model)
 
 

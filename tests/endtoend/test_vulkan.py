@@ -94,6 +94,16 @@ def test_a_server_computes_on_its_device_and_models_are_switched(
         assert [metrics[key] for key in ("memory_used_bytes", "memory_free_bytes", "utilization_ratio")] == [None] * 3
 
 
+def test_a_server_on_a_cpu_loads_no_driver_of_a_gpu(llama_server: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """It is a build for Vulkan on a host that has drivers, as the other tests show."""
+    config = write_config(tmp_path, llama_server, models(tiny_model), backend="cpu")
+    with running_agent(config) as agent, httpx.Client(base_url=agent.base_url, timeout=180, trust_env=False) as http:
+        assert ask(http, tiny_model.stem).status_code == 200
+        mapped = Path(f"/proc/{agent.wait_child().pid}/maps").read_text()
+    assert "libvulkan.so" in mapped
+    assert "libvulkan_lvp.so" not in mapped
+
+
 def test_two_devices_serve_at_once(
     llama_server: Path, tiny_model: Path, tiny_model_b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

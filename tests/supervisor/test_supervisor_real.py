@@ -17,6 +17,7 @@ import trio.testing
 
 from fakes.real_children import READY_THEN_SLEEP, PrintedAddress, Watched, gone, spec
 from supervisor.lifecycle import Cause, Exited, GaveUp, Ready, Restarting, Started, Unhealthy
+from supervisor.output import Output
 from supervisor.probe import LivenessPolicy, NotReady, ProcessView
 from supervisor.restart import RestartPolicy
 from supervisor.spec import ChildSpec, StopPolicy
@@ -329,6 +330,25 @@ async def test_a_flood_of_short_lines_lets_other_tasks_run(watched: Watched) -> 
             most_at_once = max(most_at_once, len(watched.lines) - before)
     assert len(watched.lines) == 32768 + 2
     assert most_at_once < 200
+
+
+async def test_lines_that_come_soon_after_each_other_are_read_together(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = 0
+    feed = Output.feed
+
+    def counted(output: Output, data: bytes) -> None:
+        nonlocal reads
+        reads += 1
+        feed(output, data)
+
+    monkeypatch.setattr(Output, "feed", counted)
+    began = trio.current_time()
+    script = "import time\nfor n in range(200): print(n, flush=True); time.sleep(0.0002)\n"
+    await watched.supervisor.start(spec(script + READY_THEN_SLEEP))
+    assert watched.lines == [*map(str, range(200)), "at home"]
+    assert reads <= (trio.current_time() - began) / 0.005 + 1
 
 
 async def test_running_out_of_file_descriptors_costs_a_failed_start_and_nothing_else(watched: Watched) -> None:

@@ -78,6 +78,7 @@ def test_a_child_sees_only_its_own_gpu_whatever_the_mask_of_the_agent() -> None:
     backend = backend_on(three_gpus(), "2,1")
     first, second = backend.discover()
     hidden = dict.fromkeys(("GGML_VK_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "")
+    hidden["VK_LOADER_DRIVERS_DISABLE"] = "*"
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert backend.child_env(first) == {**hidden, **order, "CUDA_VISIBLE_DEVICES": UUIDS[2]}
     assert backend.child_env(second) == {**hidden, **order, "CUDA_VISIBLE_DEVICES": UUIDS[1]}
