@@ -30,19 +30,20 @@ class Ring(Generic[T]):
     """Keeps the last `capacity` items, numbered from 1.
 
     A reader only remembers the number of the last item it read. So a slow reader costs nothing here, and learns how
-    many items it missed. Only `append` changes anything.
+    many items it missed. Only `append` changes anything, and `more_than` what tells of it.
     """
 
     def __init__(self, capacity: int) -> None:
         self.last = 0
         self._items: deque[T] = deque(maxlen=capacity)
-        self._more = trio.Event()
+        self._more: trio.Event | None = None
 
     def append(self, item: T) -> None:
         self._items.append(item)
         self.last += 1
-        self._more.set()
-        self._more = trio.Event()
+        if self._more is not None:
+            self._more.set()
+            self._more = None
 
     def after(self, number: int) -> Page[T]:
         """The items after that number. A number that was never given counts as 0: it is from an earlier run."""
@@ -55,6 +56,8 @@ class Ring(Generic[T]):
     async def more_than(self, number: int) -> None:
         """Return once there is an item after that number."""
         while self.last <= number:
+            if self._more is None:
+                self._more = trio.Event()
             await self._more.wait()
 
 

@@ -20,6 +20,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Final, Literal
 
+import msgspec
+
 from nodeagent.timestamps import rfc3339
 
 LogFormat = Literal["auto", "human", "json"]
@@ -42,6 +44,9 @@ _UNSAFE: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u202
 
 # They log each request at INFO, and the agent probes its children several times a second.
 _CHATTY: Final = ("httpx", "httpcore")
+
+# A field may hold a path.
+_ENCODER: Final = msgspec.json.Encoder(enc_hook=str)
 
 # How llama-server starts a line: minutes, seconds, milliseconds and microseconds since its start (unless its flags
 # turn them off), then the level's letter. Lines without a letter continue the one before or come from a library.
@@ -80,8 +85,12 @@ def printable(text: str) -> str:
 
 def child_line(device_id: str, model_id: str, generation: int, line: str) -> None:
     """Log one line that a server printed, at the level that the line gives itself."""
-    fields = {"device": device_id, "model": model_id, "generation": generation}
-    _child_logger.log(child_level(line), "%s", line, extra=fields)
+    level = child_level(line)
+    if _child_logger.isEnabledFor(level):
+        # Not by `log`, which looks up its caller for each line.
+        record = logging.LogRecord(_child_logger.name, level, __file__, 0, line, None, None)
+        record.__dict__ |= {"device": device_id, "model": model_id, "generation": generation}
+        _child_logger.handle(record)
 
 
 def child_level(line: str) -> int:
@@ -205,8 +214,11 @@ class JsonFormatter(logging.Formatter):
         event |= _fields(record)
         if exception := _exception(self, record):
             event["exception"] = exception
-        # default=str: a field may hold a path. Unsafe characters occur only inside strings, where \u is right.
-        text = json.dumps(event, ensure_ascii=False, default=str)
+        try:
+            text = _ENCODER.encode(event).decode()
+        except UnicodeEncodeError:  # a surrogate, as the name of a file may have one
+            text = json.dumps(event, ensure_ascii=False, default=str)
+        # Unsafe characters occur only inside strings, where \u is right.
         return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

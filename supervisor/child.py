@@ -16,6 +16,7 @@ import random
 import signal
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import trio
 
@@ -237,16 +238,19 @@ class Child:
         )
 
     def _handle_line(self, line: str) -> None:
-        with self._contained("the handler of its output"):
+        try:
             self._on_line(self.spec.child_id, self._generation, line)
+        except Exception as error:  # without `_contained`, which takes longer than most lines do
+            place = "the handler of its output"
+            self._errors.report(place, error)
+            self._fail_in(place, error)
 
     def _contained(self, place: str) -> AbstractContextManager[None]:
         """An unforeseen error of the block fails this generation."""
+        return self._errors.contained(place, partial(self._fail_in, place))
 
-        def failed(error: Exception) -> None:
-            self.fail(Failure(Cause.INTERNAL_ERROR, f"unexpected error in {place}: {described(error)}"))
-
-        return self._errors.contained(place, failed)
+    def _fail_in(self, place: str, error: Exception) -> None:
+        self.fail(Failure(Cause.INTERNAL_ERROR, f"unexpected error in {place}: {described(error)}"))
 
     async def _attend(self, process: ChildProcess) -> None:
         with self._contained("its attendance"):

@@ -27,7 +27,7 @@ class Output:
     """The last 1,000 lines that a process printed, each `printable` and cut to 4 KiB. Bytes that are not UTF-8 are
     replaced.
 
-    What changes: everything, only in `feed`.
+    What changes: everything, in `feed`; `_more`, there while somebody waits for a line, in `more_than` too.
     """
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
@@ -35,7 +35,7 @@ class Output:
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._on_line = on_line
         self._unfinished = b""
-        self._more = trio.Event()
+        self._more: trio.Event | None = None
 
     def lines(self, last: int = _LINES_KEPT) -> list[str]:
         """The last lines, oldest first."""
@@ -44,6 +44,8 @@ class Output:
     async def more_than(self, count: int) -> None:
         """Return once the process has printed more than `count` lines in total."""
         while self.count <= count:
+            if self._more is None:
+                self._more = trio.Event()
             await self._more.wait()
 
     def feed(self, data: bytes) -> None:
@@ -56,6 +58,9 @@ class Output:
         if not data and rest:
             self._add(rest)
             self._unfinished = b""
+        if self._more is not None:
+            self._more.set()
+            self._more = None
 
     def _add(self, line: bytes) -> None:
         text = printable(line[:_LINE_BYTES].decode("utf-8", errors="replace").rstrip("\r"))
@@ -63,6 +68,4 @@ class Output:
             text = text[:_LINE_BYTES] + " [cut]"
         self._lines.append(text)
         self.count += 1
-        self._more.set()
-        self._more = trio.Event()
         self._on_line(text)

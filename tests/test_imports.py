@@ -160,7 +160,7 @@ ONLY_NEEDS: dict[str, set[str]] = {
     "nodeagent.errors": {"msgspec"},
     "nodeagent.devices.values": {"msgspec"},
     "nodeagent.status": {"msgspec", "trio"},
-    "nodeagent.logs": set(),
+    "nodeagent.logs": {"msgspec"},
     "nodeagent.timestamps": set(),
     "nodeagent.containment": set(),
     "nodeagent.descriptors": set(),
