@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the root first: tests/nodeagent is no package
 
-from benchmarks.figures import Section, by_figure, quantile
+from benchmarks.figures import Section, by_figure, lower_quartiles, quantile
 from benchmarks.latency import CHAT, CLIENTS
 from benchmarks.load import load
 from benchmarks.options import Options, read_options
@@ -31,10 +31,8 @@ P50, CPU = "p50 ms, 1 client", "CPU us/request, 32 clients"
 _BARE_AGENT = Path(__file__).parent / "agent_without_figures.py"
 _KEY_TEXT = "the-key-of-the-benchmark"
 _HEADERS = {"Authorization": f"Bearer {_KEY_TEXT}"}
-# The differences are smaller than the noise of a shared machine, which only ever adds: so there are more turns than in
-# other measurements, each shorter, and their lower quartile is taken.
+# More turns than in other measurements, each shorter: the differences are small.
 _TURNS = 16
-_SHARE = 0.25
 
 
 def main() -> int:
@@ -53,11 +51,8 @@ def measure(options: Options) -> Section:
             # There and back, so that none always comes first.
             for name in sorted(variants, reverse=bool(turn % 2)):
                 measured[name].append(_round(variants[name], options.seconds / 8))
-    figures = {
-        name: {figure: quantile(values, _SHARE) for figure, values in by_figure(its_turns).items()}
-        for name, its_turns in measured.items()
-    }
-    return Section("what figures and an API key cost", figures)
+    samples = {name: by_figure(its_turns) for name, its_turns in measured.items()}
+    return Section("what figures and an API key cost", lower_quartiles(samples))
 
 
 @contextmanager

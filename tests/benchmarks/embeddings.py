@@ -3,11 +3,11 @@
 
     python tests/benchmarks/embeddings.py [--seconds 2] [--rounds 3] [--quick] [--llama-swap BINARY]
 
-The path is `/v1/embeddings`. If the agent does not serve it, all peers get chat completions with such bodies instead,
-and the title of the table says so.
+The agent refuses embeddings from a chat model, so its canned model is one that embeds; the other peers don't ask.
 """
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,17 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the root first: tests/nodeagent is no package
 
 from benchmarks.figures import Section, in_turns, quantile
-from benchmarks.load import CHAT_PATH, load, status_of
+from benchmarks.load import load
 from benchmarks.options import Options, read_options
-from benchmarks.peers import CANNED_ALIAS, canned_peers
+from benchmarks.peers import CANNED_ALIAS, agent_before_canned, canned_peers
 from benchmarks.processes import Peer, keep_to_load_cpu, used_s
 
 CLIENTS = 64
 BODY_BYTES = 32 * 1024
-EMBEDDINGS_PATH = "/v1/embeddings"
+PATH = "/v1/embeddings"
 _TEXT = ("All work and no play makes Jack a dull boy. " * (BODY_BYTES // 40))[: BODY_BYTES - 100]
-EMBED: dict[str, object] = {"model": CANNED_ALIAS, "input": _TEXT}
-CHAT: dict[str, object] = {"model": CANNED_ALIAS, "messages": [{"role": "user", "content": _TEXT}]}
+BODY: dict[str, object] = {"model": CANNED_ALIAS, "input": _TEXT}
 
 
 def main() -> int:
@@ -38,18 +37,17 @@ def main() -> int:
 
 def measure(peers: Mapping[str, Peer], options: Options) -> Section:
     """Latencies in ms, requests per second, and CPU time per request in microseconds."""
-    served = status_of(peers["agent"].base_url, EMBED, EMBEDDINGS_PATH) == 200
-    path, body = (EMBEDDINGS_PATH, EMBED) if served else (CHAT_PATH, CHAT)
-    figures = in_turns(
-        peers, options.rounds, lambda name, peer: _round(name, peer, path=path, body=body, seconds=options.seconds)
-    )
-    instead = "" if served else f" (the agent does not serve {EMBEDDINGS_PATH}: these are {CHAT_PATH})"
-    return Section(f"embeddings, {CLIENTS} clients, bodies of 32 KiB{instead}", figures)
+    with tempfile.TemporaryDirectory() as folder, agent_before_canned(Path(folder), task="embedding") as agent:
+        load(agent.base_url, BODY, clients=1, seconds=0, path=PATH)  # so that its canned server runs
+        figures = in_turns(
+            {**peers, "agent": agent}, options.rounds, lambda name, peer: _round(name, peer, options.seconds)
+        )
+    return Section(f"embeddings, {CLIENTS} clients, bodies of 32 KiB", figures)
 
 
-def _round(name: str, peer: Peer, *, path: str, body: Mapping[str, object], seconds: float) -> dict[str, float]:
+def _round(name: str, peer: Peer, seconds: float) -> dict[str, float]:
     cpu_before = peer.cpu_s()
-    outcome = load(peer.base_url, body, clients=CLIENTS, seconds=seconds, path=path)
+    outcome = load(peer.base_url, BODY, clients=CLIENTS, seconds=seconds, path=PATH)
     cpu_after = peer.cpu_s()
     requests = len(outcome.latencies_s)
     figures = {

@@ -75,20 +75,6 @@ def first_byte_s(base_url: str, body: Mapping[str, object]) -> float:
     return outcome.first_bytes_s[0]
 
 
-def status_of(base_url: str, body: Mapping[str, object], path: str) -> int:
-    """The status that one request gets."""
-    return asyncio.run(_status_of(base_url, body, path))
-
-
-async def _status_of(base_url: str, body: Mapping[str, object], path: str) -> int:
-    address = urlsplit(base_url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    writer.write(_request(address.netloc, path, json.dumps(body).encode(), {}))
-    status = int((await reader.readline()).split(b" ", 2)[1])
-    writer.close()
-    return status
-
-
 def _succeeded(base_url: str, outcome: Outcome) -> Outcome:
     if outcome.faults:
         raise Refused(f"{base_url}: {outcome.faults} of {len(outcome.latencies_s)} requests failed")

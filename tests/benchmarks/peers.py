@@ -68,12 +68,13 @@ def agent_before_canned(
     health: str = "/readyz",
     python: Sequence[str] = (),
     program: Sequence[str] = ("-m", "nodeagent"),
+    task: str = "chat",
     **keys: Any,
 ) -> Iterator[Peer]:
-    """The agent with a canned server on the load's CPU; the rest is as for `agent`."""
+    """The agent with a canned server of that task on the load's CPU; the rest is as for `agent`."""
     # The agent looks at a model's file before it starts the server. The canned server does not read it.
     path = tiny_models.write_model(tiny_models.TINY, folder)
-    model = {"model_id": CANNED_ALIAS, "path": str(path), "parallel": MAX_REQUESTS}
+    model = {"model_id": CANNED_ALIAS, "path": str(path), "parallel": MAX_REQUESTS, "task": task}
     cpus = sorted(LOAD_CPUS)
     with agent(folder, CANNED, [model], cpus=cpus, health=health, python=python, program=program, **keys) as peer:
         yield peer
