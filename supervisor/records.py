@@ -24,6 +24,8 @@ _START_TOLERANCE_S = 2.0
 _PID_MAX = 2**22
 # The year 33,658: what is beyond it is no time.
 _STARTED_MAX = 1e12
+# When one child ends another often starts: the file is written once for both.
+_SETTLE_S = 0.02
 # Twenty children with long command lines take some 100 KB.
 _BYTES_MAX = 4 * 2**20
 
@@ -66,6 +68,7 @@ class Records:
         failing = False
         while True:
             await self._changed.wait()
+            await trio.sleep(_SETTLE_S)
             self._changed = trio.Event()
             # In a thread: a disk can hang.
             error = await self._write_in_thread()
