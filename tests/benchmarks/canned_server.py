@@ -8,6 +8,9 @@ Ignores llama-server's other flags, and speaks its protocol as far as supervisor
 unless the body has `"paced": {"events": 100, "per_s": 50, "phase": 0.5}`: then they come at that pace, at moments
 that all streams of one phase (from 0 to 1) share, as the slots of one llama-server get their tokens together.
 
+With the variable CANNED_LOG it prints about each chat completion as many lines as llama-server does at its default
+verbosity, in as many writes.
+
 Raw asyncio, since it must be faster than what it measures.
 """
 
@@ -21,6 +24,8 @@ import sys
 EVENTS = 200
 EMBEDDING_SIZE = 768
 _LAST_CHUNK = b"0\r\n\r\n"
+# llama-server b10068 prints seven lines of about this length. It writes the time, the level and the text one by one.
+_LOG = (b"0.01.504.614 ", b"I ", b"slot print_timing: id  0 | task 0 | " + b"-" * 60 + b"\n") * 7
 
 
 def _answer(content_type: str, body: bytes) -> bytes:
@@ -65,7 +70,8 @@ class Answers:
     stream_head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     done = _chunk(b"data: [DONE]\n\n") + _LAST_CHUNK
 
-    def __init__(self, alias: str) -> None:
+    def __init__(self, alias: str, *, logs: bool) -> None:
+        self.logs = logs
         models = json.dumps({"object": "list", "data": [{"id": alias, "object": "model"}]}).encode()
         event = {"choices": [{"index": 0, "delta": {"content": " word"}}], "model": alias, "object": "chunk"}
         self.whole = {
@@ -103,7 +109,11 @@ class Connection(asyncio.Protocol):
     def _serve(self, path: bytes, body: bytes) -> None:
         if path in self._answers.whole:
             self._transport.write(self._answers.whole[path])
-        elif b'"paced"' in body:
+            return
+        if self._answers.logs:
+            for text in _LOG:
+                os.write(2, text)
+        if b'"paced"' in body:
             pace = json.loads(body)["paced"]
             self._transport.write(self._answers.stream_head)
             self._write_paced(pace["events"], 1 / pace["per_s"], pace["phase"])
@@ -143,7 +153,7 @@ async def main() -> None:
     cpus = _flag("--run-on-cpus", default="")
     if cpus:
         os.sched_setaffinity(0, map(int, cpus.split(",")))
-    answers = Answers(_flag("-a", "--alias", default="canned"))
+    answers = Answers(_flag("-a", "--alias", default="canned"), logs="CANNED_LOG" in os.environ)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
         lambda: Connection(answers), _flag("--host", default="127.0.0.1"), int(_flag("--port", default="0"))

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.load import first_byte_s
@@ -68,15 +69,25 @@ def agent_before_canned(
     health: str = "/readyz",
     python: Sequence[str] = (),
     program: Sequence[str] = ("-m", "nodeagent"),
+    log_level: str = "warning",
     task: str = "chat",
+    server_env: Mapping[str, str] = MappingProxyType({}),
     **keys: Any,
 ) -> Iterator[Peer]:
     """The agent with a canned server of that task on the load's CPU; the rest is as for `agent`."""
     # The agent looks at a model's file before it starts the server. The canned server does not read it.
     path = tiny_models.write_model(tiny_models.TINY, folder)
-    model = {"model_id": CANNED_ALIAS, "path": str(path), "parallel": MAX_REQUESTS, "task": task}
+    model = {
+        "model_id": CANNED_ALIAS,
+        "path": str(path),
+        "parallel": MAX_REQUESTS,
+        "task": task,
+        "env": dict(server_env),
+    }
     cpus = sorted(LOAD_CPUS)
-    with agent(folder, CANNED, [model], cpus=cpus, health=health, python=python, program=program, **keys) as peer:
+    with agent(
+        folder, CANNED, [model], cpus=cpus, health=health, python=python, program=program, log_level=log_level, **keys
+    ) as peer:
         yield peer
 
 
@@ -90,6 +101,7 @@ def agent(
     health: str = "/readyz",
     python: Sequence[str] = (),
     program: Sequence[str] = ("-m", "nodeagent"),
+    log_level: str = "warning",
     **keys: Any,
 ) -> Iterator[Peer]:
     """The agent with one CPU device; its server runs on `cpus`, or else where the agent does.
@@ -111,7 +123,7 @@ def agent(
     }
     path = folder / "agent.yaml"
     path.write_text(json.dumps(config))
-    argv = [sys.executable, *python, *program, "--config", str(path), "--log-level", "warning"]
+    argv = [sys.executable, *python, *program, "--config", str(path), "--log-level", log_level]
     with process(argv, f"http://127.0.0.1:{port}{health}", folder / "agent.log") as peer:
         yield peer
 
