@@ -30,7 +30,7 @@ class Ring(Generic[T]):
     """Keeps the last `capacity` items, numbered from 1.
 
     A reader only remembers the number of the last item it read. So a slow reader costs nothing here, and learns how
-    many items it missed. Only `append` changes anything, and `more_than` what tells of it.
+    many items it missed. What changes: everything, in `append`; `_more`, made when somebody waits, in `more_than` too.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -217,7 +217,7 @@ class JsonFormatter(logging.Formatter):
         try:
             text = _ENCODER.encode(event).decode()
         except UnicodeEncodeError:  # a surrogate, as the name of a file may have one
-            text = json.dumps(event, ensure_ascii=False, default=str)
+            text = json.dumps(event, ensure_ascii=False, default=str, separators=(",", ":"))
         # Unsafe characters occur only inside strings, where \u is right.
         return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 

@@ -40,7 +40,7 @@ class NotReady(SupervisorError):
 
 
 class Suspended(NotReady):
-    """A stop signal (SIGSTOP, a debugger) holds the child."""
+    """A stop signal (SIGSTOP) holds the child."""
 
 
 class ProbeUnavailable(SupervisorError):

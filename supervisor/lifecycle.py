@@ -18,7 +18,7 @@ class Cause(StrEnum):
     LIVENESS_FAILED = "liveness_failed"
     """It was ready, and then too many liveness probes in a row failed."""
     SUSPENDED = "suspended"
-    """It was held by a stop signal (SIGSTOP, a debugger)."""
+    """It was held by a stop signal (SIGSTOP)."""
     STALLED = "stalled"
     """It was reported through `Supervisor.fail`."""
     STOPPED = "stopped"

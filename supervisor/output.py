@@ -27,7 +27,7 @@ class Output:
     """The last 1,000 lines that a process printed, each `printable` and cut to 4 KiB. Bytes that are not UTF-8 are
     replaced.
 
-    What changes: everything, in `feed`; `_more`, there while somebody waits for a line, in `more_than` too.
+    What changes: everything, in `feed`; `_more`, made when somebody waits, in `more_than` too.
     """
 
     def __init__(self, on_line: Callable[[str], None]) -> None:

@@ -22,8 +22,6 @@ _FIRST_PAUSE_S = 0.01
 _MIN_PAUSE_S = 0.005
 # How long one probe of a starting child may take; a server that is busy loading can be slow to answer.
 _START_PROBE_TIMEOUT_S = 5.0
-# How often a starting child is looked at for a stop signal. Many are ready sooner, and a look takes 0.1 ms.
-_LOOK_SUSPENDED_S = 0.1
 # How many probes in a row must find a child suspended: a single one can fall between a SIGSTOP and its SIGCONT.
 SUSPENDED_PROBES = 2
 _SUSPENDED = "suspended by a stop signal"
@@ -93,12 +91,11 @@ async def wait_ready(
     found: str | SupervisorError = NotReady("it was not probed")
     with trio.move_on_at(timeout_at):
         while True:
+            if not process.is_suspended():
+                ran_at = trio.current_time()
+            elif trio.current_time() - ran_at >= suspended_max_s:
+                return Failure(Cause.SUSPENDED, f"not ready: {_SUSPENDED}")
             seen, probed_at = process.output.count, trio.current_time()
-            if probed_at >= ran_at + _LOOK_SUSPENDED_S:
-                if not process.is_suspended():
-                    ran_at = probed_at
-                elif probed_at >= ran_at + suspended_max_s:
-                    return Failure(Cause.SUSPENDED, f"not ready: {_SUSPENDED}")
             found = await _probed(process, probe, _START_PROBE_TIMEOUT_S)
             if isinstance(found, str):
                 return found

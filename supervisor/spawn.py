@@ -29,6 +29,9 @@ _READ_BYTES = 65536
 # Programs write their lines one by one. What comes within this time is read together: to wake up for each line costs
 # more than to handle it.
 _READ_PAUSE_S = 0.005
+# A child that prints much must not wait for that. A pipe can be full with less than _READ_BYTES in it: each write that
+# does not fit into the rest of a page starts a new one (pipe(7)).
+_MANY_BYTES = 16384
 # After about this many lines other tasks get to run: each line costs a call of `on_line`.
 _LINES_PER_CHUNK = 32
 # After the exit of a child its last output is still in the pipe. Reading that takes no time, unless a process outside
@@ -96,7 +99,7 @@ class Process:
         return self._popen.returncode
 
     def is_suspended(self) -> bool:
-        """Whether a stop signal (SIGSTOP, a debugger) holds it: it can't answer, and can't obey SIGTERM either."""
+        """Whether a stop signal (SIGSTOP) holds it: it can't answer, and can't obey SIGTERM either."""
         if sys.platform == "linux":
             stat = stat_of(self.pid)
             return stat is not None and stat.state == "T"
@@ -232,7 +235,7 @@ class Process:
                 for piece in others:
                     await trio.lowlevel.checkpoint()
                     self.output.feed(piece)
-                if len(data) < _READ_BYTES:
+                if len(data) < _MANY_BYTES:
                     with trio.move_on_after(_READ_PAUSE_S):
                         await self._exited.wait()
         except OSError as error:

@@ -191,7 +191,7 @@ def describe(
 
 def _described(model: ModelConfig, device: DeviceRef, run: Command) -> str:
     pinned = f", on CPUs {','.join(map(str, sorted(device.cpus)))}" if device.cpus else ""
-    variables = [shlex.quote(f"{name}={value}") for name, value in run.env.items()]
+    variables = [f"{name}={shlex.quote(value)}" for name, value in run.env.items()]
     shell_line = " ".join([*variables, f"{API_KEY_VARIABLE}=***", shlex.join(run.argv)])
     return f"# {model.model_id} on {device.device_id} ({device.name}){pinned}\n{shell_line}"
 

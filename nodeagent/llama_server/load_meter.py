@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 _MOST_WAITING = 32
 
 
-# A load is measured this much later, so that it doesn't hold up the request for which the model was loaded.
-_FIRST_REQUEST_S = 0.1
-
 ReadSlotCtxSize = Callable[[Upstream], Awaitable[int | None]]
 """As `context.read_slot_ctx_size`."""
 
@@ -166,7 +163,6 @@ class LoadMeter:
                 if done is None:
                     await self._write()
                 else:
-                    await trio.sleep(_FIRST_REQUEST_S)
                     await self._look_at_context(done)
                     await self._measure(done)
 

@@ -3,10 +3,10 @@
 
     python tests/benchmarks/switches.py [--rounds 3] [--quick] [--llama-swap BINARY]
 
-"direct" is the least that a switch can take: the very command that the agent runs, in the same environment but for the
-API key, started on its own with nothing to stop before it, until its answer's first byte. The models are a tiny one,
-which loads in about 20 ms, and the demo's (98 MB, fetched into the user's cache); `--quick` takes a second tiny one
-instead. All servers run on the CPU of what is in front of them.
+"direct" is the least that a switch can take: the very command that the agent runs, with the variables of its server but
+for the API key, started on its own with nothing to stop before it, until its answer's first byte. The models are a tiny
+one, which loads in about 20 ms, and the demo's (98 MB, fetched into the user's cache); `--quick` takes a second tiny
+one instead. All servers run on the CPU of what is in front of them.
 """
 
 import json

@@ -273,7 +273,7 @@ TEXT = "How to use it:\n\n  curl http://127.0.0.1:1\x1b[2J"
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("formatter", "shown"),
-    [(HumanFormatter(), TEXT.replace("\x1b", "\\x1b")), (JsonFormatter(), '"level": "info"')],
+    [(HumanFormatter(), TEXT.replace("\x1b", "\\x1b")), (JsonFormatter(), '"level":"info"')],
     ids=["human", "json"],
 )
 def test_text_for_a_person_stands_between_the_lines_whatever_the_level(

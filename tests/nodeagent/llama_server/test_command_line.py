@@ -247,7 +247,9 @@ def test_what_would_be_run_is_shown_as_a_shell_command_for_each_model_and_device
         "# b on cpu:0 (CPU)",
         "# b on cpu:1 (CPU), on CPUs 0,2",
     ]
-    assert shlex.split(blocks[0].splitlines()[1]) == [
+    shell_line = blocks[0].splitlines()[1]
+    assert " PIN='x y' " in shell_line, "a name in quotes is no assignment to a shell"
+    assert shlex.split(shell_line) == [
         "LLAMA_ARG_SSE_PING_INTERVAL=2",
         "PIN=x y",
         "LLAMA_API_KEY=***",
