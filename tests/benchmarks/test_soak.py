@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,11 @@ def test_steady_growth_of_memory_fails(capsys: pytest.CaptureFixture[str]) -> No
 def test_one_descriptor_that_leaks_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(samples(descriptors=1), Counter(), "") == 1
     assert "descriptors grew by 1" in capsys.readouterr().out
+
+
+def test_a_descriptor_that_is_open_now_and_then_is_no_leak() -> None:
+    now_and_then = [replace(it, descriptors=25 + (number in (5, 9, 10, 11))) for number, it in enumerate(samples())]
+    assert report(now_and_then, Counter(), "") == 0
 
 
 @pytest.mark.parametrize("log", ["Traceback (most recent call last)", "gone; restart in 4.0 s: 2 of 3 in 60 s"])
