@@ -415,9 +415,9 @@ class _ChildSpecs(Mapping[str, ChildSpec]):
             config=self._config,
             probe=LlamaServerProbe(model_id, self._api_key),
             api_key=self._api_key,
+            environ=self._environ,
             dialect_of=self._dialects.of,
             header=self._catalogue.header(model_id),
-            environ=self._environ,
         )
 
 

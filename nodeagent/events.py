@@ -30,20 +30,19 @@ class Ring(Generic[T]):
     """Keeps the last `capacity` items, numbered from 1.
 
     A reader only remembers the number of the last item it read. So a slow reader costs nothing here, and learns how
-    many items it missed. What changes: everything, in `append`; `_more`, made when somebody waits, in `more_than` too.
+    many items it missed. Only `append` changes anything.
     """
 
     def __init__(self, capacity: int) -> None:
         self.last = 0
         self._items: deque[T] = deque(maxlen=capacity)
-        self._more: trio.Event | None = None
+        self._readers = trio.lowlevel.ParkingLot()
 
     def append(self, item: T) -> None:
         self._items.append(item)
         self.last += 1
-        if self._more is not None:
-            self._more.set()
-            self._more = None
+        if self._readers:
+            self._readers.unpark_all()
 
     def after(self, number: int) -> Page[T]:
         """The items after that number. A number that was never given counts as 0: it is from an earlier run."""
@@ -56,9 +55,7 @@ class Ring(Generic[T]):
     async def more_than(self, number: int) -> None:
         """Return once there is an item after that number."""
         while self.last <= number:
-            if self._more is None:
-                self._more = trio.Event()
-            await self._more.wait()
+            await self._readers.park()
 
 
 class NodeEvent(msgspec.Struct, frozen=True, kw_only=True):

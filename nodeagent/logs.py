@@ -88,7 +88,7 @@ def child_line(device_id: str, model_id: str, generation: int, line: str) -> Non
     level = child_level(line)
     if _child_logger.isEnabledFor(level):
         # Not by `log`, which looks up its caller for each line.
-        record = logging.LogRecord(_child_logger.name, level, __file__, 0, line, None, None)
+        record = _own_record(level, line, _child_logger.name)
         record.__dict__ |= {"device": device_id, "model": model_id, "generation": generation}
         _child_logger.handle(record)
 
@@ -182,8 +182,8 @@ class LogSink(logging.Handler):
 _SHOWN: Final = "_nodeagent_shown"
 
 
-def _own_record(level: int, message: str) -> logging.LogRecord:
-    return logging.LogRecord(__name__, level, __file__, 0, message, None, None)
+def _own_record(level: int, message: str, logger: str = __name__) -> logging.LogRecord:
+    return logging.LogRecord(logger, level, __file__, 0, message, None, None)
 
 
 def _write_all(fd: int, data: bytes) -> bool:

@@ -27,7 +27,7 @@ class Output:
     """The last 1,000 lines that a process printed, each `printable` and cut to 4 KiB. Bytes that are not UTF-8 are
     replaced.
 
-    What changes: everything, in `feed`; `_more`, made when somebody waits, in `more_than` too.
+    What changes: everything, only in `feed`.
     """
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
@@ -35,7 +35,7 @@ class Output:
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._on_line = on_line
         self._unfinished = b""
-        self._more: trio.Event | None = None
+        self._waiting = trio.lowlevel.ParkingLot()
 
     def lines(self, last: int = _LINES_KEPT) -> list[str]:
         """The last lines, oldest first."""
@@ -44,9 +44,7 @@ class Output:
     async def more_than(self, count: int) -> None:
         """Return once the process has printed more than `count` lines in total."""
         while self.count <= count:
-            if self._more is None:
-                self._more = trio.Event()
-            await self._more.wait()
+            await self._waiting.park()
 
     def feed(self, data: bytes) -> None:
         """Add what was read; b"" is the end of the output, and so of the last line."""
@@ -58,9 +56,7 @@ class Output:
         if not data and rest:
             self._add(rest)
             self._unfinished = b""
-        if self._more is not None:
-            self._more.set()
-            self._more = None
+        self._waiting.unpark_all()
 
     def _add(self, line: bytes) -> None:
         text = printable(line[:_LINE_BYTES].decode("utf-8", errors="replace").rstrip("\r"))

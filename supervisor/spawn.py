@@ -21,7 +21,7 @@ import trio
 
 from supervisor.memory import OomWatch
 from supervisor.output import Output
-from supervisor.strays import Kin, Origin, marked, reap_orphans, reap_strays, stat_of
+from supervisor.strays import Kin, Origin, marked, reap_orphans, reap_strays
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,6 @@ class Process:
 
     def is_suspended(self) -> bool:
         """Whether a stop signal (SIGSTOP) holds it: it can't answer, and can't obey SIGTERM either."""
-        if sys.platform == "linux":
-            stat = stat_of(self.pid)
-            return stat is not None and stat.state == "T"
         try:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
         except (psutil.Error, OSError):  # gone, or no file descriptor is free

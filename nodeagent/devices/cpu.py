@@ -15,7 +15,7 @@ import psutil
 
 from nodeagent.devices.backend import DeclaredDevice, as_declared
 from nodeagent.devices.limits import memory_limits
-from nodeagent.devices.pinning import HIDDEN
+from nodeagent.devices.pinning import others_hidden
 from nodeagent.devices.values import DeviceMetrics, DeviceRef
 
 _ID_PREFIX: Final = "cpu:"
@@ -105,7 +105,7 @@ class CpuBackend:
 
     def child_env(self, device: DeviceRef) -> dict[str, str]:
         """Hides the GPUs: a build that supports them would open each one, and use memory there, only to list them."""
-        return dict(HIDDEN)
+        return others_hidden(self.name)
 
     def child_args(self, device: DeviceRef) -> list[str]:
         return ["--device", "none"]

@@ -19,18 +19,15 @@ from typing import Final
 
 import msgspec
 
-# Empty, each of the first four hides all devices of its backends; ONEAPI_DEVICE_SELECTOR has no such value. A Vulkan
-# build loads every driver of the host to count the devices, though it may see none: that takes 20 ms where the drivers
-# are in the page cache, and 500 ms where they are not. The last keeps the loader from it ("Driver Filtering" in the
+# What hides all devices of a backend. There is nothing of the kind for SYCL's ONEAPI_DEVICE_SELECTOR. A Vulkan build
+# loads every driver of the host to count the devices, though it may see none: that takes 20 ms where the drivers are in
+# the page cache, and 500 ms where they are not. The last variable keeps the loader from it ("Driver Filtering" in the
 # Vulkan loader's LoaderDriverInterface.md; loaders before 1.3.234 ignore it).
-_VULKAN_DRIVERS: Final = "VK_LOADER_DRIVERS_DISABLE"
-HIDDEN: Final[Mapping[str, str]] = MappingProxyType(
+_HIDES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
-        "CUDA_VISIBLE_DEVICES": "",
-        "HIP_VISIBLE_DEVICES": "",
-        "ROCR_VISIBLE_DEVICES": "",
-        "GGML_VK_VISIBLE_DEVICES": "",
-        _VULKAN_DRIVERS: "*",
+        "cuda": {"CUDA_VISIBLE_DEVICES": ""},
+        "rocm": {"HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""},
+        "vulkan": {"GGML_VK_VISIBLE_DEVICES": "", "VK_LOADER_DRIVERS_DISABLE": "*"},
     }
 )
 
@@ -40,14 +37,12 @@ class Rule(msgspec.Struct, frozen=True):
 
     `fixed` are the variables that each child of this backend gets besides; `{}` in them stands for the numbers of the
     devices that are left. With `by_number` these are in the order of the vendor's numbers, whatever the mask's order.
-    `omitted` is the variable of HIDDEN that it does not get.
     """
 
     masks: tuple[str, ...] = ()
     entry: str = "{}"
     fixed: Mapping[str, str] = msgspec.field(default_factory=dict)
     by_number: bool = False
-    omitted: str | None = None
 
 
 RULES: Final[Mapping[str, Rule]] = MappingProxyType(
@@ -65,10 +60,13 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
             {"ZES_ENABLE_SYSMAN": "1", "UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS": "1"},
             by_number=True,
         ),
-        "vulkan": Rule(("GGML_VK_VISIBLE_DEVICES",), omitted=_VULKAN_DRIVERS),
+        "vulkan": Rule(("GGML_VK_VISIBLE_DEVICES",)),
         "metal": Rule(),
     }
 )
+
+
+_MASKS: Final = frozenset(mask for rule in RULES.values() for mask in rule.masks)
 
 
 class Pin(msgspec.Struct, frozen=True):
@@ -93,6 +91,11 @@ def entries(backend: str, environ: Mapping[str, str], count: int) -> list[str] |
     return list(names) if len(names) == count else None
 
 
+def others_hidden(backend: str) -> dict[str, str]:
+    """The variables that hide the devices of all backends but this one."""
+    return {name: value for other, hides in _HIDES.items() if other != backend for name, value in hides.items()}
+
+
 def pin(backend: str, listed_name: str, entry: str | None) -> Pin:
     """Keep a child to the device that the binary lists by that name, and that the vendor's software calls `entry`.
 
@@ -106,15 +109,17 @@ def pin_all(backend: str, devices: Sequence[tuple[str, str | None]]) -> Pin:
     rule = RULES[backend]
     entries = [entry for _name, entry in devices if entry is not None]
     if len(entries) < len(devices) or not rule.masks:
-        env = {name: rule.fixed[name] for name in rule.fixed if name not in HIDDEN}
-        return Pin(env, ("--device", ",".join(name for name, _entry in devices)))
+        inherited = {name: rule.fixed[name] for name in rule.fixed if name not in _MASKS}
+        return Pin(inherited, ("--device", ",".join(name for name, _entry in devices)))
     shown = sorted(entries, key=int) if rule.by_number and all(map(str.isdecimal, entries)) else entries
     # An entry may repeat; each stands for a device of its own, and either will do.
     numbers = range(len(devices)) if shown == entries else map(shown.index, entries)
     names = [re.sub(r"\d+$", str(number), name) for number, (name, _entry) in zip(numbers, devices, strict=True)]
     fixed = {name: text.format(",".join(map(str, range(len(devices))))) for name, text in rule.fixed.items()}
-    hidden = {name: value for name, value in HIDDEN.items() if name != rule.omitted}
-    return Pin({**hidden, **fixed, rule.masks[0]: rule.entry.format(",".join(shown))}, ("--device", ",".join(names)))
+    return Pin(
+        {**others_hidden(backend), **fixed, rule.masks[0]: rule.entry.format(",".join(shown))},
+        ("--device", ",".join(names)),
+    )
 
 
 def _chosen(mask: str, names: Sequence[str] | None) -> list[str] | None:

@@ -4,7 +4,6 @@ The order of the command line: what the agent needs for itself, the keys of the 
 its device, and `server_args`.
 """
 
-import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -126,17 +125,17 @@ def child_spec(
     config: NodeConfig,
     probe: Probe,
     api_key: str,
+    environ: Mapping[str, str],
     dialect_of: DialectOf = _newest,
     header: GgufHeader | None = None,
-    environ: Mapping[str, str] | None = None,
 ) -> ChildSpec:
     """The same as a child of the supervisor, in the group of its device.
 
     The key is in the environment, since every user of the host can see a command line. `environ` is the environment to
-    inherit from, by default the agent's own.
+    inherit from.
     """
     run = command(model, device, backend, binary, kv_folder(config.state_dir), dialect_of, header)
-    inherited = inherited_env(os.environ if environ is None else environ)
+    inherited = inherited_env(environ)
     for entry in config.api_keys:
         inherited.pop(entry.env or "", None)
     return ChildSpec(

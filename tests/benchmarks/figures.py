@@ -36,18 +36,18 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def medians(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> Figures:
-    return {
-        name: {figure: statistics.median(values) for figure, values in figures.items()}
-        for name, figures in samples.items()
-    }
+    return _summed_up(samples, statistics.median)
 
 
 def lower_quartiles(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> Figures:
     """For what differs by less than the noise of a shared machine, which only ever adds."""
-    return {
-        name: {figure: quantile(values, 0.25) for figure, values in figures.items()}
-        for name, figures in samples.items()
-    }
+    return _summed_up(samples, lambda values: quantile(values, 0.25))
+
+
+def _summed_up(
+    samples: Mapping[str, Mapping[str, Sequence[float]]], one_of: Callable[[Sequence[float]], float]
+) -> Figures:
+    return {name: {figure: one_of(values) for figure, values in figures.items()} for name, figures in samples.items()}
 
 
 def by_figure(rounds: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:

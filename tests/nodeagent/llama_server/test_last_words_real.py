@@ -1,5 +1,6 @@
 """The real llama-server with wrong values of its flags: operators are told which value is wrong."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ async def reason_of_a_start(model: ModelConfig, llama_server: Path, state_dir: P
     """Why the server did not start, for operators: as the refused load has it, and the inventory."""
     config = NodeConfig(models=(model,), state_dir=state_dir)
     probe = LlamaServerProbe(model.model_id, "key")
-    child = child_spec(model, DEVICE, NotPinned(), llama_server, config=config, probe=probe, api_key="key")
+    child = child_spec(
+        model, DEVICE, NotPinned(), llama_server, config=config, probe=probe, api_key="key", environ=os.environ
+    )
     supervisor = Supervisor(on_event=lambda event: servers.handle(event))
     servers = DeviceServers(
         DEVICE,
